@@ -1,0 +1,153 @@
+"""Building blocks shared by the model families: convolution, batch norm, pooling.
+
+Arrays are NHWC, kernels HWIO (Keras's own layout, so weights load without a
+transpose). Parameters and batch statistics are float32; `dtype` is the type in
+which activations are computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+Array = jax.Array
+
+# Keras's defaults for Conv2D and Dense; Flax's own default is lecun_normal.
+glorot_uniform = nnx.initializers.glorot_uniform()
+
+
+def conv2d(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """2-D convolution, padded symmetrically by `(size - 1) // 2` as Keras's ResNet does.
+
+    A 1x1 kernel becomes a matrix product over channels: the same mathematics, and
+    on CPU far faster than XLA's general convolution.
+
+    Args:
+      x: `[N, H, W, I]`.
+      kernel: `[K, K, I, O]`, K odd, same dtype as `x`.
+      stride: step in both directions.
+
+    Returns:
+      `[N, ceil(H / stride), ceil(W / stride), O]`.
+    """
+    size = kernel.shape[0]
+    if size == 1:
+        return jnp.dot(x[:, ::stride, ::stride, :], kernel[0, 0])
+    pad = (size - 1) // 2
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((pad, pad), (pad, pad)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+
+
+def max_pool_3x3_s2(x: Array) -> Array:
+    """3x3 max pooling, stride 2, one pixel of zeros around: Keras's `pool1_pad`, `pool1_pool`.
+
+    Zeros, not minus infinity, are what Keras pads with; after a ReLU they are the same.
+    """
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
+
+
+class Conv(nnx.Module):
+    """The arrays of a convolution: `kernel`, and `bias` or None."""
+
+    def __init__(self, inputs: int, outputs: int, size: int, *, use_bias: bool, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(glorot_uniform(rngs.params(), (size, size, inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if use_bias else None
+
+
+class BatchNorm(nnx.Module):
+    """The arrays of a batch norm: `scale`, `bias`, and the running `mean`, `var`."""
+
+    def __init__(self, features: int):
+        self.scale = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+        self.mean = nnx.BatchStat(jnp.zeros(features))
+        self.var = nnx.BatchStat(jnp.ones(features))
+
+
+class ConvBN(nnx.Module):
+    """Convolution and batch norm as one operation.
+
+    The convolution's bias never touches an activation. With batch statistics it
+    cancels, so only the running mean takes it in; with running statistics it joins
+    the shift. This is exact, and leaves the bias's gradient exactly zero in the first
+    case, where computing it gives rounding noise that Adam would blow up.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        *,
+        stride: int = 1,
+        use_bias: bool,
+        epsilon: float,
+        momentum: float,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        self.conv = Conv(inputs, outputs, size, use_bias=use_bias, rngs=rngs)
+        self.bn = BatchNorm(outputs)
+        self.stride, self.epsilon, self.momentum, self.dtype = stride, epsilon, momentum, dtype
+
+    def __call__(self, x: Array, *, use_batch_stats: bool, axis_name: str | None = None) -> Array:
+        """Applies it to `[N, H, W, C]`.
+
+        Args:
+          x: input, cast to the layer's dtype.
+          use_batch_stats: normalise by this batch and update the running statistics
+            (Keras: `training=True`); else by the running statistics, left as they are.
+          axis_name: mapped axis over which the statistics are averaged (pmap only;
+            under jit the batch is global already).
+        """
+        y = conv2d(x.astype(self.dtype), self.conv.kernel[...].astype(self.dtype), self.stride)
+        bn = self.bn
+        bias = 0.0 if self.conv.bias is None else self.conv.bias[...]
+        if use_batch_stats:
+            # One pass, shifted by the running mean: without a shift E[y^2] - E[y]^2
+            # cancels badly where the mean is large against the deviation.
+            shift = lax.stop_gradient(bn.mean[...] - bias)
+            d = y.astype(jnp.float32) - shift
+            mean_d, mean_d2 = jnp.mean(d, (0, 1, 2)), jnp.mean(d * d, (0, 1, 2))
+            if axis_name is not None:
+                mean_d, mean_d2 = lax.pmean((mean_d, mean_d2), axis_name)
+            var = jnp.maximum(mean_d2 - mean_d * mean_d, 0.0)
+            mean = mean_d + shift
+            keep = self.momentum
+            # Biased variance in the running average, as Keras 3.
+            bn.mean[...] = keep * bn.mean[...] + (1 - keep) * lax.stop_gradient(mean + bias)
+            bn.var[...] = keep * bn.var[...] + (1 - keep) * lax.stop_gradient(var)
+        else:
+            mean, var = bn.mean[...] - bias, bn.var[...]
+        scale = bn.scale[...] * lax.rsqrt(var + self.epsilon)
+        offset = bn.bias[...] - mean * scale
+        return y * scale.astype(self.dtype) + offset.astype(self.dtype)
+
+
+class Dense(nnx.Module):
+    """Fully connected layer in float32: `[N, I] -> [N, O]`."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(glorot_uniform(rngs.params(), (inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.dot(x, self.kernel[...]) + self.bias[...]
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+    """Inverted dropout, as Keras's; the identity where `key` is None or `rate` 0."""
+    if key is None or rate == 0.0:
+        return x
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), 0.0)

@@ -1,0 +1,40 @@
+"""Pixels to network input, in the graph.
+
+`caffe` and `torch` are the modes of Keras's `imagenet_utils.preprocess_input`; `unit` is
+the paper's division by 255.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+# Means of ImageNet's training set: B, G, R on 0..255; and R, G, B on 0..1 with deviations.
+_CAFFE_MEAN = (103.939, 116.779, 123.68)
+_TORCH_MEAN = (0.485, 0.456, 0.406)
+_TORCH_STD = (0.229, 0.224, 0.225)
+
+MODES = ("unit", "caffe", "torch")
+
+
+def preprocess(images: jax.Array, mode: str) -> jax.Array:
+    """Scales images for a network.
+
+    Args:
+      images: `[N, H, W, 3]`, RGB, 0..255, any real dtype; left as they are.
+      mode: `unit` (/255), `caffe` (RGB to BGR, minus the mean, not divided) or
+        `torch` (/255, minus the mean, by the deviation).
+
+    Returns:
+      float32, same shape.
+    """
+    x = jnp.asarray(images, jnp.float32)
+    if mode == "unit":
+        return x / 255.0
+    if mode == "caffe":
+        return x[..., ::-1] - jnp.array(_CAFFE_MEAN, jnp.float32)
+    if mode == "torch":
+        return (x / 255.0 - jnp.array(_TORCH_MEAN, jnp.float32)) / jnp.array(
+            _TORCH_STD, jnp.float32
+        )
+    raise ValueError(f"preprocessing {mode!r}: one of {', '.join(MODES)}")

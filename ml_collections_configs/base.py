@@ -1,0 +1,79 @@
+"""Every configuration key, once, with its default and meaning.
+
+The files of `configs/` start from here and say only what differs. The defaults are the
+paper's setting where it stated one (Sun 2024), Keras's default where it did not.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The locked base configuration: setting a key that is not here fails."""
+    c = ml_collections.ConfigDict()
+
+    c.seed = 0  # of everything drawn at random: split, initial weights, order, dropout, augmentation
+
+    c.data = d = ml_collections.ConfigDict()
+    d.dir = ""  # the image folder or its zip: <Class>/images/* as Kaggle ships it, or <Class>/*
+    d.phantoms_per_class = 0  # > 0 and no dir: draw that many synthetic X-rays a class and use them
+    d.cache_dir = ""  # where ArrayRecord copies are kept; "" is ~/.cache/covid_flax
+    d.split = "paper-sorted"  # paper-sorted, paper-random or grouped; see covid_flax/data/splits.py
+    d.val_fraction = 0.2  # share of the images that choose the epoch
+    d.test_fraction = 0.0  # share kept for `--split=test` (grouped only)
+    d.nested_test = False  # paper-*: the paper's 20 % becomes `test`, `val` is drawn from the rest
+    d.groups_file = ""  # csv of file and group; "" looks for groups.csv, then manifest.csv
+    d.group_column = ""  # its column; "" takes group, near_dup_group, patient_id, group_from_name
+    d.image_size = 128  # side in pixels that the network sees
+    d.intermediate_size = 0  # > 0: resize to this side first, then to image_size (the paper: 224)
+    d.interpolation = "nearest"  # nearest, box, bilinear, hamming, bicubic or lanczos (Pillow's)
+    d.num_threads = 4  # that decode images; 0 decodes in the training thread
+    d.prefetch = 8  # batches decoded ahead
+
+    c.model = m = ml_collections.ConfigDict()
+    m.name = "resnet50"  # resnet50 (Keras, v1), resnet50_v1_5 (torchvision), resnet14_small
+    m.weights = "imagenet"  # imagenet (Keras's file, downloaded), a path (.h5, .npz), or none
+    m.weights_may_miss = ()  # stages whose arrays the weights may lack, e.g. ("conv5",)
+    m.preprocessing = ""  # unit (/255), caffe or torch; "" is what the weights were trained with
+    m.hidden_units = 1024  # of the head's hidden layer; 0 for none
+    m.dropout = 0.5  # of the head
+    m.trainable = "all"  # all, head, or the stage from which on to train: conv2 .. conv5
+    m.batch_norm = "train"  # in trained stages: train (batch statistics) or frozen; else frozen
+    m.bn_momentum = 0.99  # of the running statistics, Keras's convention
+    m.dtype = "float32"  # of the convolutions: float32 or bfloat16
+
+    c.optimizer = o = ml_collections.ConfigDict()
+    o.learning_rate = 1e-5
+    o.schedule = "constant"  # constant or cosine (to zero at the last step)
+    o.warmup_epochs = 0.0  # linear rise from zero, either schedule
+    o.b1 = 0.9
+    o.b2 = 0.999
+    o.epsilon = 1e-7  # Keras's default
+    o.epsilon_mode = "keras"  # keras (added before bias correction) or optax (after); docs/training.md
+    o.weight_decay = 0.0  # decoupled (AdamW), kernels only
+    o.clip_norm = 0.0  # > 0: bound on the gradient's global norm
+
+    c.train = t = ml_collections.ConfigDict()
+    t.epochs = 100
+    t.batch_size = 32  # over all devices
+    t.last_batch = "keep"  # keep the short last batch as Keras does, or drop it
+    t.patience = 10  # epochs without improvement until training stops; 0 never stops
+    t.monitor = "val_loss"  # val_loss, val_accuracy
+    t.min_delta = 0.0  # smallest change of it that counts as an improvement
+    t.class_weights = "none"  # none or balanced (n / (classes x n_class))
+    t.label_smoothing = 0.0
+    t.parallel = "jit"  # jit (one program over a device mesh) or pmap
+    t.checkpoint_every_steps = 0  # > 0: also between epochs
+    t.log_every_steps = 20  # steps a console line
+    t.feature_cache_gb = 8.0  # memory for the frozen stages' outputs, where caching is exact; 0 never
+
+    c.augment = a = ml_collections.ConfigDict()  # on device, training only; all off by default
+    a.flip = False  # left to right, half of the images
+    a.shift = 0.0  # up to this share of the side, both directions
+    a.rotate = 0.0  # up to this many degrees
+    a.scale = 0.0  # zoom by up to this share, in or out
+    a.brightness = 0.0  # multiplied by 1 +- up to this share
+
+    c.eval = e = ml_collections.ConfigDict()
+    e.batch_size = 64
+
+    return c.lock()
