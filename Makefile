@@ -1,0 +1,49 @@
+# make quickstart   set up, train and evaluate on synthetic X-rays, say where the report lies
+# make test         set up, lint, type-check and test
+# make lock         resolve the lock files anew from pyproject.toml
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+QUICKSTART := runs/quickstart
+
+.PHONY: quickstart test lint lock clean
+
+quickstart: $(VENV)/.runtime
+	rm -rf $(QUICKSTART)
+	$(BIN)/python -m covid_flax.main --config=configs/quickstart.py --workdir=$(QUICKSTART)
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.runtime: $(VENV)/.made requirements.lock pyproject.toml
+	@echo "installing the locked packages into $(VENV) (a minute or two, once)"
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.runtime requirements-test.lock
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements-test.lock
+	touch $@
+
+lock: $(VENV)/.made
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+	  --no-header --output-file requirements.lock pyproject.toml requirements-build.txt
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --fork-strategy fewest --generate-hashes \
+	  --no-header --extra test --constraint requirements.lock \
+	  --output-file requirements-test.lock pyproject.toml requirements-build.txt
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

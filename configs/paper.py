@@ -1,0 +1,56 @@
+"""Sun 2024 as far as the paper says, Keras's defaults where it does not.
+
+ResNet50 with ImageNet weights, Dense 1024 ReLU, dropout 0.5, Dense 4; Adam at 1e-5; up to
+100 epochs with early stopping; 80:20 into training and validation. Variants, as
+`--config=configs/paper.py:frozen`:
+
+  frozen   only the head is trained, batch norm in inference mode: the paper's slow
+           curve looks like this
+  caffe    the preprocessing that Keras's weights were trained with, not /255
+  resize   to 224 first, then to 128, as the paper's text has both sizes
+  random   the 80:20 split drawn at random instead of by file name
+  nested   the paper's validation images become a test set that chooses nothing
+
+Variants combine: `paper.py:frozen,nested`.
+"""
+
+from ml_collections_configs import base
+
+VARIANTS = ("frozen", "caffe", "resize", "random", "nested")
+
+
+def get_config(variants: str = ""):
+    c = base.get_config()
+    c.data.split = "paper-sorted"  # 4,232 validation images fit ImageDataGenerator's floors
+    c.data.val_fraction = 0.2  # "80:20"
+    c.data.image_size = 128  # "input 128x128x3"
+    c.data.interpolation = "nearest"  # unstated: the Keras generator's default
+    c.model.name = "resnet50"
+    c.model.weights = "imagenet"
+    c.model.preprocessing = "unit"  # "dividing by 255", though these weights expect caffe
+    c.model.hidden_units = 1024
+    c.model.dropout = 0.5
+    c.model.trainable = "all"  # "retained ... to allow for further fine-tuning"
+    c.model.batch_norm = "train"
+    c.optimizer.learning_rate = 1e-5
+    c.optimizer.epsilon_mode = "keras"
+    c.train.epochs = 100
+    c.train.batch_size = 32  # unstated: Keras's default
+    c.train.patience = 10  # unstated
+    c.train.monitor = "val_loss"  # unstated: Keras's default
+
+    for variant in filter(None, variants.split(",")):
+        if variant == "frozen":
+            c.model.trainable = "head"
+        elif variant == "caffe":
+            c.model.preprocessing = "caffe"
+        elif variant == "resize":
+            c.data.intermediate_size = 224
+        elif variant == "random":
+            c.data.split = "paper-random"
+        elif variant == "nested":
+            c.data.nested_test = True
+            c.data.val_fraction = 0.2
+        else:
+            raise ValueError(f"paper.py has no variant {variant!r}: {', '.join(VARIANTS)}")
+    return c

@@ -1,0 +1,107 @@
+"""From the command line to a checked configuration, and to JSON and back."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import ml_collections
+
+from covid_flax.errors import UserError
+from covid_flax.models import MODELS, STAGES
+from covid_flax.models.preprocess import MODES
+from ml_collections_configs import base
+
+_CHOICES = {
+    "data.split": ("paper-sorted", "paper-random", "grouped"),
+    "data.interpolation": ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"),
+    "model.name": tuple(MODELS),
+    "model.preprocessing": ("", *MODES),
+    "model.trainable": ("all", *(s for s in STAGES[1:] if s != "pool")),
+    "model.batch_norm": ("train", "frozen"),
+    "model.dtype": ("float32", "bfloat16"),
+    "optimizer.schedule": ("constant", "cosine"),
+    "optimizer.epsilon_mode": ("keras", "optax"),
+    "train.last_batch": ("keep", "drop"),
+    "train.monitor": ("val_loss", "val_accuracy"),
+    "train.class_weights": ("none", "balanced"),
+    "train.parallel": ("jit", "pmap"),
+}
+# Least allowed value, greatest, or None.
+_RANGES: dict[str, tuple[float, float | None]] = {
+    "seed": (0, 2**32 - 1),
+    "data.phantoms_per_class": (0, None),
+    "data.val_fraction": (0, 1),
+    "data.test_fraction": (0, 1),
+    "data.image_size": (32, 4096),
+    "data.intermediate_size": (0, 4096),
+    "data.num_threads": (0, 1024),
+    "data.prefetch": (1, 4096),
+    "model.hidden_units": (0, None),
+    "model.dropout": (0, 0.999),
+    "model.bn_momentum": (0, 1),
+    "optimizer.learning_rate": (0, None),
+    "optimizer.warmup_epochs": (0, None),
+    "optimizer.b1": (0, 0.999999),
+    "optimizer.b2": (0, 0.999999999),
+    "optimizer.epsilon": (0, None),
+    "optimizer.weight_decay": (0, None),
+    "optimizer.clip_norm": (0, None),
+    "train.epochs": (1, None),
+    "train.batch_size": (1, None),
+    "train.patience": (0, None),
+    "train.min_delta": (0, None),
+    "train.label_smoothing": (0, 1),
+    "train.checkpoint_every_steps": (0, None),
+    "train.log_every_steps": (1, None),
+    "train.feature_cache_gb": (0, None),
+    "augment.shift": (0, 1),
+    "augment.rotate": (0, 180),
+    "augment.scale": (0, 0.99),
+    "augment.brightness": (0, 1),
+    "eval.batch_size": (1, None),
+}
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"data.dir": ..., ...}` from nested mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses values that no run could use, naming the key. Raises UserError."""
+    flat = flatten(config)
+    for key, choices in _CHOICES.items():
+        if flat[key] not in choices:
+            known = ", ".join(repr(c) for c in choices if c)
+            raise UserError(f"config.{key}={flat[key]!r}: choose one of {known}")
+    for key, (low, high) in _RANGES.items():
+        if not low <= flat[key] <= (float("inf") if high is None else high):
+            bound = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise UserError(f"config.{key}={flat[key]!r}: set a value {bound}")
+
+
+def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Plain nested dicts, lists in place of tuples."""
+    return json.loads(config.to_json())
+
+
+def from_json(saved: dict[str, Any]) -> ml_collections.ConfigDict:
+    """The configuration of a saved run. Raises UserError for keys this version lacks."""
+    config = base.get_config()
+    known = flatten(config)
+    for key, value in flatten(saved).items():
+        if key not in known:
+            raise UserError(f"config.json has the key {key!r}, which this version does not know")
+        parts = key.split(".")
+        section = config
+        for part in parts[:-1]:
+            section = section[part]
+        section[parts[-1]] = tuple(value) if isinstance(known[key], tuple) else value
+    return config

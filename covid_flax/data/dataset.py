@@ -1,0 +1,110 @@
+"""A run's data: the folder, its stored records, the split, and sources to read from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from covid_flax.data import phantoms
+from covid_flax.data.builder import Records, prepare
+from covid_flax.data.folder import DataFolder, open_folder
+from covid_flax.data.pipeline import ImageSource
+from covid_flax.data.splits import Row, make_split
+from covid_flax.errors import UserError
+
+
+def cache_dir(configured: str) -> Path:
+    """Where prepared data and downloaded weights are kept between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(configured).expanduser() if configured else Path(home) / "covid_flax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Attributes:
+    folder: where the images lie.
+    records: their bytes, by index.
+    rows: the split, one row an image.
+    class_names: in the order of the class indices.
+    """
+
+    folder: DataFolder
+    records: Records
+    rows: Sequence[Row]
+    class_names: tuple[str, ...]
+
+    def files(self, split: str) -> list[Row]:
+        """The rows of `split`, or every row for `all`."""
+        return [row for row in self.rows if split in (row.split, "all")]
+
+    def labels(self, split: str) -> np.ndarray:
+        """Class index of each image of a split, int32 `[N]`."""
+        names = {name: i for i, name in enumerate(self.class_names)}
+        return np.array([names[row.label] for row in self.files(split)], np.int32)
+
+    def source(self, split: str, config: Any) -> ImageSource:
+        """The images of a split, decoded by the configuration's `data`."""
+        position = {file: i for i, file in enumerate(self.records.files)}
+        return ImageSource(
+            records=self.records,
+            indices=[position[row.file] for row in self.files(split)],
+            labels=self.labels(split),
+            image_size=config.image_size,
+            interpolation=config.interpolation,
+            intermediate_size=config.intermediate_size,
+        )
+
+
+def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
+    """Opens, checks, stores and splits the images that the configuration's `data` names."""
+    root = config.dir
+    if not root and config.phantoms_per_class:
+        root = str(workdir / "phantoms")
+        phantoms.write_dataset(
+            Path(root), config.phantoms_per_class, seed=seed, size=config.image_size
+        )
+    if not root:
+        raise UserError(
+            "config.data.dir is empty: give the image folder, --config.data.dir=DIR "
+            "(Kaggle's COVID-19 Radiography Database, unpacked or its zip)"
+        )
+    folder = open_folder(
+        root, groups_file=config.groups_file, group_column=config.group_column
+    )
+    rows = make_split(
+        folder,
+        split=config.split,
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        nested_test=config.nested_test,
+        seed=seed,
+    )
+    records = prepare(folder, cache_dir(config.cache_dir))
+    return Dataset(folder, records, rows, folder.class_names)
+
+
+def class_weights(labels: np.ndarray, classes: int) -> tuple[float, ...]:
+    """`n / (classes * n_class)`, scikit-learn's "balanced"."""
+    counts = np.bincount(labels, minlength=classes)
+    return tuple(float(len(labels) / (classes * n)) for n in counts)
+
+
+def summary(data: Dataset) -> Mapping[str, Any]:
+    """What `config.json` keeps of the data."""
+    splits = sorted({row.split for row in data.rows})
+    return {
+        "root": str(Path(data.folder.root).absolute()),
+        "fingerprint": data.folder.fingerprint(),
+        "images": {
+            split: {
+                name: sum(row.label == name for row in data.files(split))
+                for name in data.class_names
+            }
+            for split in splits
+        },
+    }

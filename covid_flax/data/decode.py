@@ -1,0 +1,146 @@
+"""From an image file's bytes to the pixels that a network sees."""
+
+from __future__ import annotations
+
+import io
+from pathlib import PurePosixPath
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from covid_flax.errors import UserError
+
+# Suffix -> the formats (Pillow's names) that may stand behind it.
+FORMATS_BY_SUFFIX = {
+    ".png": ("PNG",),
+    ".jpg": ("JPEG", "MPO"),
+    ".jpeg": ("JPEG", "MPO"),
+    ".bmp": ("BMP", "DIB"),
+    ".gif": ("GIF",),
+    ".tif": ("TIFF",),
+    ".tiff": ("TIFF",),
+    ".webp": ("WEBP",),
+}
+INTERPOLATIONS = {
+    "nearest": Image.Resampling.NEAREST,
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+MAX_SIDE = 20_000
+MAX_PIXELS = 100_000_000
+
+_OPENED_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP")
+_PNG_END = b"IEND\xaeB`\x82"
+
+
+def decode(data: bytes, name: str) -> np.ndarray:
+    """The pixels of an image file: uint8 `[height, width, 3]`, RGB, 0..255.
+
+    Grey images get three equal channels. 16-bit grey is scaled by 1/257, so that 65535
+    becomes 255. Transparency is dropped, the colours under it kept. The EXIF orientation
+    is applied. Of several frames or pages the first is taken. Thread safe.
+
+    Args:
+      data: the file's content.
+      name: its name, for messages and for its suffix.
+
+    Raises:
+      UserError: `data` is empty, truncated, no image, of another format than the suffix
+        of `name` says, of a pixel type with no plain 8-bit meaning, or larger than
+        `MAX_SIDE` pixels a side or `MAX_PIXELS` in all.
+    """
+    if not data:
+        raise UserError(f"{name} is an empty file (0 bytes): replace or remove it")
+    try:
+        # The content is the only thing that varies here, and Pillow's decoders raise many
+        # types (OSError, SyntaxError, ValueError, struct.error, ...) on bad content.
+        image = Image.open(io.BytesIO(data), formats=_OPENED_FORMATS)
+    except Image.DecompressionBombError as e:
+        raise _too_large(name) from e
+    except Exception as e:
+        raise UserError(f"{name} is not a readable image: replace or remove it") from e
+    with image:
+        suffix = PurePosixPath(name).suffix.lower()
+        allowed = FORMATS_BY_SUFFIX.get(suffix)
+        if allowed and image.format not in allowed:
+            raise UserError(
+                f"{name} is mislabelled: its content is {image.format}, not what {suffix} says: "
+                "rename or replace it"
+            )
+        if max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
+            raise _too_large(name, image.size)
+        # Pillow does not miss a PNG's end chunk once it has all rows.
+        if image.format == "PNG" and _PNG_END not in data:
+            raise UserError(f"{name} is truncated: replace or remove it")
+        try:
+            image.load()
+            oriented = ImageOps.exif_transpose(image)
+            pixels = _to_rgb(oriented, name)
+        except UserError:
+            raise
+        except Exception as e:
+            reason = " ".join(str(e).split()) or type(e).__name__
+            raise UserError(
+                f"{name} is truncated or damaged ({reason}): replace or remove it"
+            ) from e
+    return pixels
+
+
+def resize(
+    image: np.ndarray, size: int, interpolation: str, intermediate_size: int = 0
+) -> np.ndarray:
+    """Resizes to a square as `keras.utils.load_img(target_size=...)` does, with Pillow.
+
+    Args:
+      image: uint8 `[height, width, 3]`.
+      size: side of the result in pixels.
+      interpolation: one of `INTERPOLATIONS`; all but `nearest` average when shrinking.
+      intermediate_size: > 0 resizes to this side first, with the same interpolation.
+
+    Returns:
+      uint8 `[size, size, 3]`. The aspect ratio is not kept.
+
+    Raises:
+      UserError: unknown interpolation.
+    """
+    if interpolation not in INTERPOLATIONS:
+        raise UserError(
+            f"data.interpolation={interpolation} is unknown: take one of "
+            + ", ".join(INTERPOLATIONS)
+        )
+    sides = [intermediate_size, size] if intermediate_size > 0 else [size]
+    for side in sides:
+        if image.shape[:2] != (side, side):
+            resized = Image.fromarray(image).resize((side, side), INTERPOLATIONS[interpolation])
+            image = np.asarray(resized)
+    return image
+
+
+def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(
+                f"{name} has 32-bit pixels beyond 0..65535: save it with 8 or 16 bits a pixel"
+            )
+        # Pillow's own conversion clips at 255 instead of scaling.
+        grey = ((values + 128) // 257).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        raise UserError(
+            f"{name} has floating-point pixels of unknown range: save it with 8 or 16 bits a pixel"
+        )
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # what Pillow asks for; the colours are the same
+    return np.asarray(image.convert("RGB"))
+
+
+def _too_large(name: str, size: tuple[int, int] | None = None) -> UserError:
+    what = f"{size[0]} x {size[1]} pixels" if size else "far too many pixels"
+    return UserError(
+        f"{name} has {what}, above the limit of {MAX_SIDE:,} a side and {MAX_PIXELS:,} in all: "
+        "shrink or remove it"
+    )

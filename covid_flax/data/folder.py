@@ -1,0 +1,527 @@
+"""A folder (or zip) of labelled images: which files, which classes, which groups."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from absl import logging
+
+from covid_flax.data.decode import FORMATS_BY_SUFFIX
+from covid_flax.errors import UserError
+
+KAGGLE_FOLDER = "COVID-19_Radiography_Dataset"
+GROUP_COLUMNS = ("group", "near_dup_group", "patient_id", "group_from_name")
+LAYOUTS = "<Class>/images/*.png (Kaggle's) or <Class>/*.png"
+
+_SKIPPED_FOLDERS = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "masks"}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+    """One image.
+
+    Attributes:
+      file: posix path relative to the data folder (or inside the zip).
+      label: name of its class.
+      source: where it was published, as the folder's metadata says; "" where unknown.
+    """
+
+    file: str
+    label: str
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFolder:
+    """The images of a data folder.
+
+    Attributes:
+      root: the folder or zip, as given.
+      class_names: sorted by name, as Keras numbers them.
+      files: sorted by class, then in the order in which Keras lists them.
+      groups: group of every file, or None where no csv tells groups.
+      ignored: files in the class folders that are not images.
+      ungrouped: images that the groups' csv does not list; each is its own group.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    files: list[ImageFile]
+    groups: dict[str, str] | None
+    ignored: int
+    ungrouped: int
+    _tree: _Tree = dataclasses.field(repr=False)
+
+    def read(self, file: str) -> bytes:
+        """The content of `file`. Thread safe. UserError where it cannot be read."""
+        return self._tree.read(file)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over every image's name, class, source, size and time of change.
+
+        A zip's images count with their checksum instead of the time. Reads no image.
+        """
+        digest = hashlib.sha256()
+        for f in sorted(self.files, key=lambda f: f.file):
+            line = (f.file, f.label, f.source, *self._tree.stamp(f.file))
+            digest.update(repr(line).encode())
+        return digest.hexdigest()
+
+
+def open_folder(
+    path: str,
+    *,
+    groups_file: str = "",
+    group_column: str = "",
+    require_two_classes: bool = True,
+) -> DataFolder:
+    """Lists the labelled images under `path`; opens none of them.
+
+    The class folders lie in `path`, or one or two levels below it: in a folder of the
+    Kaggle database's name, or in the only folder there is. `masks` folders are never
+    entered.
+
+    Args:
+      path: folder, or zip of one (read without unpacking).
+      groups_file: csv with a `file` column, relative to `path` or to the working
+        directory. "" looks for `groups.csv`, then `manifest.csv`, in `path`, in the folder
+        that holds the classes, and in the folder above `path`.
+      group_column: its column of groups. "" takes the first of `GROUP_COLUMNS`.
+      require_two_classes: whether one class alone is an error.
+
+    Raises:
+      UserError: no such folder, a broken zip, no image, an empty class, a single class,
+        an image whose name or csv row says another class, or unusable groups.
+    """
+    tree = _open_tree(path)
+    dataset = _find_dataset(tree)
+    class_names, listed, ignored = _list_images(tree, dataset, path)
+    if require_two_classes and len(class_names) < 2:
+        raise UserError(
+            f"{path} has one class only ({class_names[0]}): training needs two or more folders, "
+            f"{LAYOUTS}"
+        )
+    files = [ImageFile(f, label) for f, label in listed]
+    _refuse_other_class_names(files, class_names)
+
+    tables = _Tables(tree, path, dataset, files)
+    groups_table = tables.explicit(groups_file) if groups_file else tables.automatic(group_column)
+    groups, ungrouped = None, 0
+    if groups_table is not None:
+        groups, ungrouped = _groups(groups_table, files, group_column)
+    elif group_column:
+        raise UserError(
+            f"data.group_column={group_column}, but {path} has no groups.csv or manifest.csv with "
+            "that column: name the csv with data.groups_file"
+        )
+    sources = _sources(tree, dataset, class_names, files, [groups_table, tables.manifest])
+    files = [dataclasses.replace(f, source=sources.get(f.file, "")) for f in files]
+    return DataFolder(Path(path), class_names, files, groups, ignored, ungrouped, tree)
+
+
+class _Tree(Protocol):
+    """Read access to a folder's files by posix path relative to it."""
+
+    def children(self, folder: str) -> tuple[list[str], list[str]]:
+        """Names of the folders and of the files in `folder` ("" is the top)."""
+
+    def has(self, file: str) -> bool: ...
+
+    def read(self, file: str) -> bytes: ...
+
+    def stamp(self, file: str) -> tuple[int, int]:
+        """Two numbers that change when the file's content does."""
+
+
+class _Disk:
+    def __init__(self, root: str) -> None:
+        self._root = root
+
+    def children(self, folder: str) -> tuple[list[str], list[str]]:
+        path = os.path.join(self._root, folder)
+        try:
+            with os.scandir(path) as entries:
+                kinds = [(e.name, e.is_dir(), e.is_file()) for e in entries]
+        except OSError as e:
+            raise UserError(f"cannot list {path}: {e.strerror}") from e
+        return [n for n, d, _ in kinds if d], [n for n, _, f in kinds if f]
+
+    def has(self, file: str) -> bool:
+        return os.path.isfile(os.path.join(self._root, file))
+
+    def read(self, file: str) -> bytes:
+        path = os.path.join(self._root, file)
+        try:
+            with open(path, "rb") as f:
+                return f.read()
+        except OSError as e:
+            raise UserError(f"cannot read {path}: {e.strerror}") from e
+
+    def stamp(self, file: str) -> tuple[int, int]:
+        path = os.path.join(self._root, file)
+        try:
+            status = os.stat(path)
+        except OSError as e:
+            raise UserError(f"cannot read {path}: {e.strerror}") from e
+        return status.st_size, status.st_mtime_ns
+
+
+class _Zip:
+    def __init__(self, path: str) -> None:
+        self._path = path
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
+            raise UserError(f"{path} is a broken zip ({e}): download it again") from e
+        self._folders: dict[str, dict[str, None]] = {}
+        self._files: dict[str, list[str]] = {}
+        for info in self._zip.infolist():
+            if info.flag_bits & 1:
+                raise UserError(f"{path} is encrypted: unpack it and give the folder")
+            parent, _, name = info.filename.rstrip("/").rpartition("/")
+            if info.is_dir():
+                self._add_folder(_join(parent, name))
+            else:
+                self._add_folder(parent)
+                self._files.setdefault(parent, []).append(name)
+
+    def _add_folder(self, folder: str) -> None:
+        while folder:
+            folder, _, name = folder.rpartition("/")
+            self._folders.setdefault(folder, {})[name] = None
+
+    def children(self, folder: str) -> tuple[list[str], list[str]]:
+        return list(self._folders.get(folder, {})), self._files.get(folder, [])
+
+    def has(self, file: str) -> bool:
+        parent, _, name = file.rpartition("/")
+        return name in self._files.get(parent, [])
+
+    def read(self, file: str) -> bytes:
+        try:
+            return self._zip.read(file)
+        except (KeyError, OSError, EOFError, zlib.error, RuntimeError, zipfile.BadZipFile) as e:
+            raise UserError(
+                f"cannot read {file} in {self._path} ({e}): download the zip again"
+            ) from e
+
+    def stamp(self, file: str) -> tuple[int, int]:
+        info = self._zip.getinfo(file)
+        return info.file_size, info.CRC
+
+
+def _open_tree(path: str) -> _Tree:
+    if not path:
+        raise UserError(f"no data folder given: set data.dir to a folder of {LAYOUTS}, or its zip")
+    if os.path.isdir(path):
+        return _Disk(path)
+    if not os.path.exists(path):
+        raise UserError(f"{path} does not exist: set data.dir to a folder of {LAYOUTS}, or its zip")
+    if zipfile.is_zipfile(path):
+        return _Zip(path)
+    if path.lower().endswith(".zip"):
+        raise UserError(f"{path} is a broken zip: download it again")
+    raise UserError(f"{path} is neither a folder nor a zip: set data.dir to a folder of {LAYOUTS}")
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
+def _is_image(name: str) -> bool:
+    return not name.startswith(".") and PurePosixPath(name).suffix.lower() in FORMATS_BY_SUFFIX
+
+
+def _folders(tree: _Tree, folder: str) -> list[str]:
+    names, _ = tree.children(folder)
+    return sorted(n for n in names if not n.startswith(".") and n.lower() not in _SKIPPED_FOLDERS)
+
+
+def _find_dataset(tree: _Tree) -> str:
+    """The folder that holds the class folders, relative to the top."""
+    folder = ""
+    for _ in range(2):
+        names = _folders(tree, folder)
+        if KAGGLE_FOLDER in names:
+            folder = _join(folder, KAGGLE_FOLDER)
+        elif len(names) == 1 and _looks_like_dataset(tree, _join(folder, names[0])):
+            folder = _join(folder, names[0])
+        else:
+            break
+    return folder
+
+
+def _looks_like_dataset(tree: _Tree, folder: str) -> bool:
+    names = _folders(tree, folder)
+    if KAGGLE_FOLDER in names:
+        return True
+    has_images = any(_is_image(n) for n in tree.children(folder)[1])
+    return len(names) >= 2 and not has_images and "images" not in [n.lower() for n in names]
+
+
+def _walk(tree: _Tree, folder: str, depth: int = 0) -> Iterator[tuple[str, str]]:
+    if depth > 32:
+        raise UserError(f"{folder} is nested too deeply: does a link point to a folder above it?")
+    for name in tree.children(folder)[1]:
+        yield folder, name
+    for name in _folders(tree, folder):
+        yield from _walk(tree, _join(folder, name), depth + 1)
+
+
+def _list_images(
+    tree: _Tree, dataset: str, path: str
+) -> tuple[tuple[str, ...], list[tuple[str, str]], int]:
+    """Class names, `(file, class)` in Keras's order, and the number of other files."""
+    names = _folders(tree, dataset)
+    where = _join(path.rstrip("/"), dataset) if dataset else path
+    if "images" in [n.lower() for n in names]:
+        raise UserError(f"{where} is the folder of one class: give the folder that holds it")
+    images: dict[str, list[tuple[str, str]]] = {}
+    ignored = 0
+    for label in names:
+        found = list(_walk(tree, _join(dataset, label)))
+        # Keras lists folder by folder, both sorted as strings.
+        images[label] = sorted((d, n) for d, n in found if _is_image(n))
+        ignored += len(found) - len(images[label])
+    if not any(images.values()):
+        raise UserError(f"no image found in {where}: it must hold {LAYOUTS}")
+    empty = [label for label in names if not images[label]]
+    if empty:
+        raise UserError(
+            f"no image in the class folder {_join(where, empty[0])}: fill it or remove it"
+        )
+    listed = [(_join(d, n), label) for label in names for d, n in images[label]]
+    for file, _ in listed:
+        try:
+            file.encode()
+        except UnicodeEncodeError as e:
+            raise UserError(f"the name of {file!r} is not valid UTF-8: rename the file") from e
+    return tuple(names), listed, ignored
+
+
+def _refuse_other_class_names(files: list[ImageFile], class_names: tuple[str, ...]) -> None:
+    """Kaggle names images `<Class>-<number>`; one that names another class is misplaced."""
+    by_folded = {c.casefold(): c for c in class_names}
+    wrong = []
+    for f in files:
+        named = re.match(r"(.+)-\d+\b", PurePosixPath(f.file).name)
+        said = by_folded.get(named[1].casefold()) if named else None
+        if said is not None and said != f.label:
+            wrong.append(f"{f.file} names {said}")
+    _refuse_mislabelled(wrong)
+
+
+def _refuse_mislabelled(wrong: list[str]) -> None:
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(
+            f"{len(wrong)} mislabelled image(s) in the folder of another class: "
+            f"{'; '.join(wrong[:5])}{more}: move or remove them"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A csv of files: its name for messages, columns, and the row of each listed image."""
+
+    name: str
+    columns: list[str]
+    rows: dict[str, dict[str, str]]
+
+
+class _Tables:
+    """Finds the csv files that tell of the images, and matches their rows to them."""
+
+    def __init__(self, tree: _Tree, path: str, dataset: str, files: list[ImageFile]) -> None:
+        self._tree = tree
+        self._path = path
+        self._dataset = dataset
+        self._files = files
+        self._name = os.path.basename(os.path.abspath(path))
+        self.manifest = self._find("manifest.csv")
+
+    def explicit(self, groups_file: str) -> _Table:
+        if not os.path.isabs(groups_file) and self._tree.has(groups_file):
+            content = self._tree.read(groups_file)
+        elif os.path.isfile(groups_file):
+            content = _Disk(os.path.dirname(groups_file)).read(os.path.basename(groups_file))
+        else:
+            raise UserError(
+                f"data.groups_file={groups_file} is neither in {self._path} nor in the working "
+                "directory"
+            )
+        columns, rows = _read_csv(groups_file, content)
+        found = [self._matched(rows, prefix) for prefix in ("", self._dataset, f"../{self._name}")]
+        from_class_on = _from_class_on(rows, {f.label for f in self._files})
+        found.append(self._matched(from_class_on, self._dataset))
+        return self._usable(_Table(groups_file, columns, max(found, key=len)))
+
+    def automatic(self, group_column: str) -> _Table | None:
+        groups = self._find("groups.csv")
+        if groups is not None:
+            return self._usable(groups)
+        if self.manifest is None or not self.manifest.rows:
+            return None
+        columns = (group_column,) if group_column else GROUP_COLUMNS
+        return self.manifest if any(c in self.manifest.columns for c in columns) else None
+
+    def _find(self, name: str) -> _Table | None:
+        for folder in dict.fromkeys(("", self._dataset)):
+            file = _join(folder, name)
+            if self._tree.has(file):
+                columns, rows = _read_csv(file, self._tree.read(file))
+                found = [self._matched(rows, prefix) for prefix in ("", self._dataset)]
+                return _Table(file, columns, max(found, key=len))
+        above = os.path.dirname(os.path.abspath(self._path))
+        if isinstance(self._tree, _Disk) and os.path.isfile(os.path.join(above, name)):
+            # A csv up there may well be about something else.
+            try:
+                columns, rows = _read_csv(name, _Disk(above).read(name))
+            except UserError:
+                return None
+            matched = self._matched(rows, f"../{self._name}")
+            return _Table(os.path.join(above, name), columns, matched) if matched else None
+        return None
+
+    def _matched(
+        self, rows: dict[str, dict[str, str]], relative_to: str
+    ) -> dict[str, dict[str, str]]:
+        """Row of each image, the rows' files being relative to the dataset's folder,
+        the data folder ("") or the one above it (which adds the data folder's name)."""
+        if relative_to.startswith("../"):
+            names = {f.file: _join(relative_to[3:], f.file) for f in self._files}
+        else:
+            names = {f.file: f.file.removeprefix(f"{relative_to}/") for f in self._files}
+        return {file: rows[name] for file, name in names.items() if name in rows}
+
+    def _usable(self, table: _Table) -> _Table:
+        if "file" not in table.columns:
+            raise UserError(
+                f"{table.name} has no column `file` (it has {', '.join(table.columns)})"
+            )
+        if not table.rows:
+            raise UserError(
+                f"{table.name} lists none of the images of {self._path}: its `file` column must be "
+                "relative to that folder"
+            )
+        return table
+
+
+def _read_csv(name: str, content: bytes) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Columns, and rows by their `file`; no rows where there is no such column."""
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        columns = list(reader.fieldnames or [])
+        listed = [{k: v or "" for k, v in row.items() if k} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{name} is not a readable UTF-8 csv: {e}") from e
+    rows: dict[str, dict[str, str]] = {}
+    for row in listed if "file" in columns else []:
+        file = row["file"] if "/" in row["file"] else row["file"].replace("\\", "/")
+        key = str(PurePosixPath(file))
+        if rows.setdefault(key, row) != row:
+            raise UserError(f"{name} lists {key} twice with different values: remove one row")
+    return columns, rows
+
+
+def _from_class_on(rows: dict[str, dict[str, str]], labels: set[str]) -> dict[str, dict[str, str]]:
+    """Rows by the part of their path that begins with a class; ambiguous ones left out."""
+    short: dict[str, dict[str, str]] = {}
+    ambiguous = set()
+    for file, row in rows.items():
+        parts = file.split("/")
+        start = next((i for i, p in enumerate(parts) if p in labels), None)
+        if start is not None:
+            key = "/".join(parts[start:])
+            if short.setdefault(key, row) is not row:
+                ambiguous.add(key)
+    return {k: v for k, v in short.items() if k not in ambiguous}
+
+
+def _groups(table: _Table, files: list[ImageFile], group_column: str) -> tuple[dict[str, str], int]:
+    """Group of every file, and how many files the table gives none."""
+    column = group_column or next((c for c in GROUP_COLUMNS if c in table.columns), "")
+    if not column or column not in table.columns:
+        raise UserError(
+            f"{table.name} has no column {group_column or ' or '.join(GROUP_COLUMNS)} "
+            f"(it has {', '.join(table.columns)}): set data.group_column"
+        )
+    labels = {f.label for f in files}
+    _refuse_mislabelled(
+        [
+            f"{f.file} is {said} in {table.name}"
+            for f in files
+            if (said := table.rows.get(f.file, {}).get("label", "")) in labels and said != f.label
+        ]
+    )
+    groups = {f.file: table.rows.get(f.file, {}).get(column, "").strip() for f in files}
+    ungrouped = [f for f, g in groups.items() if not g]
+    taken = set(groups.values())
+    for file in ungrouped:
+        own = file
+        while own in taken:
+            own = f"{own} (own)"
+        groups[file] = own
+    return groups, len(ungrouped)
+
+
+def _sources(
+    tree: _Tree,
+    dataset: str,
+    class_names: tuple[str, ...],
+    files: list[ImageFile],
+    tables: list[_Table | None],
+) -> dict[str, str]:
+    """Source of each file: Kaggle's `<Class>.metadata.xlsx`, else a csv's `source_repo`."""
+    sources = {
+        file: row["source_repo"]
+        for table in tables
+        if table is not None
+        for file, row in table.rows.items()
+        if row.get("source_repo")
+    }
+    beside = {n.casefold(): n for n in tree.children(dataset)[1]}
+    for label in class_names:
+        name = beside.get(f"{label}.metadata.xlsx".casefold())
+        if name is None:
+            continue
+        urls = _read_metadata(_join(dataset, name), tree.read(_join(dataset, name)))
+        for f in files:
+            url = urls.get(PurePosixPath(f.file).stem.casefold())
+            if f.label == label and url:
+                sources[f.file] = url
+    return sources
+
+
+def _read_metadata(name: str, content: bytes) -> dict[str, str]:
+    """URL by image name without suffix, case folded (the workbooks write NORMAL-1)."""
+    import openpyxl  # slow to import, and rarely needed
+
+    try:
+        book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()  # some writers store wrong ones
+        rows = sheet.iter_rows(values_only=True)
+        header = [str(cell or "").strip().casefold() for cell in next(rows, ())]
+        file_at, url_at = header.index("file name"), header.index("url")
+        urls = {}
+        for row in rows:
+            if len(row) > max(file_at, url_at) and row[file_at] is not None and row[url_at]:
+                image = str(row[file_at]).strip()
+                stem = PurePosixPath(image).stem if _is_image(image) else image
+                urls[stem.casefold()] = str(row[url_at]).strip()
+        book.close()
+    except Exception as e:  # the images do not need it, and a damaged workbook raises anything
+        logging.warning("%s is not readable, its sources are left out: %s", name, e)
+        return {}
+    return urls

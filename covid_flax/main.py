@@ -1,0 +1,35 @@
+"""Trains and evaluates: `python -m covid_flax.main --config=configs/paper.py`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from covid_flax.command import run_command
+from covid_flax.evaluate import evaluate
+from covid_flax.train import default_workdir, dry_run, say, setup, train
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "a file of configs/, with :variant where it has variants", lock_config=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", "", "the run's folder; empty: runs/<config>")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "do all but train, and say what a step costs")
+
+
+def _main() -> None:
+    name = config_flags.get_config_filename(flags.FLAGS["config"])
+    workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(name)
+    run = setup(_CONFIG.value, workdir)
+    if _DRY_RUN.value:
+        dry_run(run)
+        return
+    train(run)
+    evaluate(workdir)
+    say(f"run: {workdir} (curves.png, metrics.jsonl, checkpoints/, eval/val/)")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    run_command(_main)

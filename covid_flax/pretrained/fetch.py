@@ -1,0 +1,223 @@
+"""Keras's published ImageNet weights: one download, resumable, verified.
+
+The file is never under its final name before its size and MD5 (as Keras publishes it, in
+`keras/src/applications/resnet.py`) agree; until then it is `<name>.part`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import http.client
+import os
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import BinaryIO
+
+from tqdm import tqdm
+
+from covid_flax.errors import UserError
+
+DEFAULT_CACHE_DIR = Path("~/.cache/covid_flax/weights")
+
+_CHUNK = 1 << 18
+_TIMEOUT_S = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A file as its publisher describes it; `size` in bytes, `md5` in hex."""
+
+    url: str
+    size: int
+    md5: str
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[1]
+
+
+# By `model.name`: the weights that `model.weights=imagenet` means.
+IMAGENET = {
+    "resnet50": Published(
+        url="https://storage.googleapis.com/tensorflow/keras-applications/resnet/"
+        "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        size=94_765_736,
+        md5="4d473c1dd8becc155b73f8504c6f6626",
+    ),
+}
+
+
+def resolve(weights: str, model: str, cache_dir: Path | None = None) -> Path | None:
+    """The file that `model.weights` means.
+
+    Args:
+      weights: `none`, `imagenet` (fetched where it is not there yet) or a path.
+      model: `model.name`.
+      cache_dir: where `imagenet` is kept; None is `~/.cache/covid_flax/weights`.
+
+    Returns:
+      The path of a file that exists, or None for `none`.
+
+    Raises:
+      UserError: no such file, no published weights for `model`, or as
+        `fetch_imagenet_weights`.
+    """
+    if weights == "none":
+        return None
+    if weights == "imagenet":
+        return fetch_imagenet_weights(cache_dir, model=model)
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise UserError(
+            f"model.weights={weights!r}: no such file; give a path to an .h5 or .npz, imagenet, "
+            "or none"
+        )
+    return path
+
+
+def fetch_imagenet_weights(cache_dir: Path | None = None, *, model: str = "resnet50") -> Path:
+    """Keras's ImageNet weights without top, from the cache or the network.
+
+    A verified copy of Keras's own (`~/.keras/models`, or under `KERAS_HOME`) is taken where
+    there is one. A download that was cut goes on where it stopped.
+
+    Args:
+      cache_dir: made if absent; None is `~/.cache/covid_flax/weights`.
+      model: `model.name`.
+
+    Returns:
+      The verified file.
+
+    Raises:
+      UserError: no published weights for `model`, no network (the line says which file to put
+        where), wrong content, or a folder that cannot be written.
+    """
+    if model not in IMAGENET:
+        raise UserError(
+            f"model.weights=imagenet: none is published for {model}, only for "
+            f"{', '.join(IMAGENET)}; give a path, or none"
+        )
+    file = IMAGENET[model]
+    keras_home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+    keras_copy = keras_home / "models" / file.name
+    folder = (cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    if not (folder / file.name).exists() and _is(keras_copy, file):
+        return keras_copy
+    if not file.url.startswith("https://"):
+        raise ValueError(f"{file.url}: https only")
+    return _fetch(file, folder)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _is(path: Path, file: Published) -> bool:
+    try:
+        if path.stat().st_size != file.size:
+            return False
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "md5").hexdigest() == file.md5
+    except OSError:
+        return False
+
+
+def _fetch(file: Published, folder: Path) -> Path:
+    """As `fetch_imagenet_weights`, of any file and URL."""
+    final = folder / file.name
+    if final.exists():
+        if _is(final, file):
+            return final
+        raise UserError(
+            f"{final} is not the published file ({file.size:,} bytes, MD5 {file.md5}): "
+            "delete it and run again"
+        )
+    part = folder / f"{file.name}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with part.open("ab") as out:
+            try:
+                fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{part} is being downloaded by another process: run again once it is done"
+                ) from None
+            if out.tell() < file.size:
+                _download(file, out, folder)
+            if not _is(part, file):
+                part.unlink()
+                raise UserError(
+                    f"{file.url} gave something other than the published file ({file.size:,} "
+                    f"bytes, MD5 {file.md5}); it was deleted: run again, or check for a proxy "
+                    f"and put the file into {folder} by hand"
+                )
+            os.replace(part, final)
+    except OSError as e:
+        raise UserError(
+            f"cannot write {part}: {e.strerror}; free space or choose another cache folder"
+        ) from None
+    return final
+
+
+def _download(file: Published, out: BinaryIO, folder: Path) -> None:
+    """Appends to `out` what it lacks of the file, or begins anew if the server must."""
+    have = out.tell()
+    request = urllib.request.Request(file.url, headers={"User-Agent": "covid_flax"})
+    if have:
+        request.add_header("Range", f"bytes={have}-")
+    try:
+        response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
+    except urllib.error.HTTPError as e:
+        if have and e.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return  # the file there is shorter than promised: verification will say so
+        raise _unreachable(file, folder, f"HTTP {e.code}") from None
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
+        raise _unreachable(file, folder, str(getattr(e, "reason", e))) from None
+    with response:
+        scheme = urllib.parse.urlsplit(file.url).scheme
+        if urllib.parse.urlsplit(response.geturl()).scheme != scheme:
+            raise _unreachable(file, folder, f"redirected to {response.geturl()}")
+        start = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if have and not (response.status == http.client.PARTIAL_CONTENT and start):
+            out.truncate(0)
+            have = 0
+        bar = tqdm(
+            total=file.size, initial=have, desc=file.name, unit="B", unit_scale=True, leave=False
+        )
+        with bar:
+            while have <= file.size:  # one chunk too much is enough to know it is another file
+                try:
+                    chunk = response.read(_CHUNK)
+                except (http.client.HTTPException, OSError) as e:
+                    out.flush()
+                    raise _cut(file, have, str(e)) from None
+                if not chunk:
+                    break
+                out.write(chunk)
+                have += len(chunk)
+                bar.update(len(chunk))
+        out.flush()
+        # What Content-Length promised and did not come. A short answer that is complete is
+        # another file, which verification refuses.
+        if response.length and have < file.size:
+            raise _cut(file, have, "connection closed")
+
+
+def _cut(file: Published, have: int, why: str) -> UserError:
+    return UserError(
+        f"download of {file.url} was cut at {have:,} of {file.size:,} bytes ({why}): "
+        "run again, it goes on from there"
+    )
+
+
+def _unreachable(file: Published, folder: Path, why: str) -> UserError:
+    return UserError(
+        f"cannot download {file.name} ({why}): fetch {file.url} ({file.size:,} bytes) elsewhere "
+        f"and put it into {folder}, or set model.weights to a path or to none"
+    )

@@ -1,0 +1,190 @@
+"""Named arrays into a network's parameter trees, strictly.
+
+Every array of the source is used and every array of the backbone filled, at equal shapes;
+all that does not fit is named in one error. The head is the one part that may differ: it is
+loaded whole, or ImageNet's is set aside whole and reported. Names and shapes cannot tell
+apart the `_0_` and `_3_` layers of a stage's first block: the tests compare outputs with
+Keras's for that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from covid_flax.errors import UserError
+from covid_flax.models import MODELS
+from covid_flax.pretrained.names import Path, keras_name
+
+Tree = dict[str, Any]
+Shapes = Mapping[str, tuple[int, ...]]
+
+_BACKBONE = ("conv1", "conv2", "conv3", "conv4", "conv5")
+_HEAD_LAYERS = ("hidden", "predictions")
+_SHOWN = 5  # names spelt out in an error
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadReport:
+    """What became of each array, by Keras's name.
+
+    Attributes:
+      loaded: taken from the source.
+      initialised: of the model, left at their initial values.
+      set_aside: of the source, a head that is not the model's.
+    """
+
+    loaded: tuple[str, ...]
+    initialised: tuple[str, ...]
+    set_aside: tuple[str, ...]
+
+    def summary(self) -> str:
+        """One line for people: how many were loaded, what was initialised, what left out."""
+        parts = [f"loaded {len(self.loaded)} arrays"]
+        for stage in (*_BACKBONE, "head"):
+            mine = [n for n in self.initialised if _stage(n) == stage]
+            whole = not any(_stage(n) == stage for n in self.loaded)
+            if mine and whole:
+                parts.append(f"initialised all of {stage} ({len(mine)})")
+            elif mine:
+                parts.append(f"initialised {len(mine)} of {stage} ({', '.join(mine)})")
+        if self.set_aside:
+            parts.append(f"set aside {', '.join(self.set_aside)}")
+        return "; ".join(parts)
+
+
+def load_weights(
+    arrays: Mapping[str, np.ndarray],
+    params: Tree,
+    batch_stats: Tree,
+    *,
+    source: str,
+    may_miss: Sequence[str] = (),
+) -> tuple[Tree, Tree, LoadReport]:
+    """Fills a network's trees from named arrays.
+
+    Args:
+      arrays: by Keras's name, as `read_weights` returns them.
+      params: nested dict of the initial parameters; only the shapes are read, and the leaves
+        of what is not loaded are kept. Not changed.
+      batch_stats: the same of the running statistics.
+      source: what the errors call the arrays, e.g. the file.
+      may_miss: stages (`conv1`..`conv5`) of which arrays may be absent; what is present is
+        loaded, what is absent keeps its initial values.
+
+    Returns:
+      New params, new batch_stats (float32 JAX arrays where loaded), and the report.
+
+    Raises:
+      UserError: a missing, spare or misshapen array, or an unknown stage in `may_miss`.
+    """
+    for stage in may_miss:
+        if stage not in _BACKBONE:
+            raise UserError(
+                f"weights_may_miss: {stage!r} is no stage; one of {', '.join(_BACKBONE)} "
+                "(the head needs no leave)"
+            )
+    flat = {("params", *p): v for p, v in _leaves(params)}
+    flat |= {("batch_stats", *p): v for p, v in _leaves(batch_stats)}
+    targets = {keras_name(p[1:]): p for p in flat}
+    want = {name: tuple(flat[p].shape) for name, p in targets.items()}
+    have = {name: tuple(value.shape) for name, value in arrays.items()}
+
+    set_aside: list[str] = []
+    head = {n: s for n, s in have.items() if _stage(n) == "head"}
+    if head != {n: s for n, s in want.items() if _stage(n) == "head"}:
+        set_aside = list(head)
+    have = {n: s for n, s in have.items() if n not in set_aside}
+
+    absent = [n for n in want if n not in have]
+    initialised = [n for n in absent if _stage(n) in (*may_miss, "head")]
+    missing = [n for n in absent if n not in initialised]
+    spare = [n for n in have if n not in want]
+    misshapen = [
+        f"{n} {_dims(have[n])}, needed {_dims(want[n])}"
+        for n in want
+        if n in have and have[n] != want[n]
+    ]
+    if missing or spare or misshapen:
+        problems = [_listed("missing", missing), _listed("spare", spare)]
+        problems += [_listed("misshapen", misshapen), _hint(have, want, missing, spare, misshapen)]
+        raise UserError(f"{source} does not fit the model: {'; '.join(filter(None, problems))}")
+
+    for name in have:
+        # A copy: the caller may donate what it gets to a compiled step.
+        flat[targets[name]] = jnp.array(arrays[name], jnp.float32)
+    trees = _nested(flat)
+    report = LoadReport(tuple(have), tuple(initialised), tuple(set_aside))
+    return trees.get("params", {}), trees.get("batch_stats", {}), report
+
+
+def _stage(name: str) -> str:
+    """`conv2` of `conv2_block1_0_conv/kernel`, `head` of the head's layers."""
+    layer = name.split("/")[0]
+    return "head" if layer in _HEAD_LAYERS else layer.split("_")[0]
+
+
+def _leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _nested(flat: Mapping[Path, Any]) -> Tree:
+    tree: Tree = {}
+    for (*groups, last), value in flat.items():
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = value
+    return tree
+
+
+def _dims(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _listed(kind: str, names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{more})"
+
+
+def _hint(
+    have: Shapes,
+    want: Shapes,
+    missing: Sequence[str],
+    spare: Sequence[str],
+    misshapen: Sequence[str],
+) -> str:
+    """The likely mend."""
+    given, needed = _looks_like(have), _looks_like(want)
+    if given is not None and given != needed:
+        return f"these look like {given} weights, for model.name={given}"
+    stages = sorted({_stage(n) for n in missing})
+    if missing and not spare and not misshapen and set(stages) < set(_BACKBONE):
+        listed = ", ".join(repr(s) for s in stages)
+        return f"to initialise what is missing, set model.weights_may_miss to ({listed},)"
+    return "give the weights of this very network, under Keras's names"
+
+
+def _looks_like(shapes: Shapes) -> str | None:
+    """The model whose stem and numbers of blocks these are; a stage without arrays fits any."""
+    for name, spec in MODELS.items():
+        stem = shapes.get("conv1_conv/kernel") == (7, 7, 3, spec.width)
+        biased = ("conv1_conv/bias" in shapes) == spec.use_bias
+        depths = [
+            len({n.split("_")[1] for n in shapes if n.startswith(f"{stage}_block")})
+            for stage in _BACKBONE[1:]
+        ]
+        blocks = all(d in (0, needed) for d, needed in zip(depths, spec.depths, strict=True))
+        if stem and biased and blocks:
+            return name
+    return None

@@ -1,0 +1,162 @@
+"""Weight files into one plain form: `{"conv1_conv/kernel": float32 array, ...}`.
+
+Three layouts, told apart by content: Keras's official h5 (and whole-model h5), Keras 3's
+`.weights.h5`, and npz under Keras's names. Nothing here knows a network.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from covid_flax.errors import UserError
+
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")  # with members, without
+
+# Keras 3 stores a layer's variables by number, in the order in which the layer makes them.
+_KERNEL_BIAS = ("kernel", "bias")
+_BATCH_NORM = ("gamma", "beta", "moving_mean", "moving_variance")
+
+
+def read_weights(path: str | Path) -> dict[str, np.ndarray]:
+    """Reads a weight file.
+
+    A network inside another (a ResNet50 in a Sequential) is read as if it stood alone;
+    the optimiser's state is left out.
+
+    Args:
+      path: an h5 or npz file, whatever its suffix.
+
+    Returns:
+      float32 arrays by `layer/array`, Keras's names; kernels HWIO or `[inputs, outputs]`.
+      Other float types are converted.
+
+    Raises:
+      UserError: no such file, not of these layouts, truncated, without layer names, one name
+        twice, or an array that is not of a float type or not finite.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name the weight file (.h5 or .npz) inside it")
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such weight file; check the path") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from None
+    if not head:
+        raise UserError(f"{path} is empty: copy or download it again")
+    try:
+        if head == _HDF5_MAGIC:
+            raw = _read_h5(path)
+        elif head.startswith(_ZIP_MAGICS):
+            raw = _read_npz(path)
+        else:
+            raise UserError(
+                f"{path} is neither an HDF5 nor an npz file: give Keras's .h5, a Keras 3 "
+                ".weights.h5, or an .npz with Keras's names"
+            )
+    # What h5py, zipfile and NumPy raise on damaged files.
+    except (OSError, KeyError, RuntimeError, ValueError, EOFError) as e:
+        raise _damaged(path, e) from None
+    except (zipfile.BadZipFile, zlib.error) as e:
+        raise _damaged(path, e) from None
+    if not raw:
+        raise UserError(f"{path} holds no weights: save the network's weights again")
+    return {name: _as_float32(path, name, value) for name, value in raw.items()}
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    why = " ".join(str(error).split())
+    return UserError(f"{path} is truncated or damaged ({why}): copy or download it again")
+
+
+def _as_float32(path: Path, name: str, value: Any) -> np.ndarray:
+    if not isinstance(value, np.ndarray) or not np.issubdtype(value.dtype, np.floating):
+        kind = getattr(value, "dtype", "no array")
+        raise UserError(f"{path}: {name} is {kind}, not of a float type: save it as float32")
+    with np.errstate(over="ignore"):  # what overflows is refused just below
+        value = np.asarray(value, np.float32)
+    if not np.isfinite(value).all():
+        raise UserError(f"{path}: {name} has values that are not finite: export it again")
+    return value
+
+
+def _read_npz(path: Path) -> dict[str, Any]:
+    # By NumPy's own reader on an open file: given a name, it would go by the suffix.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
+        members = npz.zip.namelist()
+        if "model.weights.h5" in members:
+            raise UserError(
+                f"{path} is a whole Keras model: load it in Keras and "
+                "save_weights('name.weights.h5'), then give that file"
+            )
+        if strange := [m for m in members if not m.endswith(".npy")]:
+            raise UserError(f"{path} is a zip but no npz (it holds {strange[0]}): give an .npz")
+        if len(set(npz.files)) != len(npz.files):
+            raise UserError(f"{path} holds an array's name twice: write the npz again")
+        return {name: npz[name] for name in npz.files}
+
+
+def _read_h5(path: Path) -> dict[str, Any]:
+    with h5py.File(path, "r") as file:
+        root = file["model_weights"] if "model_weights" in file else file
+        datasets: list[tuple[str, h5py.Dataset]] = []
+        root.visititems(
+            lambda name, item: (
+                datasets.append((name, item)) if isinstance(item, h5py.Dataset) else None
+            )
+        )
+        if any("/vars/" in f"/{name}" for name, _ in datasets):
+            named = _keras3_names(path, root, datasets)
+        else:
+            # .../layer/array or .../layer/array:0, whatever groups stand around it.
+            named = [("/".join(n.split("/")[-2:]).removesuffix(":0"), d) for n, d in datasets]
+        raw: dict[str, Any] = {}
+        for name, dataset in named:
+            if name in raw:
+                raise UserError(f"{path} holds {name} twice: save one network's weights alone")
+            raw[name] = dataset[()]
+        return raw
+
+
+def _keras3_names(
+    path: Path, root: h5py.Group, datasets: list[tuple[str, h5py.Dataset]]
+) -> list[tuple[str, h5py.Dataset]]:
+    """Names for `layers/<class>_<n>/vars/<i>`; the layer's own name is an attribute of `vars`."""
+    layers: dict[str, dict[int, h5py.Dataset]] = {}
+    for name, dataset in datasets:
+        group, _, index = name.rpartition("/")
+        if "optimizer" in group.split("/"):  # of this model or of one inside it
+            continue
+        if not group.endswith("vars") or not index.isdigit():
+            raise UserError(f"{path}: {name} is not of Keras 3's layout: save the weights again")
+        layers.setdefault(group, {})[int(index)] = dataset
+    named = []
+    for group, variables in layers.items():
+        layer = root[group].attrs.get("name")
+        if not isinstance(layer, str):
+            raise UserError(
+                f"{path}: {group} has no layer name (an older Keras 3 wrote the file): load and "
+                "save the weights in a current Keras, or give an .npz with Keras's names"
+            )
+        values = [variables[i] for i in sorted(variables)]
+        # A batch norm's four are vectors; a kernel has two axes or more.
+        if len(values) == 4 and all(v.ndim == 1 for v in values):
+            arrays: tuple[str, ...] = _BATCH_NORM
+        elif len(values) <= 2 and values[0].ndim >= 2:
+            arrays = _KERNEL_BIAS[: len(values)]
+        else:
+            raise UserError(
+                f"{path}: layer {layer} is no convolution, batch norm or dense layer "
+                f"({len(values)} arrays): the file is of another network"
+            )
+        named += [(f"{layer}/{a}", v) for a, v in zip(arrays, values, strict=True)]
+    return named

@@ -1,0 +1,112 @@
+"""Converts a weight file to npz with Keras's names, checked against a network.
+
+    python scripts/convert_weights.py IN OUT.npz [--model resnet50] [--may_miss conv5]
+
+IN is any layout that `model.weights` takes (docs/weights.md). Only what fits the network is
+written; OUT is never written over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from covid_flax.errors import UserError
+from covid_flax.models import MODELS, STAGES, ResNet
+from covid_flax.pretrained.fetch import sha256
+from covid_flax.pretrained.load import LoadReport, load_weights
+from covid_flax.pretrained.names import tree_path
+from covid_flax.pretrained.read import read_weights
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("input", type=Path, metavar="IN", help=".h5, .weights.h5 or .npz")
+    parser.add_argument("output", type=Path, metavar="OUT.npz")
+    parser.add_argument("--model", choices=MODELS, default="resnet50")
+    parser.add_argument(
+        "--may_miss",
+        action="append",
+        default=[],
+        metavar="STAGE",
+        help="stage of which arrays may be absent, e.g. conv5; may be repeated",
+    )
+    args = parser.parse_args(argv)
+    try:
+        convert(args.input, args.output, model=args.model, may_miss=args.may_miss)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def convert(source: Path, output: Path, *, model: str, may_miss: Sequence[str]) -> None:
+    """Reads, checks, writes `output` and prints the summary.
+
+    Raises:
+      UserError: `source` cannot be read or does not fit; `output` exists or cannot be written.
+    """
+    if output.exists():
+        raise UserError(f"{output} exists: give another name, or remove it")
+    arrays = read_weights(source)
+    report = check(arrays, source=str(source), model=model, may_miss=may_miss)
+    part = output.with_name(f"{output.name}.part")
+    try:
+        with part.open("wb") as file:
+            np.savez(file, **{name: arrays[name] for name in report.loaded})
+        os.replace(part, output)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {output}: {e.strerror}") from None
+    print_table(arrays, report)
+    print(report.summary())
+    print(f"{sha256(source)}  {source}")
+    print(f"{sha256(output)}  {output}")
+
+
+def check(
+    arrays: Mapping[str, np.ndarray], *, source: str, model: str, may_miss: Sequence[str]
+) -> LoadReport:
+    """Fits the arrays to the network, whose head is as wide as theirs. Computes nothing."""
+
+    def width(name: str, default: int) -> int:
+        return arrays[name].shape[-1] if name in arrays and arrays[name].ndim else default
+
+    network = nnx.eval_shape(
+        lambda: ResNet(
+            MODELS[model],
+            num_classes=width("predictions/bias", 1000),
+            hidden_units=width("hidden/bias", 0),
+            rngs=nnx.Rngs(0),
+        )
+    )
+    _, params, batch_stats = nnx.split(network, nnx.Param, nnx.BatchStat)
+    _, _, report = load_weights(
+        arrays,
+        nnx.to_pure_dict(params),
+        nnx.to_pure_dict(batch_stats),
+        source=source,
+        may_miss=may_miss,
+    )
+    return report
+
+
+def print_table(arrays: Mapping[str, np.ndarray], report: LoadReport) -> None:
+    """Arrays and numbers by stage."""
+    print(f"{'stage':<8}{'arrays':>8}{'numbers':>14}")
+    for stage in STAGES:
+        shapes = [arrays[n].shape for n in report.loaded if tree_path(n)[0] == stage]
+        if shapes:
+            print(f"{stage:<8}{len(shapes):>8}{sum(map(math.prod, shapes)):>14,}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

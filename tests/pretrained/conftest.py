@@ -1,0 +1,114 @@
+"""The judge: Keras's own ResNet50 with random weights, and files as Keras writes them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["KERAS_BACKEND"] = "jax"
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from covid_flax.models import MODELS, ResNet
+
+
+def random_like(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """A value for the Keras array `name` that keeps activations in range and differs everywhere."""
+    array = name.split("/")[1]
+    if array == "kernel":
+        fan_in = np.prod(shape[:-1])
+        return rng.normal(0, np.sqrt(2 / fan_in), shape).astype(np.float32)
+    if array in ("gamma", "moving_variance"):
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    return rng.normal(0, 0.3, shape).astype(np.float32)
+
+
+def keras_arrays(network: Any) -> dict[str, np.ndarray]:
+    """What Keras itself says the layers hold."""
+    return {
+        f"{layer.name}/{w.name}": np.asarray(w) for layer in network.layers for w in layer.weights
+    }
+
+
+@pytest.fixture(scope="session")
+def keras_resnet50() -> Any:
+    """`keras.applications.ResNet50`, 10 classes, 64 px, logits, everything random."""
+    import keras
+
+    network = keras.applications.ResNet50(
+        weights=None, classes=10, input_shape=(64, 64, 3), classifier_activation=None
+    )
+    rng = np.random.default_rng(0)
+    for layer in network.layers:
+        layer.set_weights(
+            [random_like(f"{layer.name}/{w.name}", w.shape, rng) for w in layer.weights]
+        )
+    return network
+
+
+@pytest.fixture(scope="session")
+def write_official_h5() -> Callable[[Path, dict[str, np.ndarray]], None]:
+    """Writes the layout of Keras's published files: `layer/layer/array:0` and its attributes."""
+
+    def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+        layers = list(dict.fromkeys(name.split("/")[0] for name in arrays))
+        with h5py.File(path, "w") as file:
+            file.attrs["layer_names"] = [layer.encode() for layer in layers]
+            file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.2.4"
+            for layer in layers:
+                names = [f"{n}:0" for n in arrays if n.split("/")[0] == layer]
+                group = file.create_group(layer)
+                group.attrs["weight_names"] = [n.encode() for n in names]
+                for n in names:
+                    group[n] = arrays[n.removesuffix(":0")]
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def model_trees() -> Callable[..., tuple[Any, dict, dict]]:
+    """Graph and trees of a network; `abstract` gives shapes alone and costs nothing."""
+
+    def make(name: str, *, abstract: bool, **kw: Any) -> tuple[Any, dict, dict]:
+        def build() -> ResNet:
+            return ResNet(MODELS[name], rngs=nnx.Rngs(0), **kw)
+
+        model = nnx.eval_shape(build) if abstract else build()
+        graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+        return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_weights() -> Callable[[str], Path]:
+    """Path of a real weight file, or a skip."""
+    root = Path(__file__).parents[2]
+    folder = root / os.environ.get("COVID_FLAX_SHARED", "../shared") / "weights"
+
+    def find(name: str) -> Path:
+        if not (folder / name).is_file():
+            pytest.skip(f"real weights {name} are not in COVID_FLAX_SHARED")
+        return folder / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def leaves() -> Callable[[dict], dict[str, np.ndarray]]:
+    """Flat view of a tree, by `a/b/c`."""
+
+    def flat(tree: dict) -> dict[str, np.ndarray]:
+        return {
+            "/".join(k.key for k in path): np.asarray(v)
+            for path, v in jax.tree_util.tree_flatten_with_path(tree)[0]
+        }
+
+    return flat

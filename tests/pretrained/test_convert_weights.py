@@ -1,0 +1,81 @@
+"""The converter as a command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from covid_flax.pretrained.names import keras_name
+from covid_flax.pretrained.read import read_weights
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*args):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, ROOT / "scripts" / "convert_weights.py", *args]
+    return subprocess.run([str(a) for a in command], capture_output=True, text=True, env=env)
+
+
+@pytest.fixture
+def arrays(model_trees, leaves):
+    _, *trees = model_trees("resnet14_small", abstract=False, num_classes=7, hidden_units=0)
+    return {keras_name(tuple(p.split("/"))): v for t in trees for p, v in leaves(t).items()}
+
+
+def test_converts_and_reports(arrays, write_official_h5, tmp_path):
+    import hashlib
+
+    write_official_h5(tmp_path / "in.h5", arrays)
+    out = tmp_path / "out.npz"
+    done = run(tmp_path / "in.h5", out, "--model", "resnet14_small")
+    assert done.returncode == 0, done.stderr
+    with np.load(out) as npz:
+        assert set(npz.files) == set(arrays)
+        assert all(np.array_equal(npz[n], arrays[n]) for n in arrays)
+    for path in (tmp_path / "in.h5", out):
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in done.stdout
+    table = {r[0]: r[1:] for r in map(str.split, done.stdout.splitlines()) if len(r) == 3}
+    assert table["conv1"] == ["6", f"{7 * 7 * 3 * 16 + 5 * 16:,}"]
+    assert table["head"] == ["2", f"{512 * 7 + 7:,}"]
+
+
+def test_opt_in_writes_what_is_there(arrays, tmp_path):
+    gone = "conv5_block1_2_conv/kernel"
+    partial = {n: v for n, v in arrays.items() if n not in (gone, "predictions/kernel")}
+    np.savez(tmp_path / "in.npz", **partial)
+    args = (tmp_path / "in.npz", tmp_path / "out.npz", "--model", "resnet14_small")
+    done = run(*args, "--may_miss", "conv5")
+    assert done.returncode == 0, done.stderr
+    assert gone in done.stdout and "set aside predictions/bias" in done.stdout
+    assert set(read_weights(tmp_path / "out.npz")) == set(partial) - {"predictions/bias"}
+
+
+def test_refusals_are_one_line_and_write_nothing(arrays, tmp_path, capsys, monkeypatch):
+    """In process, to save the start of Python; the exit status is what main returns."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(
+        "convert_weights", ROOT / "scripts" / "convert_weights.py"
+    )
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    np.savez(tmp_path / "in.npz", **arrays)
+    (tmp_path / "there.npz").write_text("mine")
+    for args, word in [
+        (("in.npz", "out.npz"), "these look like resnet14_small"),
+        (("none.h5", "out.npz"), "no such"),
+        (("in.npz", "there.npz", "--model", "resnet14_small"), "exists"),
+        (("in.npz", "no/folder/out.npz", "--model", "resnet14_small"), "cannot write"),
+        (("in.npz", "out.npz", "--may_miss", "conv9"), "conv9"),
+    ]:
+        paths = [str(tmp_path / a) if ".npz" in a or ".h5" in a else a for a in args]
+        assert script.main(paths) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1, captured.err
+        assert captured.err.startswith("error: ") and word in captured.err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.npz", "there.npz"]
+    assert (tmp_path / "there.npz").read_text() == "mine"

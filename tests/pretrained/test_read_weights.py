@@ -1,0 +1,181 @@
+"""Reading: the layouts as Keras writes them, and files that are none of them."""
+
+import zipfile
+
+import h5py
+import numpy as np
+import pytest
+
+from covid_flax.errors import UserError
+from covid_flax.pretrained.read import read_weights
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A trained Keras network with ResNet's layer names, and what Keras says it holds."""
+    import keras
+
+    layers = keras.layers
+    network = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, name="conv1_conv"),
+            layers.BatchNormalization(name="conv1_bn"),
+            layers.Conv2D(4, 3, use_bias=False, name="conv2_block1_1_conv"),
+            layers.Flatten(),
+            layers.Dropout(0.5),
+            layers.Dense(4, name="predictions"),
+        ],
+        name="small",
+    )
+    network.compile("adam", "mse")
+    rng = np.random.default_rng(0)
+    network.fit(rng.normal(size=(8, 8, 8, 3)), rng.normal(size=(8, 4)), verbose=0)
+    arrays = {f"{la.name}/{w.name}": np.asarray(w) for la in network.layers for w in la.weights}
+    return network, arrays
+
+
+def same(read, arrays):
+    assert set(read) == set(arrays)
+    for name, value in arrays.items():
+        assert read[name].dtype == np.float32
+        np.testing.assert_array_equal(read[name], value, err_msg=name)
+
+
+def test_keras3_weights_with_optimizer_state(small, tmp_path):
+    network, arrays = small
+    network.save_weights(tmp_path / "a.weights.h5")
+    with h5py.File(tmp_path / "a.weights.h5") as f:
+        assert "optimizer" in f  # else the test would not show that it is left out
+    same(read_weights(tmp_path / "a.weights.h5"), arrays)
+
+
+def test_whole_model_h5(small, tmp_path):
+    network, arrays = small
+    network.save(tmp_path / "a.h5")
+    same(read_weights(tmp_path / "a.h5"), arrays)
+
+
+@pytest.mark.parametrize("suffix", [".weights.h5", ".h5"])
+def test_network_inside_another(small, tmp_path, suffix):
+    import keras
+
+    network, arrays = small
+    outer = keras.Sequential([keras.Input((8, 8, 3)), network, keras.layers.Dense(2, name="top")])
+    path = tmp_path / f"a{suffix}"
+    outer.save_weights(path) if suffix == ".weights.h5" else outer.save(path)
+    top = {f"top/{w.name}": np.asarray(w) for w in outer.layers[-1].weights}
+    same(read_weights(path), arrays | top)
+
+
+def test_official_h5_is_what_keras_loads(small, tmp_path, write_official_h5):
+    """The hand-written layout of the published files is checked by Keras's own loader."""
+    import keras
+
+    network, arrays = small
+    write_official_h5(tmp_path / "a.h5", arrays)
+    same(read_weights(tmp_path / "a.h5"), arrays)
+    copy = keras.models.clone_model(network)
+    copy.load_weights(tmp_path / "a.h5", by_name=True)
+    for layer in copy.layers:
+        for w in layer.weights:
+            np.testing.assert_array_equal(np.asarray(w), arrays[f"{layer.name}/{w.name}"])
+
+
+def test_npz_by_content_not_suffix_and_half_precision(tmp_path):
+    values = {"a/kernel": np.float16([[1.5, -2]]), "a/bias": np.float64([0.1])}
+    with (tmp_path / "a.h5").open("wb") as f:
+        np.savez_compressed(f, **values)
+    read = read_weights(tmp_path / "a.h5")
+    same(read, {k: v.astype(np.float32) for k, v in values.items()})
+
+
+def refused(path, *words):
+    with pytest.raises(UserError) as e:
+        read_weights(path)
+    message = str(e.value)
+    assert "\n" not in message and path.name in message
+    for word in words:
+        assert word in message, message
+
+
+def test_files_that_are_no_weights(small, tmp_path):
+    network, _ = small
+    refused(tmp_path / "none.h5", "no such")
+    refused(tmp_path, "folder")
+    (tmp_path / "empty.h5").touch()
+    refused(tmp_path / "empty.h5", "empty")
+    (tmp_path / "text.h5").write_text("<!DOCTYPE html><html>not found</html>")
+    refused(tmp_path / "text.h5", "neither")
+    network.save(tmp_path / "a.keras")
+    refused(tmp_path / "a.keras", "whole Keras model", "save_weights")
+    with zipfile.ZipFile(tmp_path / "z.npz", "w") as z:
+        z.writestr("readme.txt", "hello")
+    refused(tmp_path / "z.npz", "no npz")
+    np.savez(tmp_path / "nothing.npz")
+    refused(tmp_path / "nothing.npz", "holds no weights")
+    with h5py.File(tmp_path / "nothing.h5", "w"):
+        pass
+    refused(tmp_path / "nothing.h5", "holds no weights")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.7, 0.97, 0.999])
+def test_truncated(small, tmp_path, share):
+    network, arrays = small
+    network.save_weights(tmp_path / "a.weights.h5")
+    np.savez(tmp_path / "b.npz", **arrays)
+    for path in (tmp_path / "a.weights.h5", tmp_path / "b.npz"):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: int(len(whole) * share)])
+        refused(path, "truncated or damaged")
+
+
+def test_damaged_inside_npz(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", **{"a/kernel": np.arange(5000.0)})
+    data = bytearray((tmp_path / "a.npz").read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    (tmp_path / "a.npz").write_bytes(data)
+    refused(tmp_path / "a.npz", "truncated or damaged")
+
+
+def test_arrays_that_are_no_weights(tmp_path):
+    good = {"a/kernel": np.ones((2, 2), np.float32)}
+    bad = {
+        "int": np.arange(3),
+        "object": np.array([{}], object),
+        "nan": np.float32([np.nan]),
+        "inf": np.float64([1e300]),  # finite, but not in float32
+    }
+    for kind, value in bad.items():
+        np.savez(tmp_path / f"{kind}.npz", **good, **{"b/bias": value})
+    refused(tmp_path / "int.npz", "b/bias", "float")
+    refused(tmp_path / "object.npz")
+    refused(tmp_path / "nan.npz", "b/bias", "finite")
+    refused(tmp_path / "inf.npz", "b/bias", "finite")
+    with h5py.File(tmp_path / "text.h5", "w") as f:
+        f["a/kernel"] = "words"
+    refused(tmp_path / "text.h5", "a/kernel", "float")
+
+
+def test_keras3_without_layer_names(small, tmp_path):
+    network, _ = small
+    path = tmp_path / "a.weights.h5"
+    network.save_weights(path)
+    with h5py.File(path, "a") as f:
+        del f["layers/conv2d/vars"].attrs["name"]
+    refused(path, "layers/conv2d/vars", "no layer name")
+
+
+def test_keras3_layer_of_another_kind(tmp_path):
+    import keras
+
+    network = keras.Sequential([keras.Input((5, 3)), keras.layers.LSTM(2, name="memory")])
+    network.save_weights(tmp_path / "a.weights.h5")
+    refused(tmp_path / "a.weights.h5", "another network")
+
+
+def test_same_layer_name_twice(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        f["one/conv1_conv/kernel:0"] = np.ones(2, np.float32)
+        f["two/conv1_conv/kernel:0"] = np.ones(2, np.float32)
+    refused(tmp_path / "a.h5", "conv1_conv/kernel twice")

@@ -1,0 +1,65 @@
+"""The table of names against Keras's ResNet50 and the model's own trees."""
+
+import pytest
+
+from covid_flax.pretrained.names import keras_name, tree_path
+
+
+def test_every_array_of_the_model_has_its_name_in_keras(keras_resnet50, model_trees, leaves):
+    import jax
+
+    _, params, stats = model_trees("resnet50", abstract=True, num_classes=10, hidden_units=0)
+    ours = {
+        keras_name(tuple(k.key for k in path)): leaf.shape
+        for tree in (params, stats)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    }
+    theirs = {f"{la.name}/{w.name}": w.shape for la in keras_resnet50.layers for w in la.weights}
+    assert ours == theirs
+    assert len(ours) == 320
+    assert all(keras_name(tree_path(name)) == name for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("conv1_conv/kernel", "conv1/conv/kernel"),
+        ("conv1_bn/moving_mean", "conv1/bn/mean"),
+        ("conv2_block1_0_conv/bias", "conv2/block1/unit0/conv/bias"),
+        ("conv4_block6_3_bn/gamma", "conv4/block6/unit3/bn/scale"),
+        ("conv4_block6_3_bn/beta", "conv4/block6/unit3/bn/bias"),
+        ("conv3_block12_2_bn/moving_variance", "conv3/block12/unit2/bn/var"),
+        ("hidden/kernel", "head/hidden/kernel"),
+        ("predictions/bias", "head/predictions/bias"),
+    ],
+)
+def test_table_both_ways(name, path):
+    assert tree_path(name) == tuple(path.split("/"))
+    assert keras_name(tuple(path.split("/"))) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv1_conv/gamma",
+        "conv1_bn/kernel",
+        "conv1_conv/kernel:0",
+        "conv6_block1_1_conv/kernel",
+        "conv2_block0_1_conv/kernel",
+        "conv2_block1_4_conv/kernel",
+        "xconv1_conv/kernel",
+        "res2a_branch2a/kernel",
+        "predictions/gamma",
+        "dense/kernel",
+        "",
+    ],
+)
+def test_other_names_are_refused(name):
+    with pytest.raises(KeyError):
+        tree_path(name)
+
+
+@pytest.mark.parametrize("path", ["conv1/conv/scale", "conv2/unit0/conv/kernel", "head/kernel"])
+def test_other_paths_are_refused(path):
+    with pytest.raises(KeyError):
+        keras_name(tuple(path.split("/")))
