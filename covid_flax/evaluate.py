@@ -102,10 +102,11 @@ def evaluate(
         )
     output = output or workdir / "eval" / split
     if jax.process_index() == 0:
-        predictions = zip(data.files(split), probabilities, strict=True)
-        write_evaluation(
-            output, report, [(row.file, row.label, p) for row, p in predictions]
-        )
+        rows = [
+            (row.file, row.label, data.class_names[p.argmax()], p)
+            for row, p in zip(data.files(split), probabilities, strict=True)
+        ]
+        write_evaluation(output, report, rows, title=f"{split} images of {workdir.name}")
         _print(report, output)
     return report
 

@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from covid_flax import __version__
 from covid_flax import config as config_lib
 from covid_flax.augment import Augment
 from covid_flax.checkpoint import Checkpoints
@@ -35,7 +36,7 @@ from covid_flax.pretrained.load import load_weights
 from covid_flax.pretrained.read import read_weights
 from covid_flax.report.log import RunLog, duration
 from covid_flax.report.plots import plot_curves
-from covid_flax.report.write import write_atomically
+from covid_flax.report.files import write_atomically
 from covid_flax.step import (
     StepConfig,
     create_state,
@@ -55,7 +56,7 @@ _FREE_ON_RESUME = (
     "train.feature_cache_gb",
 )
 _PACKAGES = (
-    "covid_flax jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets ml_collections "
+    "jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets ml_collections "
     "numpy pillow"
 ).split()
 
@@ -110,16 +111,14 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         return Run(config, workdir, data, graphdef, params, batch_stats)
 
     weights: dict[str, Any] = {"source": config.model.weights}
-    path = resolve(
-        config.model.weights,
-        dataset_lib.cache_dir(config.data.cache_dir) / "weights",
-        model=config.model.name,
-    )
+    weights_cache = dataset_lib.cache_dir(config.data.cache_dir) / "weights"
+    path = resolve(config.model.weights, config.model.name, weights_cache)
     if path is not None:
         params, batch_stats, report = load_weights(
             read_weights(path),
             params,
             batch_stats,
+            source=str(path),
             may_miss=tuple(config.model.weights_may_miss),
         )
         say(f"weights: {path.name}: {report.summary()}")
@@ -137,8 +136,8 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
             "preprocessing": preprocessing_of(config.model),
             "data": dataset_lib.summary(data),
             "weights": weights,
-            "versions": {p: importlib.metadata.version(p) for p in _PACKAGES}
-            | {"python": platform.python_version()},
+            "versions": {"covid_flax": __version__, "python": platform.python_version()}
+            | {p: importlib.metadata.version(p) for p in _PACKAGES},
             "devices": [str(d.device_kind) for d in jax.devices()],
         }
         # Last: a folder with a config.json is a run.
@@ -191,6 +190,8 @@ def _describe_data(data: Dataset) -> None:
         f"data: {len(data.rows):,} images, {len(data.class_names)} classes "
         f"({', '.join(data.class_names)}): {', '.join(parts)}"
     )
+    for note in data.notes:
+        say(f"note: {note}")
 
 
 @dataclasses.dataclass
@@ -422,7 +423,7 @@ def train(run: Run) -> None:
         if stopping.should_stop:
             say(
                 f"early stop: {config.train.monitor} has not improved for {config.train.patience} "
-                f"epochs; best epoch {stopping.best_epoch + 1}"
+                f"epochs; best epoch {stopping.best_epoch}"
             )
     if jax.process_index() == 0:
         plot_curves(run.workdir / "metrics.jsonl", run.workdir / "curves.png")

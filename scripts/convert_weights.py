@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -58,10 +59,11 @@ def convert(source: Path, output: Path, *, model: str, may_miss: Sequence[str]) 
         raise UserError(f"{output} exists: give another name, or remove it")
     arrays = read_weights(source)
     report = check(arrays, source=str(source), model=model, may_miss=may_miss)
+    members: dict[str, Any] = {name: arrays[name] for name in report.loaded}
     part = output.with_name(f"{output.name}.part")
     try:
         with part.open("wb") as file:
-            np.savez(file, **{name: arrays[name] for name in report.loaded})
+            np.savez(file, **members)
         os.replace(part, output)
     except OSError as e:
         part.unlink(missing_ok=True)
@@ -88,11 +90,10 @@ def check(
             rngs=nnx.Rngs(0),
         )
     )
-    _, params, batch_stats = nnx.split(network, nnx.Param, nnx.BatchStat)
     _, _, report = load_weights(
         arrays,
-        nnx.to_pure_dict(params),
-        nnx.to_pure_dict(batch_stats),
+        nnx.to_pure_dict(nnx.state(network, nnx.Param)),
+        nnx.to_pure_dict(nnx.state(network, nnx.BatchStat)),
         source=source,
         may_miss=may_miss,
     )

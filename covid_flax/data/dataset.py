@@ -31,12 +31,14 @@ class Dataset:
     records: their bytes, by index.
     rows: the split, one row an image.
     class_names: in the order of the class indices.
+    notes: what a person should know of the data, a line each.
     """
 
     folder: DataFolder
     records: Records
     rows: Sequence[Row]
     class_names: tuple[str, ...]
+    notes: Sequence[str] = ()
 
     def files(self, split: str) -> list[Row]:
         """The rows of `split`, or every row for `all`."""
@@ -85,7 +87,23 @@ def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
         seed=seed,
     )
     records = prepare(folder, cache_dir(config.cache_dir))
-    return Dataset(folder, records, rows, folder.class_names)
+    return Dataset(folder, records, rows, folder.class_names, _notes(folder, config.split))
+
+
+def _notes(folder: DataFolder, split: str) -> list[str]:
+    notes = []
+    if folder.ignored:
+        notes.append(f"{folder.ignored:,} files in the class folders are no images: left out")
+    if folder.groups is None:
+        known = "only files of identical bytes stay together"
+        if split != "grouped":
+            known = "near-duplicates and a patient's images may lie on both sides of the split"
+        notes.append(f"no groups.csv or manifest.csv says which images belong together: {known}")
+    elif split != "grouped":
+        notes.append("the split does not heed the known groups; data.split=grouped does")
+    elif folder.ungrouped:
+        notes.append(f"{folder.ungrouped:,} images are in no known group: each is its own")
+    return notes
 
 
 def class_weights(labels: np.ndarray, classes: int) -> tuple[float, ...]:

@@ -66,6 +66,10 @@ class DataFolder:
         """The content of `file`. Thread safe. UserError where it cannot be read."""
         return self._tree.read(file)
 
+    def num_bytes(self, file: str) -> int:
+        """Size of `file`."""
+        return self._tree.stamp(file)[0]
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over every image's name, class, source, size and time of change.
 
@@ -140,7 +144,7 @@ class _Tree(Protocol):
     def read(self, file: str) -> bytes: ...
 
     def stamp(self, file: str) -> tuple[int, int]:
-        """Two numbers that change when the file's content does."""
+        """The file's size, and a number that changes with its content."""
 
 
 class _Disk:

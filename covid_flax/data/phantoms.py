@@ -27,6 +27,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -62,11 +63,11 @@ class _Chest:
     offset: float
     gamma: float
 
-    def lateral(self, u: np.ndarray | float) -> np.ndarray | float:
+    def lateral(self, u: Any) -> Any:
         """|x| of the lung's outer edge at the height u, 0 at the apex and 1 at the base."""
         return 0.28 + (self.width - 0.28) * np.sqrt(1 - (1 - np.clip(u, 0, 1)) ** 2.2)
 
-    def medial(self, u: np.ndarray | float) -> np.ndarray | float:
+    def medial(self, u: Any) -> Any:
         return 0.28 - 0.15 * np.sqrt(1 - (1 - np.clip(u, 0, 1)) ** 4)
 
     def height(self, side: int) -> np.ndarray:
@@ -390,7 +391,9 @@ def _branches(
     for points, thick in zip((ends * fine).reshape(-1, 4).tolist(), pixels, strict=True):
         # What is thinner than a pixel is drawn fainter instead.
         pen.line(points, fill=int(255 * min(1.0, max(thick, 0.3))), width=max(1, round(thick)))
-    image = image.filter(ImageFilter.GaussianBlur(0.6 * fine)).resize((size, size), Image.BOX)
+    image = image.filter(ImageFilter.GaussianBlur(0.6 * fine)).resize(
+        (size, size), Image.Resampling.BOX
+    )
     return np.asarray(image, np.float64) / 255
 
 

@@ -149,7 +149,12 @@ def _fetch(file: Published, folder: Path) -> Path:
                     f"{part} is being downloaded by another process: run again once it is done"
                 ) from None
             if out.tell() < file.size:
-                _download(file, out, folder)
+                try:
+                    _download(file, out, folder)
+                except UserError:
+                    if out.tell() == 0:
+                        part.unlink()
+                    raise
             if not _is(part, file):
                 part.unlink()
                 raise UserError(
@@ -191,7 +196,7 @@ def _download(file: Published, out: BinaryIO, folder: Path) -> None:
             total=file.size, initial=have, desc=file.name, unit="B", unit_scale=True, leave=False
         )
         with bar:
-            while have <= file.size:  # one chunk too much is enough to know it is another file
+            while have < file.size:  # no further: an endless answer is another file
                 try:
                     chunk = response.read(_CHUNK)
                 except (http.client.HTTPException, OSError) as e:

@@ -18,7 +18,7 @@ import numpy as np
 
 from covid_flax.errors import UserError
 from covid_flax.models import MODELS
-from covid_flax.pretrained.names import Path, keras_name
+from covid_flax.pretrained.names import TreePath, keras_name
 
 Tree = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -128,7 +128,7 @@ def _stage(name: str) -> str:
     return "head" if layer in _HEAD_LAYERS else layer.split("_")[0]
 
 
-def _leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+def _leaves(tree: Tree, path: TreePath = ()) -> Iterator[tuple[TreePath, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value, (*path, key))
@@ -136,7 +136,7 @@ def _leaves(tree: Tree, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield (*path, key), value
 
 
-def _nested(flat: Mapping[Path, Any]) -> Tree:
+def _nested(flat: Mapping[TreePath, Any]) -> Tree:
     tree: Tree = {}
     for (*groups, last), value in flat.items():
         node = tree
@@ -170,8 +170,10 @@ def _hint(
         return f"these look like {given} weights, for model.name={given}"
     stages = sorted({_stage(n) for n in missing})
     if missing and not spare and not misshapen and set(stages) < set(_BACKBONE):
-        listed = ", ".join(repr(s) for s in stages)
-        return f"to initialise what is missing, set model.weights_may_miss to ({listed},)"
+        return (
+            "to initialise what is missing, name its stage in model.weights_may_miss "
+            f"(converter: --may_miss): {', '.join(stages)}"
+        )
     return "give the weights of this very network, under Keras's names"
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 
-Path = tuple[str, ...]
+TreePath = tuple[str, ...]
 
 # By kind of layer: this package's array name, Keras's.
 _ARRAYS = {
@@ -33,7 +33,7 @@ _STEM_NAME = re.compile(r"(conv1)_(conv|bn)/([a-z_]+)")
 _BLOCK_NAME = re.compile(r"(conv[2-5])_block([1-9]\d*)_([0-3])_(conv|bn)/([a-z_]+)")
 
 
-def keras_name(path: Path) -> str:
+def keras_name(path: TreePath) -> str:
     """Keras's name, `layer/array`, of the array at `path`.
 
     Raises:
@@ -49,7 +49,7 @@ def keras_name(path: Path) -> str:
     raise KeyError(text)
 
 
-def tree_path(name: str) -> Path:
+def tree_path(name: str) -> TreePath:
     """The path, from the stage down, of the array that Keras names `name`.
 
     Raises:

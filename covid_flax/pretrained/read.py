@@ -75,7 +75,9 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
 
 def _damaged(path: Path, error: Exception) -> UserError:
     why = " ".join(str(error).split())
-    return UserError(f"{path} is truncated or damaged ({why}): copy or download it again")
+    return UserError(
+        f"{path} is truncated, damaged or no weight file ({why}): copy, download or export it again"
+    )
 
 
 def _as_float32(path: Path, name: str, value: Any) -> np.ndarray:

@@ -22,8 +22,13 @@ def run(*args):
 
 @pytest.fixture
 def arrays(model_trees, leaves):
-    _, *trees = model_trees("resnet14_small", abstract=False, num_classes=7, hidden_units=0)
-    return {keras_name(tuple(p.split("/"))): v for t in trees for p, v in leaves(t).items()}
+    _, *trees = model_trees("resnet14_small", num_classes=7, hidden_units=0)
+    rng = np.random.default_rng(0)
+    return {
+        keras_name(path): rng.normal(size=leaf.shape).astype(np.float32)
+        for tree in trees
+        for path, leaf in leaves(tree).items()
+    }
 
 
 def test_converts_and_reports(arrays, write_official_h5, tmp_path):

@@ -161,6 +161,7 @@ def test_offline_says_what_to_put_where(server, published, tmp_path):
     message = refusal(published, tmp_path)
     for part in ("net.h5", published.url, "1,000,003 bytes", str(tmp_path), "none"):
         assert part in message
+    assert names(tmp_path) == []
 
 
 def test_a_second_process_does_not_write_into_the_same_part(server, published, tmp_path):

@@ -127,7 +127,7 @@ def test_truncated(small, tmp_path, share):
     for path in (tmp_path / "a.weights.h5", tmp_path / "b.npz"):
         whole = path.read_bytes()
         path.write_bytes(whole[: int(len(whole) * share)])
-        refused(path, "truncated or damaged")
+        refused(path, "truncated, damaged")
 
 
 def test_damaged_inside_npz(tmp_path):
@@ -135,7 +135,7 @@ def test_damaged_inside_npz(tmp_path):
     data = bytearray((tmp_path / "a.npz").read_bytes())
     data[len(data) // 2] ^= 0xFF
     (tmp_path / "a.npz").write_bytes(data)
-    refused(tmp_path / "a.npz", "truncated or damaged")
+    refused(tmp_path / "a.npz", "truncated, damaged")
 
 
 def test_arrays_that_are_no_weights(tmp_path):
@@ -149,7 +149,7 @@ def test_arrays_that_are_no_weights(tmp_path):
     for kind, value in bad.items():
         np.savez(tmp_path / f"{kind}.npz", **good, **{"b/bias": value})
     refused(tmp_path / "int.npz", "b/bias", "float")
-    refused(tmp_path / "object.npz")
+    refused(tmp_path / "object.npz", "Object arrays")
     refused(tmp_path / "nan.npz", "b/bias", "finite")
     refused(tmp_path / "inf.npz", "b/bias", "finite")
     with h5py.File(tmp_path / "text.h5", "w") as f:

@@ -6,13 +6,11 @@ from covid_flax.pretrained.names import keras_name, tree_path
 
 
 def test_every_array_of_the_model_has_its_name_in_keras(keras_resnet50, model_trees, leaves):
-    import jax
-
-    _, params, stats = model_trees("resnet50", abstract=True, num_classes=10, hidden_units=0)
+    _, params, stats = model_trees("resnet50", num_classes=10, hidden_units=0)
     ours = {
-        keras_name(tuple(k.key for k in path)): leaf.shape
+        keras_name(path): leaf.shape
         for tree in (params, stats)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        for path, leaf in leaves(tree).items()
     }
     theirs = {f"{la.name}/{w.name}": w.shape for la in keras_resnet50.layers for w in la.weights}
     assert ours == theirs

@@ -1,0 +1,278 @@
+"""Image files in ArrayRecord, written once by TFDS and read at random, without TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+from absl import logging
+from tqdm import tqdm
+
+from covid_flax.data.decode import decode
+from covid_flax.data.folder import DataFolder, open_folder
+from covid_flax.errors import UserError
+
+# Part of the cache's key: raise it when what a record holds changes.
+RECORDS_VERSION = "1.0.0"
+
+_MARKER = "complete.json"
+
+
+class ChestXrayFolder(tfds.core.GeneratorBasedBuilder):
+    """The images of a data folder: every file's own bytes, name, class and source.
+
+    One TFDS split, `images`, in the order of `DataFolder.files`. Give a `folder`, or use it as any
+    TFDS builder with `DownloadConfig(manual_dir=...)`.
+    """
+
+    VERSION = tfds.core.Version(RECORDS_VERSION)
+    MANUAL_DOWNLOAD_INSTRUCTIONS = """
+    Download the COVID-19 Radiography Database from
+    https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database
+    (a free account is needed), unpack the archive, and give the unpacked folder, which holds
+    COVID-19_Radiography_Dataset/<Class>/images/*.png. Any folder of <Class>/* images works too.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: DataFolder | None = None,
+        on_image: Callable[[], object] = lambda: None,
+        **kwargs: Any,
+    ) -> None:
+        self._folder = folder
+        self._on_image = on_image  # called as each image is read
+        kwargs.setdefault("file_format", "array_record")
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Labelled images, stored as the files' own bytes.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, None)),
+                    "file": tfds.features.Text(),
+                    "label": tfds.features.Text(),
+                    "source": tfds.features.Text(),
+                }
+            ),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        folder = self._folder or open_folder(os.fspath(dl_manager.manual_dir))
+        return {"images": self._generate_examples(folder)}
+
+    def _generate_examples(self, folder: DataFolder) -> Iterator[tuple[int, dict[str, Any]]]:
+        for i, f in enumerate(folder.files):
+            image = folder.read(f.file)
+            self._on_image()
+            yield i, {"image": image, "file": f.file, "label": f.label, "source": f.source}
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Stored image files, by number. Thread safe.
+
+    Attributes:
+      files: name of each, relative to the data folder.
+      place: the folder that holds the records.
+    """
+
+    files: list[str]
+    place: Path
+    _source: Any = dataclasses.field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """`image` (the file's bytes), `file`, `label` (class name) and `source`.
+
+        Raises:
+          UserError: the record is damaged on the disk.
+          IndexError: `i` is outside 0..len - 1.
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"record {i} of {len(self)}")
+        try:
+            record = self._source[int(i)]
+        except (OSError, RuntimeError, ValueError) as e:
+            raise UserError(
+                f"record {i} in {self.place} is damaged: delete that folder and run again"
+            ) from e
+        return {
+            "image": record["image"],
+            "file": record["file"].decode(),
+            "label": record["label"].decode(),
+            "source": record["source"].decode(),
+        }
+
+
+def prepare(folder: DataFolder, cache_dir: str | os.PathLike[str]) -> Records:
+    """The folder's files as records, written under `cache_dir` the first time.
+
+    Every image is decoded once to see that it can be, before a record is written. A second
+    call with the same folder and cache opens what the first wrote. Records that are
+    incomplete or whose files changed size are written anew.
+
+    Raises:
+      UserError: images that cannot be read (all are found, the first five named), or a
+        cache folder that is full or not writable.
+    """
+    cache_dir = Path(cache_dir).expanduser()
+    place = cache_dir / _cache_key(folder)
+    records = _open(place, folder)
+    if records is None:
+        try:
+            _write(folder, cache_dir, place)
+        except (OSError, RuntimeError) as e:  # ArrayRecord's writer raises RuntimeError
+            raise _cannot_write(cache_dir, folder, e) from e
+        records = _open(place, folder)
+    if records is None:
+        raise UserError(f"the image records in {place} changed while they were opened: run again")
+    return records
+
+
+def _cache_key(folder: DataFolder) -> str:
+    # With the path: copies of a folder can agree in names, sizes and times.
+    where = os.path.realpath(folder.root)
+    key = f"{RECORDS_VERSION}\n{where}\n{folder.fingerprint()}"
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _write(folder: DataFolder, cache_dir: Path, place: Path) -> None:
+    partial = cache_dir / f".partial-{place.name}"
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with open(cache_dir / f".lock-{place.name}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it: wait for its records
+        if _is_complete(place):
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+        if shutil.disk_usage(cache_dir).free < _needed_bytes(folder):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        bar = tqdm(
+            total=2 * len(folder.files),  # each is checked, then written
+            desc="Preparing images",
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+            mininterval=0.5,
+        )
+        try:
+            with bar:
+                _check_images(folder, bar)
+                partial.mkdir()
+                _build(folder, partial, bar)
+            _mark_complete(partial)
+            shutil.rmtree(place, ignore_errors=True)
+            partial.rename(place)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_images(folder: DataFolder, bar: tqdm) -> None:
+    """Decodes every image. UserError that tells of all that fail."""
+
+    def problem(file: str) -> str:
+        try:
+            decode(folder.read(file), file)
+        except UserError as e:
+            return str(e)
+        finally:
+            bar.update()
+        return ""
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.filterwarnings("ignore", module="PIL")  # of what is reported below
+        problems = [p for p in pool.map(problem, [f.file for f in folder.files]) if p]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(
+            f"{len(problems)} of {len(folder.files)} images in {folder.root} cannot be used: "
+            f"{'; '.join(problems[:5])}{more}"
+        )
+
+
+def _build(folder: DataFolder, data_dir: Path, bar: tqdm) -> None:
+    with _quiet_tfds():
+        builder = ChestXrayFolder(folder=folder, on_image=bar.update, data_dir=data_dir)
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+        )
+    shutil.rmtree(data_dir / "downloads", ignore_errors=True)  # made empty by TFDS
+
+
+def _mark_complete(data_dir: Path) -> None:
+    files = [p for p in data_dir.rglob("*") if p.is_file()]
+    for p in files:
+        with open(p, "rb") as f:
+            os.fsync(f.fileno())
+    sizes = {str(p.relative_to(data_dir)): p.stat().st_size for p in files}
+    (data_dir / _MARKER).write_text(json.dumps({"sizes": sizes}))
+
+
+def _is_complete(place: Path) -> bool:
+    """Whether all files that the marker names are there in full."""
+    try:
+        sizes = json.loads((place / _MARKER).read_text())["sizes"]
+        return all((place / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _open(place: Path, folder: DataFolder) -> Records | None:
+    """The records of `folder` in `place`, or None where they are not whole."""
+    if not _is_complete(place):
+        return None
+    with _quiet_tfds():
+        builder = ChestXrayFolder(data_dir=place)
+        source = builder.as_data_source(
+            split="images", decoders={"image": tfds.decode.SkipDecoding()}
+        )
+    if len(source) != len(folder.files):
+        return None
+    return Records([f.file for f in folder.files], place, source)
+
+
+@contextlib.contextmanager
+def _quiet_tfds() -> Iterator[None]:
+    """Keeps TFDS's own bars and lines off the console, and TFDS off the network."""
+    tfds.core.utils.gcs_utils._is_gcs_disabled = True
+    tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(min(verbosity, logging.ERROR))
+    try:
+        with open(os.devnull, "w") as devnull, contextlib.redirect_stdout(devnull):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _needed_bytes(folder: DataFolder) -> int:
+    # Measured: a record costs some 150 bytes, and TFDS writes a few small files.
+    return sum(folder.num_bytes(f.file) + 300 for f in folder.files) + 1_000_000
+
+
+def _cannot_write(cache_dir: Path, folder: DataFolder, error: OSError | RuntimeError) -> UserError:
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return UserError(
+            f"the disk of {cache_dir} is full: free {_needed_bytes(folder) / 1e6:,.0f} MB there, "
+            "or set data.cache_dir to a folder on another disk"
+        )
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return UserError(
+        f"cannot write the image records in {cache_dir} ({reason}): set data.cache_dir to a "
+        "writable folder"
+    )

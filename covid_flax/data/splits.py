@@ -1,0 +1,223 @@
+"""Which images train, which choose the epoch, which are kept for the end."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import logging
+
+from covid_flax.data.folder import DataFolder, ImageFile
+from covid_flax.errors import UserError
+
+SPLITS = ("paper-sorted", "paper-random", "grouped")
+
+_COLUMNS = ["file", "label", "split", "group"]
+_PARTS = ("train", "val", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One image's place.
+
+    Attributes:
+      file: relative to the data folder.
+      label: class name.
+      split: train, val or test.
+      group: what never crosses splits under `grouped`; "" where groups are unknown.
+    """
+
+    file: str
+    label: str
+    split: str
+    group: str
+
+
+def make_split(
+    folder: DataFolder,
+    *,
+    split: str,
+    val_fraction: float,
+    test_fraction: float = 0.0,
+    nested_test: bool = False,
+    seed: int = 0,
+) -> list[Row]:
+    """Assigns every image of `folder` to train, val or test.
+
+    `paper-sorted`: of each class's n images in Keras's order the first
+    int(val_fraction * n) are val, as `ImageDataGenerator(validation_split=val_fraction)`
+    has it. `paper-random`: that many drawn at random in each class. `grouped`: whole groups
+    only, each class's shares as near to the fractions as the groups allow; without known
+    groups, files of identical bytes form a group (a warning says so).
+
+    Args:
+      folder: the images, in Keras's order.
+      split: one of `SPLITS`.
+      val_fraction: share of each class for val, strictly between 0 and 1.
+      test_fraction: share of each class for test (`grouped`; the others do not use it).
+      nested_test: `paper-*` only: the paper's val becomes test, and val is drawn at random
+        (`val_fraction`, rounded down) from each class's remaining images.
+      seed: of what is drawn at random. The result depends on it, the file names and the
+        groups alone.
+
+    Returns:
+      One row an image, in the order of `folder.files`.
+
+    Raises:
+      UserError: unknown split, fractions out of range, or a class left without an image in
+        one of the parts.
+    """
+    if split not in SPLITS:
+        raise UserError(f"data.split={split} is unknown: take one of {', '.join(SPLITS)}")
+    if not 0 < val_fraction < 1:
+        raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1")
+    if not 0 <= test_fraction < 1 or val_fraction + test_fraction >= 1:
+        raise UserError(
+            f"data.test_fraction={test_fraction} must be 0 or more, and less than 1 together with "
+            f"data.val_fraction={val_fraction}"
+        )
+    groups = folder.groups
+    if split == "grouped":
+        if groups is None:
+            logging.warning(
+                "no groups.csv or manifest.csv tells which images belong together: only files of "
+                "identical bytes are kept on one side of the split"
+            )
+            groups = _identical_bytes(folder)
+        parts = _grouped(folder.files, groups, val_fraction, test_fraction, seed)
+        wanted = _PARTS if test_fraction > 0 else _PARTS[:2]
+    else:
+        parts = _by_class(folder, split, val_fraction, nested_test, seed)
+        wanted = _PARTS if nested_test else _PARTS[:2]
+    rows = [
+        Row(f.file, f.label, parts[f.file], groups[f.file] if groups else "") for f in folder.files
+    ]
+    _check_classes(rows, folder.class_names, wanted, split)
+    return rows
+
+
+def write_split_csv(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
+    """Writes `file,label,split,group` (UTF-8), all or nothing. UserError on a failed write."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8", newline="") as f:
+            writer = csv.writer(f, lineterminator="\n")
+            writer.writerow(_COLUMNS)
+            writer.writerows(dataclasses.astuple(row) for row in rows)
+        os.replace(partial, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise UserError(f"cannot write {path}: {e.strerror}") from e
+
+
+def read_split_csv(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows that `write_split_csv` wrote. UserError where `path` is no such file."""
+    try:
+        with open(path, encoding="utf-8", newline="") as f:
+            reader = csv.reader(f, strict=True)
+            header = next(reader, None)
+            listed = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"cannot read {path}: {e}") from e
+    if header != _COLUMNS or any(len(r) != 4 or r[2] not in _PARTS for r in listed):
+        raise UserError(f"{path} is not a split file: it must have {','.join(_COLUMNS)}")
+    return [Row(*r) for r in listed]
+
+
+def _by_class(
+    folder: DataFolder, split: str, val_fraction: float, nested_test: bool, seed: int
+) -> dict[str, str]:
+    parts = {f.file: "train" for f in folder.files}
+    for index, label in enumerate(folder.class_names):
+        files = [f.file for f in folder.files if f.label == label]
+        rng = np.random.default_rng([seed, index])
+        if split == "paper-random":
+            files = [files[i] for i in rng.permutation(len(files))]
+        held = int(val_fraction * len(files))
+        for file in files[:held]:
+            parts[file] = "test" if nested_test else "val"
+        if nested_test:
+            rest = files[held:]
+            drawn = rng.permutation(len(rest))[: int(val_fraction * len(rest))]
+            for i in drawn:
+                parts[rest[i]] = "val"
+    return parts
+
+
+def _identical_bytes(folder: DataFolder) -> dict[str, str]:
+    return {f.file: hashlib.sha256(folder.read(f.file)).hexdigest()[:16] for f in folder.files}
+
+
+def _grouped(
+    files: Sequence[ImageFile],
+    groups: dict[str, str],
+    val_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> dict[str, str]:
+    """Part of every file. Groups go, large ones first, to the part that is least full."""
+    labels = sorted({f.label for f in files})
+    column = {label: k for k, label in enumerate(labels)}
+    names = sorted(set(groups[f.file] for f in files))
+    place = {name: g for g, name in enumerate(names)}
+    counts = np.zeros((len(names), len(labels)))  # images by group and class
+    for f in files:
+        counts[place[groups[f.file]], column[f.label]] += 1
+
+    fractions = np.array([1 - val_fraction - test_fraction, val_fraction, test_fraction])
+    fractions = fractions[fractions > 0]
+    shares = counts / counts.sum(0)  # of each class's images
+    quotas = fractions[:, None]
+    filled = np.zeros((len(fractions), len(labels)))
+    chosen = np.zeros(len(names), int)
+    shuffled = np.random.default_rng(seed).permutation(len(names))
+    for g in sorted(shuffled, key=lambda g: -shares[g].max()):
+        # Sainte-Lague's rule: proportional at every moment, so that groups of every size
+        # are spread over the parts. A class weighs by the group's share of it.
+        fullness = (filled + shares[g] / 2) / quotas
+        part = int(np.argmin((fullness * shares[g]).sum(1)))
+        chosen[g] = part
+        filled[part] += shares[g]
+    _fill_empty(chosen, counts, len(fractions))
+    return {f.file: _PARTS[chosen[place[groups[f.file]]]] for f in files}
+
+
+def _fill_empty(chosen: np.ndarray, counts: np.ndarray, num_parts: int) -> None:
+    """Gives a part that lacks a class its smallest group from a part with two or more.
+
+    Only tiny classes come to this: their share of val rounds to nothing.
+    """
+    for part in range(num_parts):
+        for k in range(counts.shape[1]):
+            having = counts[:, k] > 0
+            in_part = np.bincount(chosen[having], minlength=num_parts)
+            if in_part[part] or in_part.max() < 2:
+                continue
+            donors = np.flatnonzero(having & (chosen == in_part.argmax()))
+            chosen[donors[counts[donors].sum(1).argmin()]] = part
+
+
+def _check_classes(
+    rows: Sequence[Row], class_names: Sequence[str], wanted: Sequence[str], split: str
+) -> None:
+    found: dict[tuple[str, str], int] = defaultdict(int)
+    for row in rows:
+        found[row.label, row.split] += 1
+    for part in wanted:
+        for label in class_names:
+            if not found[label, part]:
+                total = sum(found[label, p] for p in _PARTS)
+                unit = "images or groups" if split == "grouped" else "images"
+                raise UserError(
+                    f"data.split={split} leaves class {label} ({total} images) without a {part} "
+                    f"image: add {unit} of it, or change the fractions"
+                )

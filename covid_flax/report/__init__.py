@@ -1,0 +1,1 @@
+"""The files that tell a person and a script how a run went."""

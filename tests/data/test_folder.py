@@ -1,0 +1,286 @@
+"""Which files of a folder are images, of which class, group and source."""
+
+import csv
+import os
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import openpyxl
+import pytest
+
+from covid_flax.data.folder import ImageFile, open_folder
+from covid_flax.errors import UserError
+
+KAGGLE = "COVID-19_Radiography_Dataset"
+
+
+def make(root: Path, *files: str) -> str:
+    """Files with their own name as content (the folder layer opens none)."""
+    for file in files:
+        path = root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(file)
+    return str(root)
+
+
+def listed(path: str, **options: Any) -> list[str]:
+    return [f.file for f in open_folder(path, **options).files]
+
+
+def kaggle_tree(root: Path, prefix: str = "") -> str:
+    classes = ("COVID", "Viral Pneumonia")
+    files = [
+        f"{prefix}{c}/{d}/{c}-{i}.png"
+        for c in classes
+        for d in ("images", "masks")
+        for i in (1, 2, 10)
+    ]
+    return make(root, *files, f"{prefix}README.md.txt")
+
+
+KAGGLE_FILES = [f"{c}/images/{c}-{i}.png" for c in ("COVID", "Viral Pneumonia") for i in (1, 10, 2)]
+
+
+@pytest.mark.parametrize("prefix", ["", f"{KAGGLE}/", f"archive/{KAGGLE}/", "unpacked/"])
+def test_kaggle_layout_without_masks_at_any_depth(tmp_path, prefix):
+    root = kaggle_tree(tmp_path, prefix)
+    folder = open_folder(root)
+    assert folder.class_names == ("COVID", "Viral Pneumonia")
+    assert [f.file for f in folder.files] == [prefix + f for f in KAGGLE_FILES]
+    assert folder.files[0] == ImageFile(f"{prefix}COVID/images/COVID-1.png", "COVID", "")
+    assert folder.read(folder.files[0].file) == folder.files[0].file.encode()
+    assert folder.root == tmp_path and folder.groups is None
+
+
+def test_kaggle_folder_is_preferred_to_its_neighbours(tmp_path):
+    root = kaggle_tree(tmp_path, f"{KAGGLE}/")
+    make(tmp_path, "control/Normal/images/Normal-1.png", "other/a/1.png")
+    assert listed(root) == [f"{KAGGLE}/{f}" for f in KAGGLE_FILES]
+
+
+@pytest.mark.parametrize("prefix", ["", f"archive/{KAGGLE}/"])
+@pytest.mark.parametrize("folder_entries", [False, True])
+def test_zip_reads_as_the_folder(tmp_path, prefix, folder_entries):
+    root = kaggle_tree(tmp_path / "tree", prefix)
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        for path in sorted(Path(root).rglob("*"), reverse=True):
+            if path.is_file() or folder_entries:
+                archive.write(path, path.relative_to(root))
+        archive.writestr("__MACOSX/COVID/._COVID-1.png", "x")
+    zipped, plain = open_folder(str(tmp_path / "data.zip")), open_folder(root)
+    assert zipped.files == plain.files and zipped.class_names == plain.class_names
+    for f in plain.files:
+        assert zipped.read(f.file) == plain.read(f.file)
+    assert zipped.fingerprint() == open_folder(str(tmp_path / "data.zip")).fingerprint()
+
+
+def test_plain_layout_and_what_is_ignored(tmp_path):
+    make(
+        tmp_path, "b/2.JPG", "b/1.tiff", "b/deep/3.webp", "a/x.png", "a/.hidden.png",
+        "a/Thumbs.db", "a/notes.txt", "a/masks/x.png", ".git/x.png", "__MACOSX/a/x.png",
+        "loose.png",
+    )  # fmt: skip
+    folder = open_folder(str(tmp_path))
+    assert [f.file for f in folder.files] == ["a/x.png", "b/1.tiff", "b/2.JPG", "b/deep/3.webp"]
+    assert folder.ignored == 3
+
+
+def test_links_are_followed(tmp_path):
+    make(tmp_path / "far", "1.png")
+    make(tmp_path / "data", "a/1.png")
+    (tmp_path / "data" / "b").symlink_to(tmp_path / "far")
+    (tmp_path / "data" / "a" / "2.png").symlink_to(tmp_path / "far" / "1.png")
+    assert listed(str(tmp_path / "data")) == ["a/1.png", "a/2.png", "b/1.png"]
+    (tmp_path / "data" / "a" / "loop").symlink_to(tmp_path / "data" / "a")
+    with pytest.raises(UserError, match="nested too deeply"):
+        open_folder(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (("COVID/images/1.png", "Normal/images/notes.txt"), "class folder .*Normal: fill it"),
+        (("COVID/images/1.png",), r"one class only \(COVID\)"),
+        (("images/1.png", "masks/1.png"), "folder of one class"),
+        (("loose.png",), r"<Class>/images/\*\.png \(Kaggle's\) or <Class>/\*\.png"),
+        (("a/notes.txt", "b/notes.txt"), "no image found"),
+        (("COVID/COVID-1.png", "Normal/covid-2.png"), "Normal/covid-2.png names COVID"),
+    ],
+)
+def test_unusable_folders_are_named(tmp_path, files, message):
+    with pytest.raises(UserError, match=message) as e:
+        open_folder(make(tmp_path, *files))
+    assert "\n" not in str(e.value)
+
+
+def test_mislabelled_names_are_counted(tmp_path):
+    make(tmp_path, "a/a-0.png", *(f"b/a-{i}.png" for i in range(1, 8)), "b/b-1.png", "b/aa-9.png")
+    with pytest.raises(UserError, match=r"^7 mislabelled .*b/a-5.png names a and 2 more"):
+        open_folder(str(tmp_path))
+
+
+def test_one_class_for_evaluation(tmp_path):
+    root = make(tmp_path, "Normal/images/COVID-1.png", "Normal/images/Normal-1.png")
+    folder = open_folder(root, require_two_classes=False)
+    assert folder.class_names == ("Normal",) and len(folder.files) == 2
+
+
+def test_paths_that_are_no_folder(tmp_path):
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 and then nothing")
+    for path, message in [
+        ("", "no data folder given"),
+        (str(tmp_path / "none"), "does not exist"),
+        (str(tmp_path / "file.txt"), "neither a folder nor a zip"),
+        (str(tmp_path / "broken.zip"), "broken zip"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_folder(path)
+
+
+def test_damaged_zip_member(tmp_path):
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/1.png", b"a" * 1000)
+        archive.writestr("b/1.png", b"b" * 1000)
+    path.write_bytes(path.read_bytes().replace(b"a" * 1000, b"a" * 999 + b"c"))
+    folder = open_folder(str(path))
+    assert folder.read("b/1.png") == b"b" * 1000
+    with pytest.raises(UserError, match="cannot read a/1.png"):
+        folder.read("a/1.png")
+
+
+def test_fingerprint_changes_with_what_the_records_hold(tmp_path):
+    root = make(tmp_path / "data", "a/1.png", "b/1.png")
+    first = open_folder(root).fingerprint()
+    assert open_folder(root).fingerprint() == first
+    copy = shutil.copytree(root, tmp_path / "copy")  # keeps the times
+    assert open_folder(str(copy)).fingerprint() == first
+    seen = {first}
+    os.utime(Path(root, "a/1.png"), ns=(1, 1))
+    seen.add(open_folder(root).fingerprint())
+    Path(root, "a/1.png").write_text("longer than before")
+    os.utime(Path(root, "a/1.png"), ns=(1, 1))
+    seen.add(open_folder(root).fingerprint())
+    make(Path(root), "a/2.png")
+    seen.add(open_folder(root).fingerprint())
+    assert len(seen) == 4
+
+
+def write_csv(path: Path, header: list[str], *rows: tuple[str, ...]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([header, *rows])
+
+
+FOUR = ("a/1.png", "a/2%0, x.png", "b/4.png", "b/ü.png")
+
+
+def test_groups_csv_comes_before_the_manifest(tmp_path):
+    root = make(tmp_path, *FOUR)
+    write_csv(tmp_path / "manifest.csv", ["file", "near_dup_group"], *((f, "m") for f in FOUR))
+    manifest = open_folder(root)
+    assert set(manifest.groups.values()) == {"m"} and manifest.ungrouped == 0
+    write_csv(tmp_path / "groups.csv", ["file", "group"], *((f, "g") for f in FOUR[:3]))
+    folder = open_folder(root)
+    assert folder.groups == {FOUR[0]: "g", FOUR[1]: "g", FOUR[2]: "g", FOUR[3]: FOUR[3]}
+    assert folder.ungrouped == 1
+
+
+def test_an_unlisted_image_never_joins_a_group_of_its_own_name(tmp_path):
+    root = make(tmp_path, *FOUR)
+    write_csv(tmp_path / "groups.csv", ["file", "group"], (FOUR[0], FOUR[3]))
+    assert len(set(open_folder(root).groups.values())) == 4
+
+
+def test_groups_file_and_column_as_given(tmp_path):
+    root = make(tmp_path / "data", *FOUR)
+    columns = ["file", "label", "patient_id", "scanner"]
+    rows = [(f, f[0], f"p{i}", f"s{i // 2}") for i, f in enumerate(FOUR)]
+    write_csv(tmp_path / "data" / "labels.csv", columns, *rows)
+    assert open_folder(root).groups is None
+    by_patient = open_folder(root, groups_file="labels.csv")
+    assert list(by_patient.groups.values()) == ["p0", "p1", "p2", "p3"]
+    elsewhere = shutil.move(tmp_path / "data" / "labels.csv", tmp_path / "far.csv")
+    by_scanner = open_folder(root, groups_file=str(elsewhere), group_column="scanner")
+    assert list(by_scanner.groups.values()) == ["s0", "s0", "s1", "s1"]
+
+
+def test_manifest_above_the_folder_is_matched_by_its_paths(tmp_path):
+    kaggle_tree(tmp_path, f"{KAGGLE}/")
+    make(tmp_path, *(f"control/{f}" for f in KAGGLE_FILES))
+    rows = [(f"{KAGGLE}/{f}", str(i), f"site{i}") for i, f in enumerate(KAGGLE_FILES)]
+    write_csv(tmp_path / "manifest.csv", ["file", "near_dup_group", "source_repo"], *rows)
+    top, below = open_folder(str(tmp_path)), open_folder(str(tmp_path / KAGGLE))
+    assert list(top.groups.values()) == list(below.groups.values()) == list("012345")
+    assert [f.source for f in below.files] == [f"site{i}" for i in range(6)]
+    control = str(tmp_path / "control")
+    assert open_folder(control).groups is None
+    named = open_folder(control, groups_file=str(tmp_path / "manifest.csv"))
+    assert list(named.groups.values()) == list("012345")
+
+
+def test_unusable_groups(tmp_path):
+    root = make(tmp_path, *FOUR)
+    cases = [
+        (["file", "group"], [("x/1.png", "1")], {}, "lists none of the images"),
+        (["name", "group"], [("a/1.png", "1")], {}, "no column `file`"),
+        (["file", "colour"], [("a/1.png", "1")], {}, "no column group or"),
+        (["file", "group"], [("a/1.png", "1")], {"group_column": "site"}, "no column site"),
+        (["file", "group"], [("a/1.png", "1"), ("a/1.png", "2")], {}, "twice"),
+        (["file", "group", "label"], [("a/1.png", "1", "b")], {}, "a/1.png is b in"),
+    ]
+    for header, rows, options, message in cases:
+        write_csv(tmp_path / "mine.csv", header, *rows)
+        with pytest.raises(UserError, match=message):
+            open_folder(root, groups_file="mine.csv", **options)
+    (tmp_path / "mine.csv").write_bytes(b"file,group\n\xff\xfe,1\n")
+    with pytest.raises(UserError, match="not a readable UTF-8 csv"):
+        open_folder(root, groups_file="mine.csv")
+    with pytest.raises(UserError, match="groups_file=none.csv is neither"):
+        open_folder(root, groups_file="none.csv")
+    with pytest.raises(UserError, match="group_column=site, but"):
+        open_folder(root, group_column="site")
+
+
+def test_sources_from_the_metadata_workbooks(tmp_path):
+    root = kaggle_tree(tmp_path, f"{KAGGLE}/")
+    book = openpyxl.Workbook()
+    book.active.append(["FILE NAME", "FORMAT", "SIZE", "URL"])
+    book.active.append(["COVID-1", "PNG", "256*256", "https://example.org/1"])
+    book.active.append(["covid-10", "PNG", "256*256", "https://example.org/10"])
+    book.save(tmp_path / KAGGLE / "COVID.metadata.xlsx")
+    book = openpyxl.Workbook()
+    book.active.append(["FILE NAME", "FORMAT", "SIZE", "URL"])
+    book.active.append(["VIRAL PNEUMONIA-2.png", "PNG", "256*256", "https://example.org/v2"])
+    book.active.append(["COVID-2", "PNG", "256*256", "of another class"])
+    book.save(tmp_path / KAGGLE / "Viral Pneumonia.metadata.xlsx")
+    found = {f.file.rpartition("/")[2]: f.source for f in open_folder(root).files}
+    assert found == {
+        "COVID-1.png": "https://example.org/1",
+        "COVID-10.png": "https://example.org/10",
+        "COVID-2.png": "",
+        "Viral Pneumonia-1.png": "",
+        "Viral Pneumonia-10.png": "",
+        "Viral Pneumonia-2.png": "https://example.org/v2",
+    }
+    (tmp_path / KAGGLE / "COVID.metadata.xlsx").write_bytes(b"no workbook")
+    assert open_folder(root).files[0].source == ""
+
+
+def test_the_real_folders():
+    shared = Path(os.environ.get("COVID_FLAX_SHARED", "../shared"))
+    if not (shared / "data").is_dir():
+        pytest.skip(f"no real images: {shared}/data does not exist (set COVID_FLAX_SHARED)")
+    top = open_folder(str(shared / "data/radiography"))
+    assert top.class_names == ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia")
+    assert len(top.files) == 14_646 and all(f.file.startswith(KAGGLE) for f in top.files)
+    assert len(set(top.groups.values())) == 14_646 - 420 + 182 and top.ungrouped == 0
+    below = open_folder(str(shared / "data/radiography" / KAGGLE))
+    assert list(below.groups.values()) == list(top.groups.values())
+    control = str(shared / "data/radiography/pipeline_control")
+    assert open_folder(control, require_two_classes=False).class_names == ("Normal",)
+    ct = str(shared / "data/covid_ct")
+    slices = open_folder(ct, groups_file="labels.csv", group_column="group_from_name")
+    assert len(slices.files) == 746 and slices.ungrouped == 0

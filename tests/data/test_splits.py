@@ -1,0 +1,242 @@
+"""Splits, judged by Keras's own class and by counting."""
+
+import collections
+import hashlib
+import os
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import numpy as np
+import pytest
+from keras.src.legacy.preprocessing.image import ImageDataGenerator
+
+from covid_flax.data.folder import DataFolder, open_folder
+from covid_flax.data.splits import Row, make_split, read_split_csv, write_split_csv
+from covid_flax.errors import UserError
+
+KAGGLE_COUNTS = {"COVID": 3616, "Lung_Opacity": 6012, "Normal": 10192, "Viral Pneumonia": 1345}
+
+
+def touch(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+
+
+def keras_files(root: Path, val_fraction: float, subset: str) -> list[str]:
+    generator = ImageDataGenerator(validation_split=val_fraction)
+    return generator.flow_from_directory(str(root), subset=subset).filenames
+
+
+def of(rows: list[Row], split: str) -> list[str]:
+    return [row.file for row in rows if row.split == split]
+
+
+def counts(rows: list[Row], split: str) -> list[int]:
+    counter = collections.Counter(row.label for row in rows if row.split == split)
+    return [counter[label] for label in sorted({row.label for row in rows})]
+
+
+def each_once(rows: list[Row], folder: DataFolder) -> bool:
+    return [(r.file, r.label) for r in rows] == [(f.file, f.label) for f in folder.files]
+
+
+@pytest.fixture(scope="module")
+def full_database(tmp_path_factory) -> Path:
+    """The Kaggle database's names and counts, with empty files."""
+    root = tmp_path_factory.mktemp("full")
+    for label, n in KAGGLE_COUNTS.items():
+        (root / label / "images").mkdir(parents=True)
+        for i in range(1, n + 1):
+            os.close(os.open(root / label / "images" / f"{label}-{i}.png", os.O_CREAT))
+    return root
+
+
+def test_paper_sorted_is_keras_on_the_full_database(full_database):
+    folder = open_folder(str(full_database))
+    rows = make_split(folder, split="paper-sorted", val_fraction=0.2)
+    assert counts(rows, "val") == [723, 1202, 2038, 269]
+    assert of(rows, "val") == keras_files(full_database, 0.2, "validation")
+    assert of(rows, "train") == keras_files(full_database, 0.2, "training")
+    assert each_once(rows, folder)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_paper_sorted_is_keras_on_odd_trees(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    for label in ("b", "A", "a c"):
+        for _ in range(int(rng.integers(15, 60))):
+            inner = rng.choice(["", "x/", "x-y/", "x/z/", "X/"])
+            name = rng.choice(list("aB_-é (")) + str(rng.integers(1000))
+            touch(
+                tmp_path / label / f"{inner}{name}{rng.choice(['.png', '.JPG', '.jpeg', '.txt'])}"
+            )
+    folder = open_folder(str(tmp_path))
+    for fraction in (0.1, 0.2, 0.29, 1 / 3, 0.7):
+        rows = make_split(folder, split="paper-sorted", val_fraction=fraction)
+        assert of(rows, "val") == keras_files(tmp_path, fraction, "validation")
+        assert of(rows, "train") == keras_files(tmp_path, fraction, "training")
+
+
+def test_paper_random(full_database):
+    folder = open_folder(str(full_database))
+    rows = make_split(folder, split="paper-random", val_fraction=0.2, seed=3)
+    assert counts(rows, "val") == [723, 1202, 2038, 269] and each_once(rows, folder)
+    assert rows == make_split(folder, split="paper-random", val_fraction=0.2, seed=3)
+    other = make_split(folder, split="paper-random", val_fraction=0.2, seed=4)
+    # Two independent draws of a fifth share a fifth; 4,232 of them leave 26 for one sigma.
+    shared = len(set(of(rows, "val")) & set(of(other, "val")))
+    assert abs(shared - 0.2 * 4232) < 5 * 26
+    numbers = [int(f.rpartition("-")[2][:-4]) for f in of(rows, "val") if f.startswith("Normal")]
+    assert abs(np.mean(numbers) - 10193 / 2) < 5 * 10192 / np.sqrt(12 * 2038)
+
+
+@pytest.mark.parametrize("split", ["paper-sorted", "paper-random"])
+def test_nested_test(full_database, split):
+    folder = open_folder(str(full_database))
+    plain = make_split(folder, split=split, val_fraction=0.2, seed=1)
+    nested = make_split(folder, split=split, val_fraction=0.2, seed=1, nested_test=True)
+    assert of(nested, "test") == of(plain, "val") and each_once(nested, folder)
+    rest = [3616 - 723, 6012 - 1202, 10192 - 2038, 1345 - 269]
+    assert counts(nested, "val") == [int(0.2 * n) for n in rest]
+
+
+def grouped_folder(root: Path, seed: int) -> DataFolder:
+    """Random trees: groups of 1 to 9 images, a tenth of them across classes."""
+    rng = np.random.default_rng(seed)
+    lines = ["file,group"]
+    group = 0
+    for label, n in (("a", 150), ("b", 60), ("c", 400)):
+        done = 0
+        while done < n:
+            group += 1
+            for _ in range(min(int(rng.choice([1, 1, 1, 2, 3, 9])), n - done)):
+                shown = label if rng.random() > 0.03 else rng.choice(["a", "b", "c"])
+                touch(root / shown / f"{label}_{done}.png")
+                lines.append(f"{shown}/{label}_{done}.png,g{group}")
+                done += 1
+    (root / "groups.csv").write_text("\n".join(lines))
+    return open_folder(str(root))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("fractions", [(0.2, 0.0), (0.15, 0.15), (0.1, 0.3)])
+def test_groups_never_cross_and_shares_are_met(tmp_path, seed, fractions):
+    folder = grouped_folder(tmp_path, seed)
+    labels = collections.defaultdict(set)
+    for f in folder.files:
+        labels[folder.groups[f.file]].add(f.label)
+    assert max(len(found) for found in labels.values()) > 1  # some groups span classes
+    val, test = fractions
+    rows = make_split(folder, split="grouped", val_fraction=val, test_fraction=test, seed=seed)
+    assert each_once(rows, folder)
+    assert [r.group for r in rows] == [folder.groups[f.file] for f in folder.files]
+    parts = collections.defaultdict(set)
+    for row in rows:
+        parts[row.group].add(row.split)
+    assert len(parts) > 150 and {len(p) for p in parts.values()} == {1}
+    totals = np.array([sum(counts(rows, s)[k] for s in ("train", "val", "test")) for k in range(3)])
+    for split, fraction in (("val", val), ("test", test)):
+        # Within half of the largest group and what groups across classes cost.
+        assert np.all(np.abs(np.array(counts(rows, split)) - fraction * totals) <= 4)
+
+
+def test_groups_of_every_size_reach_every_part(tmp_path):
+    lines = ["file,group"]
+    for label in ("a", "b"):
+        for group in range(40):
+            for i in range(1 if group < 20 else 6):
+                touch(tmp_path / label / f"{group}_{i}.png")
+                lines.append(f"{label}/{group}_{i}.png,{label}{group}")
+    (tmp_path / "groups.csv").write_text("\n".join(lines))
+    rows = make_split(
+        open_folder(str(tmp_path)), split="grouped", val_fraction=0.2, test_fraction=0.2
+    )
+    for split in ("val", "test"):
+        sizes = collections.Counter(collections.Counter(
+            r.group for r in rows if r.split == split).values())  # fmt: skip
+        assert sizes == {1: 8, 6: 8}  # a fifth of the 40 groups of each size
+
+
+def test_grouped_depends_on_seed_and_names_alone(tmp_path):
+    folder = grouped_folder(tmp_path, 0)
+    first = make_split(folder, split="grouped", val_fraction=0.2, seed=0)
+    assert make_split(folder, split="grouped", val_fraction=0.2, seed=0) == first
+    assert make_split(folder, split="grouped", val_fraction=0.2, seed=1) != first
+    lines = (tmp_path / "groups.csv").read_text().splitlines()
+    (tmp_path / "groups.csv").write_text("\n".join([lines[0], *reversed(lines[1:])]))
+    again = open_folder(str(tmp_path))
+    assert make_split(again, split="grouped", val_fraction=0.2, seed=0) == first
+
+
+def test_without_groups_identical_files_stay_together(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for label in ("a", "b"):
+        for i in range(60):
+            touch(tmp_path / label / f"{i}.png")
+            (tmp_path / label / f"{i}.png").write_bytes(bytes([int(rng.integers(40))]))
+    folder = open_folder(str(tmp_path))
+    rows = make_split(folder, split="grouped", val_fraction=0.25, test_fraction=0.25)
+    parts = collections.defaultdict(set)
+    for row in rows:
+        parts[hashlib.md5(folder.read(row.file)).hexdigest()].add(row.split)
+    assert len(parts) > 30 and {len(p) for p in parts.values()} == {1}
+    assert each_once(rows, folder) and "identical bytes" in caplog.text
+
+
+@pytest.mark.parametrize("n", [3, 4, 6])
+def test_tiny_classes_reach_every_part_where_they_can(tmp_path, n):
+    for label, size in (("a", n), ("b", 50)):
+        for i in range(size):
+            touch(tmp_path / label / f"{i}.png")
+            (tmp_path / label / f"{i}.png").write_text(f"{label}{i}")
+    rows = make_split(
+        open_folder(str(tmp_path)), split="grouped", val_fraction=0.1, test_fraction=0.1
+    )
+    for split in ("train", "val", "test"):
+        assert min(counts(rows, split)) >= 1
+
+
+def test_impossible_splits_are_refused(tmp_path):
+    lines = ["file,group"]
+    for label, n in (("a", 4), ("b", 40)):
+        for i in range(n):
+            touch(tmp_path / label / f"{i}.png")
+            lines.append(f"{label}/{i}.png,{label if label == 'a' else i}")
+    (tmp_path / "groups.csv").write_text("\n".join(lines))
+    folder = open_folder(str(tmp_path))
+    for options, message in [
+        (dict(split="sorted", val_fraction=0.2), "split=sorted is unknown: take one of paper-sort"),
+        (dict(split="grouped", val_fraction=0.0), "val_fraction=0.0 must lie between"),
+        (dict(split="grouped", val_fraction=1.0), "val_fraction=1.0 must lie between"),
+        (dict(split="grouped", val_fraction=0.5, test_fraction=0.5), "test_fraction=0.5 must"),
+        (dict(split="grouped", val_fraction=0.5, test_fraction=-0.1), "test_fraction=-0.1 must"),
+        (dict(split="grouped", val_fraction=0.2), r"class a \(4 images\) without a val image"),
+        (dict(split="paper-sorted", val_fraction=0.2), r"class a \(4 images\) without a val image"),
+        (
+            dict(split="paper-random", val_fraction=0.25, nested_test=True),
+            r"class a \(4 images\) without a val image",
+        ),
+    ]:
+        with pytest.raises(UserError, match=message):
+            make_split(folder, **options)
+
+
+def test_csv_round_trip_with_odd_names(tmp_path):
+    rows = [
+        Row('a/with, comma "quoted".png', "a", "train", "g,1"),
+        Row("b/ü-肺 %0.png", "b", "val", ""),
+        Row("b/new\nline\r.png", "b", "test", "'"),
+    ]
+    path = tmp_path / "split.csv"
+    write_split_csv(path, rows)
+    assert read_split_csv(path) == rows
+    assert path.read_text(encoding="utf-8").splitlines()[0] == "file,label,split,group"
+    assert [p.name for p in tmp_path.iterdir()] == ["split.csv"]
+    with pytest.raises(UserError, match="cannot write .*none/split.csv"):
+        write_split_csv(tmp_path / "none" / "split.csv", rows)
+    path.write_text("file,label\na,b\n")
+    with pytest.raises(UserError, match="is not a split file"):
+        read_split_csv(path)
+    with pytest.raises(UserError, match="cannot read"):
+        read_split_csv(tmp_path / "none.csv")

@@ -1,0 +1,228 @@
+"""The loop as a whole: it learns, stops, resumes bit for bit, refuses another run's folder."""
+
+import csv
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from covid_flax import train as train_lib
+from covid_flax.checkpoint import Checkpoints
+from covid_flax.errors import UserError
+from covid_flax.evaluate import evaluate
+from covid_flax.train import dry_run, setup, train
+
+
+def _lines(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("images_per_second", None)  # a clock's
+    return lines
+
+
+def _final(workdir):
+    """Arrays and loop state of the latest checkpoint, less the clocks."""
+    with Checkpoints(workdir / "checkpoints") as c:
+        step, best = c.latest_step, c.best_step
+        tree = c._orbax.load(step)
+        loop = dict(c._orbax.metadata(step).custom_metadata)
+    for clock in ("elapsed", "epoch_seconds", "metrics_bytes"):
+        loop.pop(clock)
+    return step, best, tree, loop
+
+
+def _assert_same_run(a, b):
+    assert _lines(a) == _lines(b)
+    (step, best, tree, loop), (step_b, best_b, tree_b, loop_b) = _final(a), _final(b)
+    assert (step, best, loop) == (step_b, best_b, loop_b)
+    leaves, leaves_b = jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(tree_b)
+    assert len(leaves) == len(leaves_b) > 50
+    for (path, x), y in zip(leaves, leaves_b, strict=True):
+        assert np.array_equal(np.asarray(x), np.asarray(y)), jax.tree_util.keystr(path)
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing after it runs."""
+
+
+def _train_killed_at(config, workdir, step, monkeypatch):
+    """Trains until just before update `step + 1`, as a kill there would leave it."""
+    real = train_lib.make_train_step
+
+    def make(*args):
+        inner = real(*args)
+
+        def counting(state, batch):
+            def check(n):
+                if n >= step:
+                    raise Killed
+
+            jax.debug.callback(check, state.step, ordered=True)
+            return inner(state, batch)
+
+        return counting
+
+    monkeypatch.setattr(train_lib, "make_train_step", make)
+    with pytest.raises(Exception, match=r"(?s)Killed|callback"):
+        train(setup(config, workdir))
+    monkeypatch.undo()
+
+
+@pytest.fixture(scope="module")
+def straight(request, tmp_path_factory):
+    """A run that nothing disturbed: 60 images, batches of 16, 4 steps an epoch, 3 epochs."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    made = []
+
+    def run(config):
+        if not made:
+            train(setup(config, workdir))
+            made.append(workdir)
+        return workdir
+
+    return run
+
+
+@pytest.fixture
+def resumable(tiny_config):
+    tiny_config.train.checkpoint_every_steps = 3
+    tiny_config.augment.flip = True
+    return tiny_config
+
+
+# Checkpoints fall on steps 3, 4 (epoch), 6, 8 (epoch), 9, 12 (epoch).
+@pytest.mark.parametrize("kill", [3, 7, 8, 11])
+def test_killed_and_resumed_equals_undisturbed(kill, resumable, straight, tmp_path, monkeypatch):
+    whole = straight(resumable)
+    workdir = tmp_path / "run"
+    _train_killed_at(resumable, workdir, kill, monkeypatch)
+    assert _lines(workdir) != _lines(whole)
+    train(setup(resumable, workdir))
+    _assert_same_run(workdir, whole)
+
+
+def test_a_kill_between_metrics_and_checkpoint_leaves_no_double_line(
+    resumable, straight, tmp_path
+):
+    whole = straight(resumable)
+    workdir = tmp_path / "run"
+    shutil.copytree(whole, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "12")  # the lines of epoch 3 are there, it is not
+    with Checkpoints(workdir / "checkpoints") as c:
+        assert c.latest_step is not None and c.latest_step < 12
+    train(setup(resumable, workdir))
+    assert _lines(workdir) == _lines(whole)
+
+
+def test_a_complete_run_is_left_as_it_is(resumable, straight):
+    workdir = straight(resumable)
+    before = (workdir / "metrics.jsonl").read_bytes()
+    train(setup(resumable, workdir))
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_metrics_lines_and_files_are_the_contract_s(resumable, straight):
+    workdir = straight(resumable)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [(x["epoch"], x["split"]) for x in lines] == [
+        (e, s) for e in (1, 2, 3) for s in ("train", "val")
+    ]
+    assert [x["step"] for x in lines if x["split"] == "val"] == [4, 8, 12]
+    for line in lines:
+        assert {"step", "epoch", "split", "loss", "accuracy"} <= set(line)
+        if line["split"] == "train":
+            assert {"learning_rate", "images_per_second"} <= set(line)
+    assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((workdir / "tensorboard").glob("events*"))
+    about = json.loads((workdir / "config.json").read_text())
+    assert {"config", "versions", "seed", "devices", "class_names"} <= set(about)
+    with open(workdir / "split.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert len(rows) == 80
+    assert sum(r["split"] == "val" for r in rows) == 20
+
+
+def test_logged_validation_equals_evaluation_of_that_checkpoint(resumable, straight, tmp_path):
+    """The loop's figures and the eval binary's are of the same images and weights."""
+    workdir = straight(resumable)
+    last = _lines(workdir)[-1]
+    report = evaluate(workdir, checkpoint="latest", output=tmp_path / "out")
+    assert report["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    assert report["accuracy"] == pytest.approx(last["accuracy"], rel=1e-12)
+
+
+def test_training_stops_early_and_keeps_the_best(tiny_config, tmp_path):
+    tiny_config.optimizer.learning_rate = 0.0  # nothing improves after the first epoch
+    tiny_config.model.batch_norm = "frozen"
+    tiny_config.train.epochs = 9
+    tiny_config.train.patience = 2
+    train(setup(tiny_config, tmp_path / "run"))
+    assert [x["epoch"] for x in _lines(tmp_path / "run")][-1] == 3
+    with Checkpoints(tmp_path / "run" / "checkpoints") as c:
+        assert (c.best_step, c.latest_step) == (4, 12)
+
+
+@pytest.mark.parametrize("trainable", ["head", "conv5"])
+def test_cached_frozen_stages_change_no_result(trainable, tiny_config, tmp_path):
+    tiny_config.model.trainable = trainable
+    tiny_config.train.epochs = 2
+    train(setup(tiny_config, tmp_path / "cached"))
+    tiny_config.train.feature_cache_gb = 0.0
+    train(setup(tiny_config, tmp_path / "plain"))
+    for a, b in zip(_lines(tmp_path / "cached"), _lines(tmp_path / "plain"), strict=True):
+        assert a["accuracy"] == b["accuracy"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_another_configuration_is_refused_by_name(resumable, straight):
+    workdir = straight(resumable)
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    resumable.train.batch_size = 8
+    resumable.data.split = "paper-sorted"
+    with pytest.raises(UserError, match=r"data\.split.*train\.batch_size was 16, now 8"):
+        setup(resumable, workdir)
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+
+
+def test_changed_images_are_refused(resumable, straight, phantom_dir, tmp_path):
+    workdir = straight(resumable)
+    moved = tmp_path / "moved"
+    shutil.copytree(phantom_dir, moved)
+    resumable.data.dir = str(moved)
+    setup(resumable, workdir)  # the same images elsewhere are the same run
+    next((moved / "COVID" / "images").iterdir()).unlink()
+    with pytest.raises(UserError, match=r"split\.csv"):
+        setup(resumable, workdir)
+    (moved / "Normal").rename(moved / "Healthy")
+    for image in (moved / "Healthy").rglob("Normal-*"):
+        image.rename(image.with_name(image.name.replace("Normal", "Healthy")))
+    with pytest.raises(UserError, match="Healthy"):
+        setup(resumable, workdir)
+
+
+def test_a_diverging_run_says_so(tiny_config, tmp_path):
+    tiny_config.optimizer.learning_rate = 1e30
+    with pytest.raises(UserError, match=r"loss is .* between steps .*learning_rate"):
+        train(setup(tiny_config, tmp_path / "run"))
+
+
+def test_dry_run_trains_nothing(tiny_config, tmp_path, capsys):
+    dry_run(setup(tiny_config, tmp_path / "run"))
+    out = capsys.readouterr().out
+    assert "GFLOP" in out and "conv5" in out
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert (tmp_path / "run" / "config.json").exists()
+    assert (tmp_path / "run" / "split.csv").exists()
+
+
+def test_pmap_is_the_same_run(tiny_config, tmp_path):
+    """On one device there is nothing to average: the two layouts agree to rounding."""
+    tiny_config.model.dropout = 0.0
+    tiny_config.train.epochs = 1
+    train(setup(tiny_config, tmp_path / "jit"))
+    tiny_config.train.parallel = "pmap"
+    train(setup(tiny_config, tmp_path / "pmap"))
+    for a, b in zip(_lines(tmp_path / "jit"), _lines(tmp_path / "pmap"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
