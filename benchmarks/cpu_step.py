@@ -39,38 +39,25 @@ def fixed_batch(batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 def covid_flax_step(images: np.ndarray, labels: np.ndarray) -> Callable[[], float]:
     """A function that trains one step and returns the loss."""
-    import jax
-    import optax
-    from flax import nnx
 
-    from covid_flax.models import MODELS, STAGES, ResNet
+    from covid_flax.mesh import make_layout
+    from covid_flax.models import STAGES, create_model
+    from covid_flax.optimizer import make_optimizer
+    from covid_flax.step import StepConfig, create_state, make_train_step
+    from ml_collections_configs import base
 
-    model = ResNet(MODELS["resnet50"], num_classes=CLASSES, rngs=nnx.Rngs(0))
-    graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    optimizer = optax.adam(LEARNING_RATE)
-
-    def loss_fn(params, stats, key, images, labels):
-        model = nnx.merge(graph, params, stats, copy=True)
-        logits = model(images, batch_stats_in=STAGES, dropout_key=key)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-        return loss, nnx.state(model, nnx.BatchStat)
-
-    def train_step(state, images, labels):
-        params, stats, moments, key = state
-        key, dropout_key = jax.random.split(key)
-        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            params, stats, dropout_key, images, labels
-        )
-        updates, moments = optimizer.update(grads, moments)
-        return (optax.apply_updates(params, updates), stats, moments, key), loss
-
-    train_step = jax.jit(train_step, donate_argnums=0)
-    state = (params, stats, optimizer.init(params), jax.random.key(0))
-    images, labels = jax.device_put((images, labels))
+    config = base.get_config()
+    graphdef, params, batch_stats = create_model(config.model, CLASSES, seed=0)
+    tx = make_optimizer(config.optimizer, lambda _: LEARNING_RATE)
+    layout = make_layout("jit")
+    how = StepConfig(preprocessing="unit", batch_stats_in=frozenset(STAGES))
+    train_step = layout.compile_step(make_train_step(graphdef, tx, how))
+    state = layout.put_state(create_state(params, batch_stats, frozenset(STAGES), tx, seed=0))
+    batch = layout.put_batch({"image": images, "label": labels})
 
     def step() -> float:
         nonlocal state
-        state, loss = train_step(state, images, labels)
+        state, loss = train_step(state, batch)
         return float(loss)
 
     return step
@@ -92,9 +79,7 @@ def pytorch_step(
     class Bottleneck(nn.Module):
         def __init__(self, inputs, width, stride, project):
             super().__init__()
-            self.shortcut = (
-                conv_bn(inputs, 4 * width, 1, stride) if project else nn.Identity()
-            )
+            self.shortcut = conv_bn(inputs, 4 * width, 1, stride) if project else nn.Identity()
             self.body = nn.Sequential(
                 conv_bn(inputs, width, 1, stride),
                 nn.ReLU(inplace=True),

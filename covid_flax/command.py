@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 
 # Before JAX and TensorStore load: their C++ logs are not the user's concern.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import jax
 from absl import flags, logging
 
+from covid_flax.config import flatten
+from covid_flax.data.dataset import cache_dir
 from covid_flax.errors import UserError
+from ml_collections_configs import base
 
 _FULL_OR_LOCKED = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
+    errno.EFBIG: "the system limits the size of files",
+    errno.ENOTDIR: "choose another folder",
+    errno.EISDIR: "choose another folder",
     errno.EROFS: "it is read-only: choose another folder",
     errno.EACCES: "check its permissions, or choose another folder",
     errno.EPERM: "check its permissions, or choose another folder",
@@ -26,15 +35,14 @@ _FULL_OR_LOCKED = {
 def run_command(main: Callable[[], None]) -> None:
     """Parses the flags, runs `main`, and exits: 0, or 2 for an error the user can mend."""
     logging.set_verbosity(logging.ERROR)
+    if not jax.config.jax_compilation_cache_dir:
+        # A second start finds its programs compiled; JAX_COMPILATION_CACHE_DIR overrides it.
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir("") / "xla"))
     try:
-        extra = flags.FLAGS(sys.argv)[1:]
-        if extra:
-            raise UserError(f"unknown argument {extra[0]!r}: flags have the form --name=value")
+        _parse(sys.argv)
         main()
     except UserError as e:
         _fail(str(e))
-    except flags.Error as e:
-        _fail(f"{e} (--help lists the flags)")
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -43,6 +51,30 @@ def run_command(main: Callable[[], None]) -> None:
         if line is None:
             raise
         _fail(line)
+
+
+def _parse(argv: list[str]) -> None:
+    try:
+        extra = flags.FLAGS(argv)[1:]
+    except Exception as e:  # a config file may raise anything
+        raise UserError(_flag_line(e)) from e
+    if extra:
+        raise UserError(f"unknown argument {extra[0]!r}: flags have the form --name=value")
+
+
+def _flag_line(e: Exception) -> str:
+    """What ml_collections and absl raise, as a line: the key, file or value, and the mend."""
+    text = str(e)
+    unknown = re.search(r'Key "(\w+)" does not exist', text) or re.fullmatch(r"\W*(\w+)\W*", text)
+    unknown = re.search(r'instead of "(\w+)"', text) or unknown
+    if isinstance(e, AttributeError | KeyError) and unknown:
+        known = {part: key for key in flatten(base.get_config()) for part in key.split(".")}
+        near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.0)[0]
+        nearest = known[near].partition(f"{near}.")[1].rstrip(".") or known[near]
+        return f"unknown config key {unknown[1]!r}: the nearest known one is config.{nearest}"
+    if "Traceback" in text:
+        text = text.rstrip().splitlines()[-1]
+    return f"{text} (--help lists the flags)"
 
 
 def _disk_error(e: BaseException | None) -> str | None:

@@ -56,7 +56,9 @@ def evaluate(
     """
     saved = read_run(workdir)
     if saved is None:
-        raise UserError(f"{workdir} holds no run (no config.json): give a run's folder as --workdir")
+        raise UserError(
+            f"{workdir} holds no run (no config.json): give a run's folder as --workdir"
+        )
     config = config_lib.from_json(saved["config"])
     data = _load_data(saved, config.data, workdir, split, data_dir)
 

@@ -8,6 +8,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from covid_flax.command import run_command
+from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.train import default_workdir, dry_run, say, setup, train
 
@@ -20,6 +21,8 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "do all but train, and say what a
 
 def _main() -> None:
     name = config_flags.get_config_filename(flags.FLAGS["config"])
+    if not Path(name.partition(":")[0]).is_file():
+        raise UserError(f"--config={name}: no such file; configs/ has paper.py, finetune.py, ...")
     workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(name)
     run = setup(_CONFIG.value, workdir)
     if _DRY_RUN.value:

@@ -69,7 +69,8 @@ def pmap_layout() -> Layout:
     mesh = make_mesh()
 
     def put_state(state: Any) -> Any:
-        stacked = jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *jnp.shape(x))), state)
+        host = jax.tree.map(np.asarray, state)
+        stacked = jax.tree.map(lambda x: np.broadcast_to(x, (devices, *x.shape)), host)
         return jax.pmap(lambda x: x)(stacked)
 
     def get_state(state: Any) -> Any:

@@ -34,9 +34,9 @@ from covid_flax.predict import compile_apply, mean_loss, predict
 from covid_flax.pretrained.fetch import resolve, sha256
 from covid_flax.pretrained.load import load_weights
 from covid_flax.pretrained.read import read_weights
+from covid_flax.report.files import write_atomically
 from covid_flax.report.log import RunLog, duration
 from covid_flax.report.plots import plot_curves
-from covid_flax.report.files import write_atomically
 from covid_flax.step import (
     StepConfig,
     create_state,
@@ -56,8 +56,7 @@ _FREE_ON_RESUME = (
     "train.feature_cache_gb",
 )
 _PACKAGES = (
-    "jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets ml_collections "
-    "numpy pillow"
+    "jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets ml_collections numpy pillow"
 ).split()
 
 
@@ -219,9 +218,7 @@ def _job(run: Run) -> Job:
             f"{devices} devices: choose a multiple of {devices}"
         )
     labels = run.data.labels("train")
-    usable = usable_examples(
-        len(labels), config.train.batch_size, devices, config.train.last_batch
-    )
+    usable = usable_examples(len(labels), config.train.batch_size, devices, config.train.last_batch)
     if not usable:
         raise UserError(
             f"{len(labels)} training images do not fill a batch of {config.train.batch_size}: "
@@ -316,9 +313,7 @@ def train(run: Run) -> None:
         min_delta=config.train.min_delta,
         patience=config.train.patience or None,
     )
-    fresh = create_state(
-        run.params, run.batch_stats, frozenset(run.trained), job.tx, config.seed
-    )
+    fresh = create_state(run.params, run.batch_stats, frozenset(run.trained), job.tx, config.seed)
     fresh = make_layout("jit").put_state(fresh)
     loop: dict[str, Any] = {"elapsed": 0.0, "metrics_bytes": 0, "epoch_seconds": 0.0}
     with Checkpoints(run.workdir / "checkpoints") as checkpoints:
@@ -541,7 +536,9 @@ def dry_run(run: Run) -> None:
     state = create_state(run.params, run.batch_stats, frozenset(run.trained), job.tx, config.seed)
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
     batch = config.train.batch_size
-    x: Any = jax.ShapeDtypeStruct((batch, config.data.image_size, config.data.image_size, 3), "uint8")
+    x: Any = jax.ShapeDtypeStruct(
+        (batch, config.data.image_size, config.data.image_size, 3), "uint8"
+    )
     if job.start != STAGES[0]:
         stop = STAGES[STAGES.index(job.start) - 1]
         prefix = make_eval_step(run.graphdef, job.step_config.preprocessing, stop=stop)
@@ -565,4 +562,6 @@ def dry_run(run: Run) -> None:
 def default_workdir(config_file: str) -> Path:
     """`runs/paper-frozen` for `configs/paper.py:frozen`."""
     path, _, variant = config_file.partition(":")
-    return Path("runs") / "-".join(filter(None, [os.path.splitext(os.path.basename(path))[0], variant]))
+    return Path("runs") / "-".join(
+        filter(None, [os.path.splitext(os.path.basename(path))[0], variant])
+    )

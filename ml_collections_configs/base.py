@@ -11,7 +11,9 @@ def get_config() -> ml_collections.ConfigDict:
     """The locked base configuration: setting a key that is not here fails."""
     c = ml_collections.ConfigDict()
 
-    c.seed = 0  # of everything drawn at random: split, initial weights, order, dropout, augmentation
+    c.seed = (
+        0  # of everything drawn at random: split, initial weights, order, dropout, augmentation
+    )
 
     c.data = d = ml_collections.ConfigDict()
     d.dir = ""  # the image folder or its zip: <Class>/images/* as Kaggle ships it, or <Class>/*
@@ -48,7 +50,9 @@ def get_config() -> ml_collections.ConfigDict:
     o.b1 = 0.9
     o.b2 = 0.999
     o.epsilon = 1e-7  # Keras's default
-    o.epsilon_mode = "keras"  # keras (added before bias correction) or optax (after); docs/training.md
+    o.epsilon_mode = (
+        "keras"  # keras (added before bias correction) or optax (after); docs/training.md
+    )
     o.weight_decay = 0.0  # decoupled (AdamW), kernels only
     o.clip_norm = 0.0  # > 0: bound on the gradient's global norm
 
@@ -64,7 +68,9 @@ def get_config() -> ml_collections.ConfigDict:
     t.parallel = "jit"  # jit (one program over a device mesh) or pmap
     t.checkpoint_every_steps = 0  # > 0: also between epochs
     t.log_every_steps = 20  # steps a console line
-    t.feature_cache_gb = 8.0  # memory for the frozen stages' outputs, where caching is exact; 0 never
+    t.feature_cache_gb = (
+        8.0  # memory for the frozen stages' outputs, where caching is exact; 0 never
+    )
 
     c.augment = a = ml_collections.ConfigDict()  # on device, training only; all off by default
     a.flip = False  # left to right, half of the images

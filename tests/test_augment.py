@@ -27,9 +27,7 @@ def test_nothing_by_default(images):
 def test_flip_takes_about_half_and_mirrors_exactly(images):
     out = _apply(images, flip=True)
     same = np.array([np.array_equal(a, b) for a, b in zip(out, images, strict=True)])
-    mirrored = np.array(
-        [np.array_equal(a, b[:, ::-1]) for a, b in zip(out, images, strict=True)]
-    )
+    mirrored = np.array([np.array_equal(a, b[:, ::-1]) for a, b in zip(out, images, strict=True)])
     assert np.all(same ^ mirrored)
     assert 18 <= mirrored.sum() <= 46
 

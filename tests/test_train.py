@@ -48,24 +48,24 @@ class Killed(Exception):
 
 
 def _train_killed_at(config, workdir, step, monkeypatch):
-    """Trains until just before update `step + 1`, as a kill there would leave it."""
-    real = train_lib.make_train_step
+    """Trains until `step` updates are made, then dies as by a kill."""
+    real = train_lib.train_iterator
 
-    def make(*args):
-        inner = real(*args)
+    class Dying:
+        def __init__(self, *args, **kwargs):
+            self.batches, self.made = real(*args, **kwargs), 0
 
-        def counting(state, batch):
-            def check(n):
-                if n >= step:
-                    raise Killed
+        def __next__(self):
+            if self.made == step:
+                raise Killed
+            self.made += 1
+            return next(self.batches)
 
-            jax.debug.callback(check, state.step, ordered=True)
-            return inner(state, batch)
+        def __getattr__(self, name):
+            return getattr(self.batches, name)
 
-        return counting
-
-    monkeypatch.setattr(train_lib, "make_train_step", make)
-    with pytest.raises(Exception, match=r"(?s)Killed|callback"):
+    monkeypatch.setattr(train_lib, "train_iterator", Dying)
+    with pytest.raises(Killed):
         train(setup(config, workdir))
     monkeypatch.undo()
 
@@ -104,16 +104,24 @@ def test_killed_and_resumed_equals_undisturbed(kill, resumable, straight, tmp_pa
 
 
 def test_a_kill_between_metrics_and_checkpoint_leaves_no_double_line(
-    resumable, straight, tmp_path
+    resumable, straight, tmp_path, monkeypatch
 ):
     whole = straight(resumable)
     workdir = tmp_path / "run"
-    shutil.copytree(whole, workdir)
-    shutil.rmtree(workdir / "checkpoints" / "12")  # the lines of epoch 3 are there, it is not
-    with Checkpoints(workdir / "checkpoints") as c:
-        assert c.latest_step is not None and c.latest_step < 12
+    real = Checkpoints.save
+
+    def save(self, step, *args, **kwargs):
+        if step == 8:  # the end of epoch 2, its lines are written
+            raise Killed
+        real(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(Killed):
+        train(setup(resumable, workdir))
+    monkeypatch.undo()
+    assert _lines(workdir) == _lines(whole)[:4]
     train(setup(resumable, workdir))
-    assert _lines(workdir) == _lines(whole)
+    _assert_same_run(workdir, whole)
 
 
 def test_a_complete_run_is_left_as_it_is(resumable, straight):
@@ -220,6 +228,7 @@ def test_dry_run_trains_nothing(tiny_config, tmp_path, capsys):
 def test_pmap_is_the_same_run(tiny_config, tmp_path):
     """On one device there is nothing to average: the two layouts agree to rounding."""
     tiny_config.model.dropout = 0.0
+    tiny_config.optimizer.epsilon = 1e-2  # Adam's first steps are signs, which rounding flips
     tiny_config.train.epochs = 1
     train(setup(tiny_config, tmp_path / "jit"))
     tiny_config.train.parallel = "pmap"

@@ -75,9 +75,7 @@ def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
             "config.data.dir is empty: give the image folder, --config.data.dir=DIR "
             "(Kaggle's COVID-19 Radiography Database, unpacked or its zip)"
         )
-    folder = open_folder(
-        root, groups_file=config.groups_file, group_column=config.group_column
-    )
+    folder = open_folder(root, groups_file=config.groups_file, group_column=config.group_column)
     rows = make_split(
         folder,
         split=config.split,

@@ -207,6 +207,14 @@ def test_groups_file_and_column_as_given(tmp_path):
     assert list(by_scanner.groups.values()) == ["s0", "s0", "s1", "s1"]
 
 
+def test_a_row_that_could_mean_two_folders_groups_nothing(tmp_path):
+    root = make(tmp_path / "data", *FOUR)
+    listed = [("x/a/1.png", "g"), ("y/a/1.png", "h"), ("x/b/4.png", "g"), ("y/b/ü.png", "g")]
+    write_csv(tmp_path / "far.csv", ["file", "group"], *listed)
+    folder = open_folder(root, groups_file=str(tmp_path / "far.csv"))
+    assert [folder.groups[f] for f in FOUR] == [FOUR[0], FOUR[1], "g", "g"]
+
+
 def test_manifest_above_the_folder_is_matched_by_its_paths(tmp_path):
     kaggle_tree(tmp_path, f"{KAGGLE}/")
     make(tmp_path, *(f"control/{f}" for f in KAGGLE_FILES))

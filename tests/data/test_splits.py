@@ -158,6 +158,16 @@ def test_groups_of_every_size_reach_every_part(tmp_path):
         assert sizes == {1: 8, 6: 8}  # a fifth of the 40 groups of each size
 
 
+@pytest.mark.parametrize(("n", "fraction"), [(7, 0.2), (23, 0.3), (58, 0.03), (91, 0.02)])
+def test_single_images_are_shared_to_the_nearest_number(tmp_path, n, fraction):
+    for label in ("a", "b"):
+        for i in range(n):
+            touch(tmp_path / label / f"{i}.png")
+            (tmp_path / label / f"{i}.png").write_text(f"{label}{i}")
+    rows = make_split(open_folder(str(tmp_path)), split="grouped", val_fraction=fraction)
+    assert counts(rows, "val") == [round(fraction * n)] * 2
+
+
 def test_grouped_depends_on_seed_and_names_alone(tmp_path):
     folder = grouped_folder(tmp_path, 0)
     first = make_split(folder, split="grouped", val_fraction=0.2, seed=0)

@@ -1,0 +1,149 @@
+"""The layers whose gradients are written by hand, and batch norm across devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from jax import lax
+
+from covid_flax.models import layers
+
+
+def plain_pool(x):
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
+
+
+def gradient(function, g, *args):
+    return jax.jit(lambda *args: jax.vjp(function, *args)[1](g))(*args)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (6, 5), (1, 2)])
+@pytest.mark.parametrize("ties", [False, True])
+def test_max_pool_gradient_equals_select_and_scatter(size, ties):
+    rng = np.random.default_rng(0)
+    shape = (2, *size, 3)
+    x = rng.integers(-2, 3, shape).astype(float) if ties else rng.normal(size=shape)
+    with jax.enable_x64(True):
+        x = jnp.asarray(x)
+        y = plain_pool(x)
+        g = jnp.asarray(rng.normal(size=y.shape))
+        assert x.dtype == jnp.float64
+        (want,) = gradient(plain_pool, g, x)
+        np.testing.assert_allclose(layers._max_pool_gradient_cpu(x, y, g), want, rtol=1e-12)
+        (got,) = gradient(layers.max_pool_3x3_s2, g, x)
+        np.testing.assert_allclose(got, want, rtol=1e-12)
+        np.testing.assert_array_equal(layers.max_pool_3x3_s2(x), y)
+
+
+@pytest.mark.parametrize("size", [(8, 6), (7, 5)])
+def test_max_pool_equals_torch_where_the_padding_never_wins(size):
+    rng = np.random.default_rng(1)
+    x = rng.integers(1, 4, (2, *size, 3)).astype(np.float32)  # many ties, all above zero
+    t = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
+    y = torch.nn.functional.max_pool2d(t, 3, 2, 1)
+    g = rng.normal(size=y.shape).astype(np.float32)
+    y.backward(torch.tensor(g))
+    got = layers.max_pool_3x3_s2(jnp.asarray(x))
+    np.testing.assert_array_equal(got, y.detach().numpy().transpose(0, 2, 3, 1))
+    (got,) = gradient(layers.max_pool_3x3_s2, jnp.asarray(g.transpose(0, 2, 3, 1)), jnp.asarray(x))
+    np.testing.assert_allclose(got, t.grad.numpy().transpose(0, 2, 3, 1), rtol=1e-6, atol=1e-6)
+
+
+def test_max_pool_gradient_under_vmap_and_in_bfloat16():
+    x = jax.random.normal(jax.random.key(0), (3, 2, 7, 6, 4), jnp.bfloat16)
+
+    def loss_gradient(pool):
+        return jax.jit(jax.vmap(jax.grad(lambda x: jnp.sum(pool(x) ** 2))))(x)
+
+    got = loss_gradient(layers.max_pool_3x3_s2)
+    assert got.dtype == jnp.bfloat16
+    # A pixel in four windows gets a sum of four, rounded in another order.
+    np.testing.assert_allclose(
+        got.astype(np.float32), loss_gradient(plain_pool).astype(np.float32), rtol=2e-2, atol=1e-2
+    )
+
+
+@pytest.mark.parametrize("size,inputs,outputs", [(1, 3, 5), (1, 5, 3), (3, 3, 5), (7, 3, 4)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_conv2d_and_its_gradients_equal_torch_in_float64(size, inputs, outputs, stride):
+    rng = np.random.default_rng(2)
+    x, k = rng.normal(size=(2, 9, 8, inputs)), rng.normal(size=(size, size, inputs, outputs))
+    tx = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
+    tk = torch.tensor(k.transpose(3, 2, 0, 1), requires_grad=True)
+    ty = torch.nn.functional.conv2d(tx, tk, stride=stride, padding=size // 2)
+    g = rng.normal(size=ty.shape)
+    ty.backward(torch.tensor(g))
+    with jax.enable_x64(True):
+        x, k, g = jnp.asarray(x), jnp.asarray(k), jnp.asarray(g.transpose(0, 2, 3, 1))
+        y = layers.conv2d(x, k, stride)
+        dx, dk = gradient(lambda x, k: layers.conv2d(x, k, stride), g, x, k)
+    np.testing.assert_allclose(y, ty.detach().numpy().transpose(0, 2, 3, 1), atol=1e-10)
+    np.testing.assert_allclose(dx, tx.grad.numpy().transpose(0, 2, 3, 1), atol=1e-10)
+    np.testing.assert_allclose(dk, tk.grad.numpy().transpose(2, 3, 1, 0), atol=1e-10)
+
+
+def conv_bn(size=3, epsilon=1e-5):
+    layer = layers.ConvBN(
+        3,
+        4,
+        size,
+        use_bias=True,
+        epsilon=epsilon,
+        momentum=0.9,
+        dtype=jnp.float32,
+        rngs=nnx.Rngs(0),
+    )
+    layer.conv.bias[...] = jnp.arange(4.0)
+    return nnx.split(layer)
+
+
+def test_batch_statistics_survive_a_mean_far_above_the_deviation():
+    layer = nnx.merge(*conv_bn(size=1, epsilon=1e-9))
+    x = 1.0 + 1e-3 * np.random.default_rng(3).normal(size=(8, 6, 6, 3)).astype(np.float32)
+    y = x.astype(np.float64) @ np.asarray(layer.conv.kernel[0, 0], np.float64)
+    layer.bn.mean[...] = jnp.asarray(y.mean((0, 1, 2)) + np.arange(4) + 0.01, jnp.float32)
+    got = layer(jnp.asarray(x), use_batch_stats=True)
+    want = (y - y.mean((0, 1, 2))) / np.sqrt(y.var((0, 1, 2)) + 1e-9)
+    np.testing.assert_allclose(got, want, atol=3e-3)  # float32 holds y itself to 1e-4 of it
+
+
+def test_the_bias_before_batch_statistics_has_exactly_no_gradient():
+    graph, state = conv_bn()
+    x = jax.random.normal(jax.random.key(1), (4, 5, 5, 3))
+
+    def loss(params, rest, x):
+        return jnp.sum(nnx.merge(graph, params, rest, copy=True)(x, use_batch_stats=True) ** 3)
+
+    params, rest = state.split(nnx.Param, ...)
+    grads = jax.grad(loss)(params, rest, x)
+    assert not np.any(grads["conv"]["bias"][...])
+    assert np.any(grads["conv"]["kernel"][...])
+
+
+def test_statistics_over_a_mapped_axis_equal_those_of_the_whole_batch():
+    graph, state = conv_bn()
+    x = jax.random.normal(jax.random.key(2), (6, 5, 5, 3)) * jnp.arange(1, 7)[:, None, None, None]
+
+    def apply(x, axis_name=None):
+        layer = nnx.merge(graph, state, copy=True)
+        y = layer(x, use_batch_stats=True, axis_name=axis_name)
+        return y, layer.bn.mean[...], layer.bn.var[...]
+
+    y, mean, var = apply(x)
+    parts = jax.vmap(lambda x: apply(x, "devices"), axis_name="devices")(x.reshape(3, 2, 5, 5, 3))
+    np.testing.assert_allclose(parts[0].reshape(y.shape), y, atol=1e-5)
+    for part in range(3):
+        np.testing.assert_allclose(parts[1][part], mean, atol=1e-6)
+        np.testing.assert_allclose(parts[2][part], var, rtol=1e-5)
+
+
+def test_dropout_keeps_its_share_and_the_expectation():
+    x = jnp.ones((100, 1000))
+    y = np.asarray(layers.dropout(x, 0.25, jax.random.key(0)))
+    assert set(np.unique(y)) == {0.0, np.float32(1 / 0.75)}
+    assert abs(np.mean(y == 0) - 0.25) < 0.01
+    assert layers.dropout(x, 0.25, None) is x
+    assert layers.dropout(x, 0.0, jax.random.key(0)) is x

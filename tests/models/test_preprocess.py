@@ -1,0 +1,38 @@
+"""Judge: Keras's `imagenet_utils.preprocess_input`."""
+
+import os
+
+os.environ["KERAS_BACKEND"] = "jax"
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from keras.src.applications.imagenet_utils import preprocess_input
+
+from covid_flax.models.preprocess import preprocess
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
+
+
+@pytest.mark.parametrize("mode", ["caffe", "torch"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_modes_equal_keras(images, mode, dtype):
+    x = images.astype(dtype)
+    got = preprocess(x, mode)
+    want = preprocess_input(images.astype(np.float32), data_format="channels_last", mode=mode)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(x, images)  # Keras's writes into its argument
+
+
+def test_unit_is_division_by_255(images):
+    got = preprocess(images, "unit")
+    np.testing.assert_allclose(got, images.astype(np.float64) / 255, rtol=1e-6)
+
+
+def test_unknown_mode_is_named():
+    with pytest.raises(ValueError, match="bgr"):
+        preprocess(np.zeros((1, 1, 1, 3)), "bgr")

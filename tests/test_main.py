@@ -1,0 +1,187 @@
+"""The commands as a person runs them: exit status, the one line of an error, nothing lost."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _command(module, *args, **env):
+    return subprocess.run(
+        [sys.executable, "-m", f"covid_flax.{module}", *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **env},
+    )
+
+
+def _main(workdir, *args, config="quickstart.py", **env):
+    return _command("main", f"--config=configs/{config}", f"--workdir={workdir}", *args, **env)
+
+
+def _refused(done, *words):
+    """Exit 2, one line on stderr, no traceback, naming the thing."""
+    assert done.returncode == 2, (done.returncode, done.stderr[-2000:])
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    for word in words:
+        assert word in errors[0], errors[0]
+
+
+@pytest.fixture
+def args(phantom_dir, cache_dir):
+    return [f"--config.data.dir={phantom_dir}", f"--config.data.cache_dir={cache_dir}"]
+
+
+def test_train_evaluate_and_no_tensorflow(tmp_path, args):
+    """Both commands, real processes; TensorFlow, torch and Keras are made unimportable."""
+    blocker = tmp_path / "block"
+    blocker.mkdir()
+    for name in ("tensorflow", "torch", "keras"):
+        (blocker / f"{name}.py").write_text(f"raise ImportError('{name} was imported')\n")
+    env = {"PYTHONPATH": str(blocker)}
+    small = ["--config.train.epochs=1", "--config.data.image_size=32", "--config.seed=3"]
+    done = _main(tmp_path / "run", *args, *small, **env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "accuracy" in done.stdout and "confusion_matrix.png" in done.stdout
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
+    done = _command(
+        "evaluate",
+        f"--workdir={tmp_path / 'run'}",
+        "--split=all",
+        "--checkpoint=latest",
+        f"--output={tmp_path / 'out'}",
+        **env,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["num_examples"] == 80
+    _refused(_command("evaluate", f"--workdir={tmp_path / 'run'}", "--split=test"), "no test")
+    _refused(_command("evaluate", "--split=val"), "workdir")
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (["--config.data.imagesize=64"], ["imagesize", "image_size"]),
+        (["--config.train.epochs=many"], ["epochs", "many"]),
+        (["--config.model.name=resnet51"], ["model.name", "resnet50"]),
+        (["--config.train.batch_size=0"], ["train.batch_size"]),
+        (["--config.data.dir=/nowhere"], ["/nowhere"]),
+        (["--config.model.weights=/nowhere.h5"], ["/nowhere.h5"]),
+        (["--splat=1"], ["splat"]),
+        (["stray"], ["stray"]),
+    ],
+)
+def test_bad_arguments(bad, words, tmp_path, args):
+    _refused(_main(tmp_path / "run", *args, *bad), *words)
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_bad_config_files(tmp_path, args):
+    _refused(_main(tmp_path / "run", config="nowhere.py"), "nowhere.py")
+    _refused(_main(tmp_path / "run", *args, config="paper.py:frozzen"), "frozzen", "frozen")
+    _refused(_command("main"), "config")
+    bad = tmp_path / "bad.py"
+    bad.write_text(
+        "from ml_collections_configs import base\n"
+        "def get_config():\n    c = base.get_config()\n    c.train.epoch = 3\n    return c\n"
+    )
+    _refused(_command("main", f"--config={bad}"), "epoch", "epochs")
+
+
+def _truncate(image):
+    image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
+
+
+def _mislabel(image):
+    from PIL import Image
+
+    with Image.open(image) as opened:
+        opened.save(image, format="JPEG")
+
+
+@pytest.mark.parametrize(
+    "break_image",
+    [
+        _truncate,
+        lambda image: image.write_bytes(b""),
+        lambda image: image.write_text("no image"),
+        _mislabel,
+        lambda image: image.rename(image.with_name("COVID-77.png")),
+    ],
+    ids=["truncated", "empty", "no image", "JPEG named png", "another class's name"],
+)
+def test_a_bad_image_is_named_before_training(break_image, phantom_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(phantom_dir, data)
+    break_image(data / "Normal" / "images" / "Normal-7.png")
+    done = _main(
+        tmp_path / "run", f"--config.data.dir={data}", f"--config.data.cache_dir={tmp_path / 'c'}"
+    )
+    _refused(done, "Normal/images")
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_and_single_classes(phantom_dir, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(phantom_dir, data)
+    shutil.rmtree(data / "COVID" / "images")
+    (data / "COVID" / "images").mkdir()
+    _refused(_main(tmp_path / "run", f"--config.data.dir={data}"), "COVID")
+    for name in ("COVID", "Lung_Opacity", "Viral Pneumonia"):
+        shutil.rmtree(data / name)
+    _refused(_main(tmp_path / "run", f"--config.data.dir={data}"), "one class")
+    shutil.rmtree(data / "Normal")
+    _refused(_main(tmp_path / "run", f"--config.data.dir={data}"), "no image")
+
+
+def test_bad_weights(tmp_path, args):
+    (tmp_path / "text.h5").write_text("no h5")
+    with h5py.File(tmp_path / "other.h5", "w") as f:
+        f["layer"] = [1.0]
+    for name in ("text.h5", "other.h5"):
+        weights = f"--config.model.weights={tmp_path / name}"
+        _refused(_main(tmp_path / "run", *args, weights, config="paper.py"), name)
+
+
+def test_places_that_cannot_be_written(tmp_path, args):
+    (tmp_path / "file").write_text("kept")
+    _refused(_main(tmp_path / "file", *args), "file")
+    _refused(_main(tmp_path / "file" / "below", *args), "file")
+    assert (tmp_path / "file").read_text() == "kept"
+    _refused(_main("/proc/run", *args), "/proc")
+
+
+def test_a_full_disk(tmp_path, args):
+    """A limit on file size stands for the full disk: checkpoints outgrow it."""
+    import resource
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "covid_flax.main",
+            "--config=configs/quickstart.py",
+            f"--workdir={tmp_path / 'run'}",
+            *args,
+            "--config.train.epochs=1",
+            "--config.data.image_size=32",
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=limit,
+    )
+    _refused(done, "cannot write")
