@@ -35,7 +35,7 @@ _FULL_OR_LOCKED = {
 def run_command(main: Callable[[], None]) -> None:
     """Parses the flags, runs `main`, and exits: 0, or 2 for an error the user can mend."""
     logging.set_verbosity(logging.ERROR)
-    if not jax.config.jax_compilation_cache_dir:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # A second start finds its programs compiled; JAX_COMPILATION_CACHE_DIR overrides it.
         jax.config.update("jax_compilation_cache_dir", str(cache_dir("") / "xla"))
     try:

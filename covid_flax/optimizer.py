@@ -10,7 +10,7 @@ import optax
 
 
 class ScaleByKerasAdamState(NamedTuple):
-    count: jax.Array
+    step: jax.Array
     mu: Any
     nu: Any
 
@@ -31,13 +31,13 @@ def scale_by_keras_adam(b1: float, b2: float, epsilon: float) -> optax.GradientT
 
     def update(grads: Any, state: ScaleByKerasAdamState, params: Any = None):
         del params
-        count = state.count + 1
-        t = count.astype(jnp.float32)
+        step = state.step + 1
+        t = step.astype(jnp.float32)
         correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
         mu = jax.tree.map(lambda m, g: m + (g - m) * (1 - b1), state.mu, grads)
         nu = jax.tree.map(lambda v, g: v + (g * g - v) * (1 - b2), state.nu, grads)
         updates = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + epsilon), mu, nu)
-        return updates, ScaleByKerasAdamState(count, mu, nu)
+        return updates, ScaleByKerasAdamState(step, mu, nu)
 
     return optax.GradientTransformation(init, update)
 

@@ -6,7 +6,6 @@ import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import time
 from pathlib import Path

@@ -50,9 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
     o.b1 = 0.9
     o.b2 = 0.999
     o.epsilon = 1e-7  # Keras's default
-    o.epsilon_mode = (
-        "keras"  # keras (added before bias correction) or optax (after); docs/training.md
-    )
+    o.epsilon_mode = "keras"  # keras (before bias correction) or optax (after); docs/training.md
     o.weight_decay = 0.0  # decoupled (AdamW), kernels only
     o.clip_norm = 0.0  # > 0: bound on the gradient's global norm
 
@@ -68,9 +66,7 @@ def get_config() -> ml_collections.ConfigDict:
     t.parallel = "jit"  # jit (one program over a device mesh) or pmap
     t.checkpoint_every_steps = 0  # > 0: also between epochs
     t.log_every_steps = 20  # steps a console line
-    t.feature_cache_gb = (
-        8.0  # memory for the frozen stages' outputs, where caching is exact; 0 never
-    )
+    t.feature_cache_gb = 8.0  # memory for the outputs of frozen stages, where caching is exact
 
     c.augment = a = ml_collections.ConfigDict()  # on device, training only; all off by default
     a.flip = False  # left to right, half of the images

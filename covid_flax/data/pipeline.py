@@ -16,7 +16,7 @@ import numpy as np
 
 from covid_flax.data.decode import decode, resize
 
-Element = dict[str, np.ndarray]
+Element = dict[str, np.ndarray | np.generic]
 
 
 class Source(Protocol):
@@ -115,7 +115,7 @@ def train_iterator(
     put: Callable[[Element], Any],
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator:
+) -> grain.DatasetIterator:
     """Endless batches, every epoch in a new seeded order; its state can be saved.
 
     Args:

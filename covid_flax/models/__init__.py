@@ -34,7 +34,7 @@ def create_model(config: Any, num_classes: int, seed: int) -> tuple[nnx.GraphDef
         dtype=jnp.dtype(config.dtype),
         rngs=nnx.Rngs(params=seed),
     )
-    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 
 
