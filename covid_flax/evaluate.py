@@ -27,9 +27,10 @@ from covid_flax.metrics import classification_report
 from covid_flax.models import create_model, trained_stages
 from covid_flax.optimizer import make_optimizer
 from covid_flax.predict import compile_apply, log_softmax, mean_loss, predict
+from covid_flax.report.console import say
 from covid_flax.report.write import write_evaluation
+from covid_flax.run import read_run
 from covid_flax.step import create_state, make_eval_step
-from covid_flax.train import read_run, say
 
 SPLITS = ("val", "test", "train", "all")
 

@@ -8,9 +8,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from covid_flax.command import run_command
+from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
-from covid_flax.train import default_workdir, dry_run, say, setup, train
+from covid_flax.report.console import say
+from covid_flax.run import default_workdir, setup
+from covid_flax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "a file of configs/, with :variant where it has variants", lock_config=True

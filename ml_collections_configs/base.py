@@ -11,9 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The locked base configuration: setting a key that is not here fails."""
     c = ml_collections.ConfigDict()
 
-    c.seed = (
-        0  # of everything drawn at random: split, initial weights, order, dropout, augmentation
-    )
+    c.seed = 0  # of all that is drawn at random: split, first weights, order, dropout, augmentation
 
     c.data = d = ml_collections.ConfigDict()
     d.dir = ""  # the image folder or its zip: <Class>/images/* as Kaggle ships it, or <Class>/*

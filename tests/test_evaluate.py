@@ -10,7 +10,8 @@ import sklearn.metrics
 
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
-from covid_flax.train import setup, train
+from covid_flax.run import setup
+from covid_flax.train import train
 
 
 @pytest.fixture(scope="module")

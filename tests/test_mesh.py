@@ -15,7 +15,8 @@ import jax
 from absl import logging
 from covid_flax import config as config_lib
 from covid_flax.evaluate import evaluate
-from covid_flax.train import setup, train
+from covid_flax.run import setup
+from covid_flax.train import train
 
 logging.set_verbosity(logging.ERROR)
 saved, workdir, devices = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])

@@ -10,9 +10,11 @@ import pytest
 
 from covid_flax import train as train_lib
 from covid_flax.checkpoint import Checkpoints
+from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
-from covid_flax.train import dry_run, setup, train
+from covid_flax.run import setup
+from covid_flax.train import train
 
 
 def _lines(workdir):

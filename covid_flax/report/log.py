@@ -1,4 +1,4 @@
-"""What a run tells while it goes: `metrics.jsonl`, TensorBoard events, console lines."""
+"""The figures a run writes while it goes: `metrics.jsonl` and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -53,12 +53,3 @@ class RunLog:
         """Length of `metrics.jsonl`, all of it on disk."""
         os.fsync(self._file.fileno())
         return self._file.tell()
-
-
-def duration(seconds: float) -> str:
-    """`4.2s`, `3:07` or `1:02:07`."""
-    if seconds < 10:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

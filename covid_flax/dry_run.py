@@ -1,0 +1,58 @@
+"""All but training: the network's table and what a step will cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from covid_flax.models import STAGES
+from covid_flax.report.console import say
+from covid_flax.run import Run
+from covid_flax.step import create_state, make_eval_step, make_train_step
+from covid_flax.train import make_job
+
+
+def dry_run(run: Run) -> None:
+    """Prints the network's table and what a step will cost; trains nothing."""
+    job = make_job(run)
+    say("")
+    say(f"{'stage':<8}{'parameters':>14}{'statistics':>12}  trained  batch norm")
+    totals = np.zeros(3, np.int64)
+    for stage in STAGES:
+        params = sum(x.size for x in jax.tree.leaves(run.params.get(stage, {})))
+        stats = sum(x.size for x in jax.tree.leaves(run.batch_stats.get(stage, {})))
+        trained = stage in run.trained
+        totals += np.array([params, stats, params * trained])
+        if params:
+            mode = ("batch" if stage in run.batch_stats_in else "running") if stats else "-"
+            say(f"{stage:<8}{params:>14,}{stats:>12,}  {'yes' if trained else 'no':<7}  {mode}")
+    say(f"{'total':<8}{totals[0]:>14,}{totals[1]:>12,}  trained {totals[2]:,}")
+
+    config = run.config
+    state = create_state(run.params, run.batch_stats, frozenset(run.trained), job.tx, config.seed)
+    state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
+    batch = config.train.batch_size
+    x: Any = jax.ShapeDtypeStruct(
+        (batch, config.data.image_size, config.data.image_size, 3), "uint8"
+    )
+    if job.start != STAGES[0]:
+        stop = STAGES[STAGES.index(job.start) - 1]
+        prefix = make_eval_step(run.graphdef, job.step_config.preprocessing, stop=stop)
+        x = jax.eval_shape(prefix, run.params, run.batch_stats, x)
+    step_config = dataclasses.replace(job.step_config, axis_name=None)
+    step = jax.jit(make_train_step(run.graphdef, job.tx, step_config), donate_argnums=0)
+    labels = jax.ShapeDtypeStruct((batch,), np.int32)
+    compiled = step.lower(state, {"image": x, "label": labels}).compile()
+    cost = compiled.cost_analysis() or {}
+    memory = compiled.memory_analysis()
+    say("")
+    say(
+        f"a step: {batch} images, {cost.get('flops', float('nan')) / 1e9:,.1f} GFLOP, "
+        f"{getattr(memory, 'temp_size_in_bytes', 0) / 1e9:.2f} GB temporary, "
+        f"{state_bytes / 1e9:.2f} GB state; {job.steps_per_epoch:,} steps an epoch, "
+        f"at most {config.train.epochs} epochs"
+    )
+    say("dry run: nothing was trained")

@@ -1,0 +1,93 @@
+"""What a run says on the console while it goes: one dense line for some steps, one an epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+
+
+def say(line: str) -> None:
+    """A line on the console, from one process alone."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`4.2s`, `3:07` or `1:02:07`."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Meter:
+    """Clocks and console lines of the training loop.
+
+    Args:
+      epochs, steps_per_epoch: of the whole run.
+      step: from which this process goes on.
+      clocks: `elapsed` and `epoch_seconds` of a checkpoint: seconds of the run, and in
+        training steps of the epoch under way.
+    """
+
+    def __init__(self, epochs: int, steps_per_epoch: int, step: int, clocks: Mapping[str, float]):
+        self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
+        self.last_step, self.first = step, True
+        self.started = self.last = time.monotonic()
+        self.elapsed_before = clocks["elapsed"]
+        self.epoch_seconds = clocks["epoch_seconds"]
+        self.step_seconds, self.timed_steps = 0.0, 0
+
+    @property
+    def clocks(self) -> dict[str, float]:
+        elapsed = self.elapsed_before + time.monotonic() - self.started
+        return {"elapsed": elapsed, "epoch_seconds": self.epoch_seconds}
+
+    def interval(
+        self, step: int, count: float, loss: float, accuracy: float, learning_rate: float
+    ) -> dict[str, float]:
+        """Prints the steps since the last call, `count` examples; returns what it printed."""
+        now = time.monotonic()
+        seconds, steps = now - self.last, step - self.last_step
+        self.last, self.last_step = now, step
+        figures = {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
+        if self.first:
+            # The first step's time is the compiler's: it is in no rate.
+            self.first = False
+            say(f"first step after {duration(seconds)}: loss {loss:.4f}")
+            return figures
+        self.epoch_seconds += seconds
+        self.step_seconds += seconds
+        self.timed_steps += steps
+        rate = count / seconds
+        left = (self.epochs * self.steps_per_epoch - step) * self.step_seconds / self.timed_steps
+        epoch = (step - 1) // self.steps_per_epoch
+        done = step / self.steps_per_epoch - epoch
+        say(
+            f"epoch {epoch + 1}/{self.epochs} {done:4.0%} | step {step:,} | loss {loss:.4f} | "
+            f"accuracy {accuracy:.4f} | lr {learning_rate:.2e} | {rate:,.1f} images/s | "
+            f"left {duration(left)}"
+        )
+        return {**figures, "images_per_second": rate}
+
+    def epoch_rate(self, count: float) -> float:
+        """Images a second of the epoch that ends, evaluation left out."""
+        return count / self.epoch_seconds if self.epoch_seconds else 0.0
+
+    def end_epoch(
+        self,
+        epoch: int,
+        train: Sequence[float],
+        val: Sequence[float],
+        verdict: str,
+    ) -> None:
+        """Prints the epoch's (loss, accuracy) pairs; what came between stays out of the rates."""
+        say(
+            f"epoch {epoch}/{self.epochs} done | train loss {train[0]:.4f} accuracy "
+            f"{train[1]:.4f} | val loss {val[0]:.4f} accuracy {val[1]:.4f} | {verdict} | "
+            f"{duration(self.clocks['elapsed'])}"
+        )
+        self.epoch_seconds, self.last = 0.0, time.monotonic()

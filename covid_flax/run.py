@@ -1,0 +1,174 @@
+"""Setting a run up: its folder, data, network and initial weights, before a step is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from flax import nnx
+
+from covid_flax import __version__
+from covid_flax import config as config_lib
+from covid_flax.data import dataset as dataset_lib
+from covid_flax.data.dataset import Dataset
+from covid_flax.data.splits import read_split_csv, write_split_csv
+from covid_flax.errors import UserError
+from covid_flax.models import create_model, preprocessing_of, trained_stages
+from covid_flax.pretrained.fetch import resolve, sha256
+from covid_flax.pretrained.load import load_weights
+from covid_flax.pretrained.read import read_weights
+from covid_flax.report.console import say
+from covid_flax.report.files import write_atomically
+
+# What may differ when a run goes on: nothing here changes a figure.
+_FREE_ON_RESUME = (
+    "data.dir",
+    "data.cache_dir",
+    "data.num_threads",
+    "data.prefetch",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "train.feature_cache_gb",
+)
+_PACKAGES = (
+    "jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets ml_collections numpy pillow"
+).split()
+
+
+@dataclasses.dataclass
+class Run:
+    """A run that is set up: its folder, its data and its untrained network."""
+
+    config: ml_collections.ConfigDict
+    workdir: Path
+    data: Dataset
+    graphdef: nnx.GraphDef
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return trained_stages(self.config.model)
+
+    @property
+    def batch_stats_in(self) -> frozenset[str]:
+        """Frozen stages run as in inference, as Keras's `trainable=False` layers do."""
+        return frozenset(self.trained if self.config.model.batch_norm == "train" else ())
+
+
+def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
+    """Data, network and initial weights; writes `config.json` and `split.csv`.
+
+    Where the folder holds a run already, checks that it is one of this configuration,
+    split and class list, and leaves its files as they are. Raises UserError.
+    """
+    config_lib.check(config)
+    saved = read_run(workdir)
+    if saved is not None:
+        _refuse_changes(saved["config"], config_lib.to_json(config), workdir)
+    say(f"data: reading {config.data.dir or 'synthetic phantoms'}")
+    data = dataset_lib.load_dataset(config.data, config.seed, workdir)
+    _describe_data(data)
+    graphdef, params, batch_stats = create_model(config.model, len(data.class_names), config.seed)
+
+    if saved is not None:
+        if saved["class_names"] != list(data.class_names):
+            raise UserError(
+                f"{workdir} was trained on the classes {saved['class_names']}, the data has "
+                f"{list(data.class_names)}: choose another --workdir"
+            )
+        if read_split_csv(workdir / "split.csv") != list(data.rows):
+            raise UserError(
+                f"the images or their split differ from {workdir}/split.csv: "
+                "restore the data, or choose another --workdir"
+            )
+        return Run(config, workdir, data, graphdef, params, batch_stats)
+
+    weights: dict[str, Any] = {"source": config.model.weights}
+    weights_cache = dataset_lib.cache_dir(config.data.cache_dir) / "weights"
+    path = resolve(config.model.weights, config.model.name, weights_cache)
+    if path is not None:
+        params, batch_stats, report = load_weights(
+            read_weights(path),
+            params,
+            batch_stats,
+            source=str(path),
+            may_miss=tuple(config.model.weights_may_miss),
+        )
+        say(f"weights: {path.name}: {report.summary()}")
+        weights.update(file=str(path), sha256=sha256(path), report=report.summary())
+    else:
+        say("weights: none, everything starts at random")
+
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_split_csv(workdir / "split.csv", list(data.rows))
+        about = {
+            "config": config_lib.to_json(config),
+            "class_names": list(data.class_names),
+            "seed": config.seed,
+            "preprocessing": preprocessing_of(config.model),
+            "data": dataset_lib.summary(data),
+            "weights": weights,
+            "versions": {"covid_flax": __version__, "python": platform.python_version()}
+            | {p: importlib.metadata.version(p) for p in _PACKAGES},
+            "devices": [str(d.device_kind) for d in jax.devices()],
+        }
+        # Last: a folder with a config.json is a run.
+        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+        write_atomically(workdir / "config.json", text.encode())
+    return Run(config, workdir, data, graphdef, params, batch_stats)
+
+
+def read_run(workdir: Path) -> dict[str, Any] | None:
+    """The `config.json` of a run's folder, None where there is none. Raises UserError."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"{workdir} is a file: give a folder as --workdir")
+    path = workdir / "config.json"
+    if not path.exists():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        missing = {"config", "class_names", "data"} - set(saved)
+    except ValueError as e:
+        raise UserError(f"{path} is not JSON ({e}): restore it, or choose another --workdir") from e
+    if missing:
+        raise UserError(f"{path} lacks {sorted(missing)}: choose another --workdir")
+    return saved
+
+
+def _refuse_changes(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+    before, after = config_lib.flatten(saved), config_lib.flatten(now)
+    changed = [
+        f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in _FREE_ON_RESUME
+    ]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run of another configuration ({'; '.join(changed)}): "
+            "choose another --workdir"
+        )
+
+
+def _describe_data(data: Dataset) -> None:
+    images = dataset_lib.summary(data)["images"]
+    parts = [f"{split} {sum(counts.values()):,}" for split, counts in images.items()]
+    say(
+        f"data: {len(data.rows):,} images, {len(data.class_names)} classes "
+        f"({', '.join(data.class_names)}): {', '.join(parts)}"
+    )
+    for note in data.notes:
+        say(f"note: {note}")
+
+
+def default_workdir(config_file: str) -> Path:
+    """`runs/paper-frozen` for `configs/paper.py:frozen`."""
+    path, _, variant = config_file.partition(":")
+    return Path("runs") / "-".join(filter(None, [Path(path).stem, *variant.split(",")]))
