@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 
 # Before JAX and TensorStore load: their C++ logs are not the user's concern.
@@ -38,6 +39,7 @@ def run_command(main: Callable[[], None]) -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # A second start finds its programs compiled; JAX_COMPILATION_CACHE_DIR overrides it.
         jax.config.update("jax_compilation_cache_dir", str(cache_dir("") / "xla"))
+    threading.excepthook = _thread_error
     try:
         _parse(sys.argv)
         main()
@@ -89,6 +91,12 @@ def _disk_error(e: BaseException | None) -> str | None:
                 return f"cannot write: {' '.join(str(e).split())[:300]}: {mend}"
         e = e.__cause__ or e.__context__
     return None
+
+
+def _thread_error(args: threading.ExceptHookArgs) -> None:
+    """A checkpoint's writer thread meets a full disk first; the main thread raises it again."""
+    if _disk_error(args.exc_value) is None:
+        threading.__excepthook__(args)
 
 
 def _fail(line: str) -> None:

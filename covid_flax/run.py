@@ -19,12 +19,12 @@ from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
+from covid_flax.files import write_atomically
 from covid_flax.models import create_model, preprocessing_of, trained_stages
 from covid_flax.pretrained.fetch import resolve, sha256
 from covid_flax.pretrained.load import load_weights
 from covid_flax.pretrained.read import read_weights
 from covid_flax.report.console import say
-from covid_flax.report.files import write_atomically
 
 # What may differ when a run goes on: nothing here changes a figure.
 _FREE_ON_RESUME = (
@@ -107,7 +107,12 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         say("weights: none, everything starts at random")
 
     if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(
+                f"cannot make {workdir} ({e.strerror}): choose another --workdir"
+            ) from e
         write_split_csv(workdir / "split.csv", list(data.rows))
         about = {
             "config": config_lib.to_json(config),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import hashlib
+import io
 import os
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from absl import logging
 
 from covid_flax.data.folder import DataFolder, ImageFile
 from covid_flax.errors import UserError
+from covid_flax.files import write_atomically
 
 SPLITS = ("paper-sorted", "paper-random", "grouped")
 
@@ -105,24 +106,17 @@ def make_split(
 
 def write_split_csv(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
     """Writes `file,label,split,group` (UTF-8), all or nothing. UserError on a failed write."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="") as f:
-            writer = csv.writer(f, lineterminator="\n")
-            writer.writerow(_COLUMNS)
-            writer.writerows(dataclasses.astuple(row) for row in rows)
-        os.replace(partial, path)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise UserError(f"cannot write {path}: {e.strerror}") from e
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    writer.writerows(dataclasses.astuple(row) for row in rows)
+    write_atomically(Path(path), buffer.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def read_split_csv(path: str | os.PathLike[str]) -> list[Row]:
     """The rows that `write_split_csv` wrote. UserError where `path` is no such file."""
     try:
-        with open(path, encoding="utf-8", newline="") as f:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as f:
             reader = csv.reader(f, strict=True)
             header = next(reader, None)
             listed = list(reader)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from covid_flax.errors import UserError
-from covid_flax.report.files import write_atomically
+from covid_flax.files import write_atomically
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision; the line styles differ
 # as well, for grey prints.

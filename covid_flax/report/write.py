@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from covid_flax.report.files import write_atomically
+from covid_flax.files import write_atomically
 from covid_flax.report.plots import plot_confusion_matrix
 
 

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from covid_flax.errors import UserError
+from covid_flax.files import write_atomically
 from covid_flax.metrics import classification_report
-from covid_flax.report.files import write_atomically
 from covid_flax.report.write import write_evaluation
 
 NAMES = ['Lung, "opaque"', "Größe 肺", "plain"]
