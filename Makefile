@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-QUICKSTART := runs/quickstart
+QUICKSTART := runs/quickstart-demo
 
 .PHONY: quickstart test lint lock clean
 

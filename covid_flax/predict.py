@@ -84,7 +84,7 @@ def predict(
         if pending is not None:
             collect(pending)
     if outputs is None or not np.all(seen == 1):
-        raise RuntimeError(f"evaluation saw {int(seen.sum())} of {len(source)} examples once")
+        raise RuntimeError(f"evaluation did not see each of {len(source)} examples exactly once")
     return outputs
 
 

@@ -42,25 +42,25 @@ def get_config() -> ml_collections.ConfigDict:
     m.dtype = "float32"  # of the convolutions: float32 or bfloat16
 
     c.optimizer = o = ml_collections.ConfigDict()
-    o.learning_rate = 1e-5
+    o.learning_rate = 1e-5  # the peak, where a schedule moves it
     o.schedule = "constant"  # constant or cosine (to zero at the last step)
     o.warmup_epochs = 0.0  # linear rise from zero, either schedule
-    o.b1 = 0.9
-    o.b2 = 0.999
-    o.epsilon = 1e-7  # Keras's default
+    o.b1 = 0.9  # decay of Adam's first moment
+    o.b2 = 0.999  # decay of its second
+    o.epsilon = 1e-7  # Adam's, Keras's default
     o.epsilon_mode = "keras"  # keras (before bias correction) or optax (after); docs/training.md
     o.weight_decay = 0.0  # decoupled (AdamW), kernels only
     o.clip_norm = 0.0  # > 0: bound on the gradient's global norm
 
     c.train = t = ml_collections.ConfigDict()
-    t.epochs = 100
+    t.epochs = 100  # at most
     t.batch_size = 32  # over all devices
     t.last_batch = "keep"  # keep the short last batch as Keras does, or drop it
     t.patience = 10  # epochs without improvement until training stops; 0 never stops
     t.monitor = "val_loss"  # val_loss, val_accuracy
     t.min_delta = 0.0  # smallest change of it that counts as an improvement
     t.class_weights = "none"  # none or balanced (n / (classes x n_class))
-    t.label_smoothing = 0.0
+    t.label_smoothing = 0.0  # share of the target spread over all classes
     t.parallel = "jit"  # jit (one program over a device mesh) or pmap
     t.checkpoint_every_steps = 0  # > 0: also between epochs
     t.log_every_steps = 20  # steps a console line
@@ -74,6 +74,6 @@ def get_config() -> ml_collections.ConfigDict:
     a.brightness = 0.0  # multiplied by 1 +- up to this share
 
     c.eval = e = ml_collections.ConfigDict()
-    e.batch_size = 64
+    e.batch_size = 64  # over all devices; changes no figure
 
     return c.lock()

@@ -196,5 +196,6 @@ def curves_figure(records: Iterable[Mapping[str, Any]], *, best_epoch: int | Non
 
 def _save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    # Tight: a constrained layout may leave a label over the edge beside an image of equal aspect.
+    figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15)
     write_atomically(path, buffer.getvalue())

@@ -1,0 +1,63 @@
+"""Judge: TensorBoard's own file format, read back record by record."""
+
+import json
+
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
+
+from covid_flax.report.console import duration
+from covid_flax.report.log import RunLog
+
+
+def _events(folder):
+    """The scalars of all event files: length, its checksum, data, its checksum."""
+    for path in sorted(folder.glob("events*")):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
+            event = Event.FromString(data[12 : 12 + size])
+            for value in event.summary.value:
+                yield value.tag, event.step, value.simple_value
+            data = data[16 + size :]
+
+
+def test_lines_and_events(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.interval(2, loss=0.75)
+        log.epoch(4, 1, "train", loss=0.5, accuracy=0.25)
+        log.epoch(4, 1, "val", loss=0.125, accuracy=1.0)
+    lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [
+        {"step": 4, "epoch": 1, "split": "train", "loss": 0.5, "accuracy": 0.25},
+        {"step": 4, "epoch": 1, "split": "val", "loss": 0.125, "accuracy": 1.0},
+    ]
+    assert set(_events(tmp_path / "tensorboard")) == {
+        ("steps/loss", 2, 0.75),
+        ("train/loss", 4, 0.5),
+        ("train/accuracy", 4, 0.25),
+        ("val/loss", 4, 0.125),
+        ("val/accuracy", 4, 1.0),
+    }
+
+
+def test_what_follows_the_checkpoint_is_dropped(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.epoch(1, 1, "val", loss=1.0, accuracy=0.0)
+        kept = log.metrics_bytes
+        log.epoch(2, 2, "val", loss=2.0, accuracy=0.0)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    with RunLog(tmp_path, metrics_bytes=kept, step=1) as log:
+        log.epoch(2, 2, "val", loss=2.0, accuracy=0.0)
+    assert (tmp_path / "metrics.jsonl").read_text() == text
+
+
+def test_a_fresh_run_starts_an_empty_file(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("left over\n")
+    with RunLog(tmp_path) as log:
+        assert log.metrics_bytes == 0
+
+
+def test_durations():
+    said = [duration(s) for s in (0.04, 9.94, 59.6, 187, 3727)]
+    assert said == ["0.0s", "9.9s", "1:00", "3:07", "1:02:07"]

@@ -1,0 +1,91 @@
+"""Every key is checked, documented and survives JSON; every configuration file loads."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from covid_flax import config as config_lib
+from covid_flax.errors import UserError
+from ml_collections_configs import base
+
+ROOT = Path(__file__).parent.parent
+
+
+def _load(name, *argument):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*argument)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [("quickstart", []), ("finetune", []), ("finetune", ["conv5"]), ("paper", [])]
+    + [("paper", [v]) for v in ("frozen", "caffe", "resize", "random", "nested", "frozen,nested")],
+)
+def test_every_configuration_is_valid_and_differs_as_said(name, argument):
+    config = _load(name, *argument)
+    config_lib.check(config)
+    assert config.is_locked
+    if argument and name == "paper":
+        plain = config_lib.flatten(_load("paper"))
+        changed = {k for k, v in config_lib.flatten(config).items() if v != plain[k]}
+        expected = {
+            "frozen": {"model.trainable"},
+            "caffe": {"model.preprocessing"},
+            "resize": {"data.intermediate_size"},
+            "random": {"data.split"},
+            "nested": {"data.nested_test"},
+        }
+        assert changed == set().union(*(expected[v] for v in argument[0].split(",")))
+
+
+def test_unknown_variants_are_refused():
+    for name in ("paper", "finetune"):
+        with pytest.raises(ValueError, match="no variant 'x'"):
+            _load(name, "x")
+
+
+def test_every_key_has_a_line_of_meaning():
+    text = (ROOT / "ml_collections_configs" / "base.py").read_text()
+    lines = re.findall(r"^    \w\.(\w+) = (?!.*ConfigDict)(.*)$", text, re.M)
+    names = [name for name, _ in lines]
+    known = [key.rpartition(".")[2] for key in config_lib.flatten(base.get_config())]
+    assert sorted(names) == sorted(known)
+    assert not [name for name, rest in lines if "  # " not in rest]
+
+
+def test_json_gives_the_configuration_back():
+    config = base.get_config()
+    config.model.weights_may_miss = ("conv5", "conv4")
+    config.optimizer.learning_rate = 0.1 + 0.2
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert config_lib.flatten(again) == config_lib.flatten(config)
+    saved = config_lib.to_json(config)
+    saved["data"]["new_key"] = 1
+    with pytest.raises(UserError, match="data.new_key"):
+        config_lib.from_json(saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model.name", "resnet51"),
+        ("data.interpolation", "cubic"),
+        ("train.batch_size", 0),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("model.dropout", 1.0),
+        ("optimizer.learning_rate", float("nan")),
+        ("model.trainable", "pool"),
+        ("train.monitor", "loss"),
+    ],
+)
+def test_values_no_run_could_use_are_refused_by_key(key, value):
+    config = base.get_config()
+    section, _, name = key.rpartition(".")
+    (config[section] if section else config)[name] = value
+    with pytest.raises(UserError, match=re.escape(f"config.{key}")):
+        config_lib.check(config)
