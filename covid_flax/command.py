@@ -14,7 +14,7 @@ from collections.abc import Callable
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import jax
-from absl import flags, logging
+from absl import app, flags, logging
 
 from covid_flax.config import flatten
 from covid_flax.data.dataset import cache_dir
@@ -56,8 +56,11 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _parse(argv: list[str]) -> None:
+    app.define_help_flags()
     try:
         extra = flags.FLAGS(argv)[1:]
+    except SystemExit:  # absl has printed the help, and would exit with 1
+        sys.exit(0)
     except Exception as e:  # a config file may raise anything
         raise UserError(_flag_line(e)) from e
     if extra:

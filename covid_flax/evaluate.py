@@ -162,13 +162,13 @@ def _print(report: dict[str, Any], output: Path) -> None:
         f"balanced {report['balanced_accuracy']:.4f}, loss {report['loss']:.4f} "
         f"({report['checkpoint']['which']} checkpoint, step {report['checkpoint']['step']:,})"
     )
-    say(f"{'rows true, columns predicted':<{width}}")
-    say(f"{'':<{width}}  " + " ".join(f"{n[:12]:>12}" for n in names) + "    recall precision")
+    say("confusion matrix, rows true, columns predicted:")
+    say(f"{'':<{width}}  " + " ".join(f"{n[:15]:>15}" for n in names) + "    recall precision")
     for name, row in zip(names, matrix, strict=True):
         figures = report["per_class"][name]
         say(
             f"{name:<{width}}  "
-            + " ".join(f"{n:>12,}" for n in row)
+            + " ".join(f"{n:>15,}" for n in row)
             + f"    {figures['recall']:6.4f} {figures['precision']:9.4f}"
         )
     if "note" in report:

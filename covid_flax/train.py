@@ -179,7 +179,8 @@ def _start(
             min_delta=config.train.min_delta,
             patience=config.train.patience or None,
         )
-        return new, stopping, {"elapsed": 0.0, "epoch_seconds": 0.0, "metrics_bytes": 0}
+        clocks = {"elapsed": 0.0, "epoch_seconds": 0.0, "epoch_examples": 0.0}
+        return new, stopping, {**clocks, "metrics_bytes": 0}
     state, loop = checkpoints.load(latest, new)
     say(f"resume: from step {latest:,}, epoch {latest / job.steps_per_epoch:.2f}")
     return state, EarlyStopping.from_state_dict(loop["early_stopping"]), loop
@@ -270,7 +271,7 @@ def _loop(
 
             # ---- end of an epoch: log, validate, judge, save --------------------------------
             epoch = step // job.steps_per_epoch
-            count, *train_figures = _means(sums)
+            _, *train_figures = _means(sums)
             log.epoch(
                 step,
                 epoch,
@@ -278,7 +279,7 @@ def _loop(
                 loss=train_figures[0],
                 accuracy=train_figures[1],
                 learning_rate=rate,
-                images_per_second=meter.epoch_rate(count),
+                images_per_second=meter.epoch_rate,
             )
             state = dataclasses.replace(state, sums=layout.put_state(zero_sums()))
             copy = layout.get_state(state)

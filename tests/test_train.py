@@ -30,7 +30,7 @@ def _final(workdir):
         step, best = c.latest_step, c.best_step
         tree = c._orbax.load(step)
         loop = dict(c._orbax.metadata(step).custom_metadata)
-    for clock in ("elapsed", "epoch_seconds", "metrics_bytes"):
+    for clock in ("elapsed", "epoch_seconds", "epoch_examples", "metrics_bytes"):
         loop.pop(clock)
     return step, best, tree, loop
 

@@ -29,8 +29,8 @@ class Meter:
     Args:
       epochs, steps_per_epoch: of the whole run.
       step: from which this process goes on.
-      clocks: `elapsed` and `epoch_seconds` of a checkpoint: seconds of the run, and in
-        training steps of the epoch under way.
+      clocks: of a checkpoint: `elapsed`, seconds of the run; `epoch_seconds` and
+        `epoch_examples`, of the timed steps of the epoch under way.
     """
 
     def __init__(self, epochs: int, steps_per_epoch: int, step: int, clocks: Mapping[str, float]):
@@ -39,12 +39,17 @@ class Meter:
         self.started = self.last = time.monotonic()
         self.elapsed_before = clocks["elapsed"]
         self.epoch_seconds = clocks["epoch_seconds"]
+        self.epoch_examples = clocks["epoch_examples"]
         self.step_seconds, self.timed_steps = 0.0, 0
 
     @property
     def clocks(self) -> dict[str, float]:
         elapsed = self.elapsed_before + time.monotonic() - self.started
-        return {"elapsed": elapsed, "epoch_seconds": self.epoch_seconds}
+        return {
+            "elapsed": elapsed,
+            "epoch_seconds": self.epoch_seconds,
+            "epoch_examples": self.epoch_examples,
+        }
 
     def interval(
         self, step: int, count: float, loss: float, accuracy: float, learning_rate: float
@@ -55,11 +60,12 @@ class Meter:
         self.last, self.last_step = now, step
         figures = {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
         if self.first:
-            # The first step's time is the compiler's: it is in no rate.
-            self.first = False
+            # The first step's time is the compiler's: it is in no rate but its own.
+            self.first, self.first_rate = False, count / seconds
             say(f"first step after {duration(seconds)}: loss {loss:.4f}")
             return figures
         self.epoch_seconds += seconds
+        self.epoch_examples += count
         self.step_seconds += seconds
         self.timed_steps += steps
         rate = count / seconds
@@ -73,9 +79,10 @@ class Meter:
         )
         return {**figures, "images_per_second": rate}
 
-    def epoch_rate(self, count: float) -> float:
+    @property
+    def epoch_rate(self) -> float:
         """Images a second of the epoch that ends, evaluation left out."""
-        return count / self.epoch_seconds if self.epoch_seconds else 0.0
+        return self.epoch_examples / self.epoch_seconds if self.epoch_seconds else self.first_rate
 
     def end_epoch(
         self,
@@ -90,4 +97,5 @@ class Meter:
             f"{train[1]:.4f} | val loss {val[0]:.4f} accuracy {val[1]:.4f} | {verdict} | "
             f"{duration(self.clocks['elapsed'])}"
         )
-        self.epoch_seconds, self.last = 0.0, time.monotonic()
+        self.epoch_seconds, self.epoch_examples = 0.0, 0.0
+        self.last = time.monotonic()
