@@ -7,7 +7,9 @@ statistics, RNG key, running sums) and, as JSON beside them, what the loop needs
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import errno
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +40,24 @@ class Checkpoints:
     """The checkpoints of one run; the best and the latest are always kept.
 
     A context manager: leaving it waits for the last save and raises its error.
+
+    Args:
+      directory: of the checkpoints.
+      writing: whether this process trains the run. Only then are half-written checkpoints
+        cleared away: to a reader they may be another process's, under way.
     """
 
-    def __init__(self, directory: Path):
-        self._orbax = ocp.training.Checkpointer(
-            directory.absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=_policies.AnyPreservationPolicy(
-                [_policies.LatestN(1), _Best()]  # pyrefly: ignore
-            ),
-            cleanup_tmp_directories=True,
-        )
+    def __init__(self, directory: Path, *, writing: bool = False):
+        self._directory = directory
+        with _readable(f"the checkpoints in {directory}"):
+            self._orbax = ocp.training.Checkpointer(
+                directory.absolute(),
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=_policies.AnyPreservationPolicy(
+                    [_policies.LatestN(1), _Best()]
+                ),
+                cleanup_tmp_directories=writing,
+            )
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -66,7 +75,7 @@ class Checkpoints:
           best: whether this is the best so far.
         """
         self._orbax.save_async(
-            step, state, metrics={"best": int(best)}, custom_metadata=loop, overwrite=False
+            step, state, metrics={"best": int(best)}, custom_metadata={"loop": loop}
         )
 
     def wait(self) -> None:
@@ -92,13 +101,37 @@ class Checkpoints:
         Args:
           step: one of `steps`.
           like: pytree of arrays or ShapeDtypeStructs with shardings: the target.
+
+        Raises:
+          UserError: the checkpoint is damaged, or of another model.
         """
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        state = self._orbax.load(step, abstract)
-        loop = self._orbax.metadata(step).custom_metadata
-        return state, dict(loop or {})
+        with _readable(f"checkpoint {self._directory}/{step}"):
+            state = self._orbax.load(step, abstract)
+            loop = (self._orbax.metadata(step).custom_metadata or {})["loop"]
+        return state, loop
+
+
+@contextlib.contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Whatever Orbax raises on files that are not as it wrote them, as one line."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+            raise
+        why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(
+            f"{what}: damaged, or of another model: restore it, or remove the damaged step's "
+            f"folder to go on from an older one ({why})"
+        ) from e
+
+
+def has_checkpoints(directory: Path) -> bool:
+    """Whether a step was ever saved whole there."""
+    return directory.is_dir() and any(p.name.isdecimal() for p in directory.iterdir())
 
 
 def resolve_step(checkpoints: Checkpoints, which: str) -> int:
@@ -108,10 +141,12 @@ def resolve_step(checkpoints: Checkpoints, which: str) -> int:
         step = checkpoints.best_step
     elif which == "latest":
         step = checkpoints.latest_step
-    elif which.isdigit():
+    elif which.isascii() and which.isdecimal():
         step = int(which) if int(which) in checkpoints.steps else None
     else:
         raise UserError(f"--checkpoint={which}: give best, latest or a step ({there})")
+    if step is None and which == "best" and there != "none":
+        raise UserError(f"--checkpoint=best: no epoch has ended yet; there are: {there}")
     if step is None:
         raise UserError(f"--checkpoint={which}: no such checkpoint; there are: {there}")
     return step

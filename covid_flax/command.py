@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import logging as std_logging
 import os
 import re
 import sys
@@ -35,7 +36,10 @@ _FULL_OR_LOCKED = {
 
 def run_command(main: Callable[[], None]) -> None:
     """Parses the flags, runs `main`, and exits: 0, or 2 for an error the user can mend."""
-    logging.set_verbosity(logging.ERROR)
+    # Libraries log what they then raise; the raised error is what the user is told.
+    logging.set_verbosity(logging.FATAL)
+    logging.get_absl_logger().propagate = False
+    std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # A second start finds its programs compiled; JAX_COMPILATION_CACHE_DIR overrides it.
         jax.config.update("jax_compilation_cache_dir", str(cache_dir("") / "xla"))
@@ -45,6 +49,9 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except UserError as e:
         _fail(str(e))
+    except BrokenPipeError:  # the reader of our output is gone, as under `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -77,6 +84,8 @@ def _flag_line(e: Exception) -> str:
         near = difflib.get_close_matches(unknown[1], known, n=1, cutoff=0.0)[0]
         nearest = known[near].partition(f"{near}.")[1].rstrip(".") or known[near]
         return f"unknown config key {unknown[1]!r}: the nearest known one is config.{nearest}"
+    if isinstance(e, TypeError) or "positional argument" in text:
+        return "that configuration file has no variants: leave out what follows the colon"
     if "Traceback" in text:
         text = text.rstrip().splitlines()[-1]
     return f"{text} (--help lists the flags)"

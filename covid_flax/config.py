@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import ml_collections
@@ -51,7 +52,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "train.batch_size": (1, None),
     "train.patience": (0, None),
     "train.min_delta": (0, None),
-    "train.label_smoothing": (0, 1),
+    "train.label_smoothing": (0, 0.999),
     "train.checkpoint_every_steps": (0, None),
     "train.log_every_steps": (1, None),
     "train.feature_cache_gb": (0, None),
@@ -82,7 +83,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             known = ", ".join(repr(c) for c in choices if c)
             raise UserError(f"config.{key}={flat[key]!r}: choose one of {known}")
     for key, (low, high) in _RANGES.items():
-        if not low <= flat[key] <= (float("inf") if high is None else high):
+        if not low <= flat[key] <= (sys.float_info.max if high is None else high):
             bound = f"at least {low}" if high is None else f"from {low} to {high}"
             raise UserError(f"config.{key}={flat[key]!r}: set a value {bound}")
 

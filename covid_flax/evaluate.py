@@ -15,7 +15,7 @@ import numpy as np
 from absl import flags
 
 from covid_flax import config as config_lib
-from covid_flax.checkpoint import Checkpoints, resolve_step
+from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
 from covid_flax.command import run_command
 from covid_flax.data.builder import prepare
 from covid_flax.data.dataset import Dataset, cache_dir
@@ -42,6 +42,7 @@ def evaluate(
     split: str = "val",
     data_dir: str = "",
     output: Path | None = None,
+    data: Dataset | None = None,
 ) -> dict[str, Any]:
     """Scores a checkpoint on a split of the run's data, or on another folder.
 
@@ -51,6 +52,7 @@ def evaluate(
       split: of the run's `split.csv`; with `data_dir`, `all` takes every image there.
       data_dir: where the images lie now; empty for where they lay in training.
       output: folder of the three files, `workdir/eval/<split>` where None.
+      data: the run's data, where they are open already.
 
     Returns:
       The report, as written. Raises UserError.
@@ -61,7 +63,8 @@ def evaluate(
             f"{workdir} holds no run (no config.json): give a run's folder as --workdir"
         )
     config = config_lib.from_json(saved["config"])
-    data = _load_data(saved, config.data, workdir, split, data_dir)
+    if data is None:
+        data = _load_data(saved, config.data, workdir, split, data_dir)
 
     graphdef, params, batch_stats = create_model(config.model, len(data.class_names), config.seed)
     state = create_state(
@@ -71,7 +74,7 @@ def evaluate(
         make_optimizer(config.optimizer, lambda _: 0.0),
         config.seed,
     )
-    if not (workdir / "checkpoints").is_dir():
+    if not has_checkpoints(workdir / "checkpoints"):
         raise UserError(f"{workdir} has no checkpoint yet: train it first")
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = resolve_step(checkpoints, checkpoint)

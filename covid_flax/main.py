@@ -32,7 +32,7 @@ def _main() -> None:
         dry_run(run)
         return
     train(run)
-    evaluate(workdir)
+    evaluate(workdir, data=run.data)
     say(f"run: {workdir} (curves.png, metrics.jsonl, checkpoints/, eval/val/)")
 
 

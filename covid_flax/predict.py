@@ -41,7 +41,8 @@ def predict(
       apply: from `compile_apply`.
       params, batch_stats: the network's arrays.
       source: the examples.
-      batch_size: over all devices; raised to a multiple of their number.
+      batch_size: over all devices; no more than there are examples, and a multiple of the
+        number of devices.
       num_threads, prefetch: of the input pipeline.
       description: shows a progress bar by this name; none where empty.
 
@@ -49,7 +50,7 @@ def predict(
       RuntimeError: an example was not seen exactly once.
     """
     mesh = make_mesh()
-    batch_size = -(-batch_size // mesh.size) * mesh.size
+    batch_size = -(-min(batch_size, len(source)) // mesh.size) * mesh.size
     batches = eval_batches(
         source,
         batch_size=batch_size,

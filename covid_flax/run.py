@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from flax import nnx
 
 from covid_flax import __version__
 from covid_flax import config as config_lib
+from covid_flax.checkpoint import has_checkpoints
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.splits import read_split_csv, write_split_csv
@@ -34,7 +38,6 @@ _FREE_ON_RESUME = (
     "data.prefetch",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
-    "train.feature_cache_gb",
 )
 _PACKAGES = (
     "jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets ml_collections numpy pillow"
@@ -51,6 +54,7 @@ class Run:
     graphdef: nnx.GraphDef
     params: dict[str, Any]
     batch_stats: dict[str, Any]
+    resumed: bool = False  # a checkpoint is there, and the arrays here mean nothing
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -65,11 +69,12 @@ class Run:
 def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     """Data, network and initial weights; writes `config.json` and `split.csv`.
 
-    Where the folder holds a run already, checks that it is one of this configuration,
-    split and class list, and leaves its files as they are. Raises UserError.
+    Where the folder holds a run with a checkpoint, checks that it is one of this
+    configuration, split and class list, and leaves its files as they are; the weights are
+    the checkpoint's then. Raises UserError.
     """
     config_lib.check(config)
-    saved = read_run(workdir)
+    saved = read_run(workdir) if has_checkpoints(workdir / "checkpoints") else None
     if saved is not None:
         _refuse_changes(saved["config"], config_lib.to_json(config), workdir)
     say(f"data: reading {config.data.dir or 'synthetic phantoms'}")
@@ -88,7 +93,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
                 f"the images or their split differ from {workdir}/split.csv: "
                 "restore the data, or choose another --workdir"
             )
-        return Run(config, workdir, data, graphdef, params, batch_stats)
+        return Run(config, workdir, data, graphdef, params, batch_stats, resumed=True)
 
     weights: dict[str, Any] = {"source": config.model.weights}
     weights_cache = dataset_lib.cache_dir(config.data.cache_dir) / "weights"
@@ -140,12 +145,33 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
         return None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        missing = {"config", "class_names", "data"} - set(saved)
-    except ValueError as e:
-        raise UserError(f"{path} is not JSON ({e}): restore it, or choose another --workdir") from e
-    if missing:
-        raise UserError(f"{path} lacks {sorted(missing)}: choose another --workdir")
+        names = saved["class_names"]
+        whole = (
+            isinstance(saved["config"], dict)
+            and isinstance(saved["data"]["root"], str)
+            and isinstance(saved["preprocessing"], str)
+            and isinstance(names, list)
+            and all(isinstance(name, str) for name in names)
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UserError(f"{path} is damaged: restore it, or choose another --workdir")
     return saved
+
+
+@contextlib.contextmanager
+def only_trainer(workdir: Path) -> Iterator[None]:
+    """Keeps a second process from training the same run. Raises UserError."""
+    with open(workdir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{workdir} is being trained by another process: wait for it, or choose another "
+                "--workdir"
+            ) from None
+        yield
 
 
 def _refuse_changes(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:

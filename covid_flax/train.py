@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -22,7 +23,7 @@ from covid_flax.predict import compile_apply, mean_loss, predict
 from covid_flax.report.console import Meter, say
 from covid_flax.report.log import RunLog
 from covid_flax.report.plots import plot_curves
-from covid_flax.run import Run
+from covid_flax.run import Run, only_trainer
 from covid_flax.step import (
     StepConfig,
     TrainState,
@@ -145,7 +146,10 @@ def train(run: Run) -> None:
     """Trains from scratch or from the latest checkpoint, until the end or an early stop."""
     config = run.config
     job = make_job(run)
-    with Checkpoints(run.workdir / "checkpoints") as checkpoints:
+    directory = run.workdir / "checkpoints"
+    first = jax.process_index() == 0
+    alone = only_trainer(run.workdir) if first else contextlib.nullcontext()
+    with alone, Checkpoints(directory, writing=True) as checkpoints:
         state, stopping, loop = _start(run, job, checkpoints)
         step = int(state.step)
         if stopping.should_stop or step >= job.steps_per_epoch * config.train.epochs:
@@ -159,7 +163,7 @@ def train(run: Run) -> None:
                 f"early stop: {config.train.monitor} has not improved for {config.train.patience} "
                 f"epochs; best epoch {stopping.best_epoch}"
             )
-    if jax.process_index() == 0:
+    if first:
         path = run.workdir / "curves.png"
         plot_curves(run.workdir / "metrics.jsonl", path, best_epoch=stopping.best_epoch)
 
@@ -173,6 +177,10 @@ def _start(
     new = create_state(run.params, run.batch_stats, trained, job.tx, config.seed)
     new = make_layout("jit").put_state(new)
     latest = checkpoints.latest_step
+    if latest is None and run.resumed:
+        raise UserError(
+            f"{run.workdir}/checkpoints: no sound checkpoint is left: remove the folder"
+        )
     if latest is None:
         stopping = EarlyStopping(
             mode="min" if config.train.monitor == "val_loss" else "max",
@@ -182,6 +190,12 @@ def _start(
         clocks = {"elapsed": 0.0, "epoch_seconds": 0.0, "epoch_examples": 0.0}
         return new, stopping, {**clocks, "metrics_bytes": 0}
     state, loop = checkpoints.load(latest, new)
+    if loop["usable"] != job.usable:
+        raise UserError(
+            f"{run.workdir} trained on {loop['usable']:,} images an epoch, on these "
+            f"{jax.device_count()} devices it would be {job.usable:,}: go on with as many devices "
+            "as before, or choose another --workdir"
+        )
     say(f"resume: from step {latest:,}, epoch {latest / job.steps_per_epoch:.2f}")
     return state, EarlyStopping.from_state_dict(loop["early_stopping"]), loop
 
@@ -235,6 +249,7 @@ def _loop(
             "iterator": batches.get_state(),
             "early_stopping": stopping.state_dict(),
             "metrics_bytes": log.metrics_bytes,
+            "usable": job.usable,
             **meter.clocks,
         }
         checkpoints.save(step, state, loop, best=best)
@@ -289,7 +304,8 @@ def _loop(
             improved = stopping.update(
                 val_loss if config.train.monitor == "val_loss" else val_accuracy
             )
-            verdict = f"no better for {stopping.wait} of {config.train.patience}"
+            patience = f" of {stopping.patience}" if stopping.patience else ""
+            verdict = f"no better for {stopping.wait}{patience}"
             verdict = "best so far" if improved else verdict
             meter.end_epoch(epoch, train_figures, (val_loss, val_accuracy), verdict)
             save(copy, best=improved)
@@ -311,5 +327,5 @@ def _refuse_non_finite(loss: float, since: int, step: int) -> None:
     if not math.isfinite(loss):
         raise UserError(
             f"the loss is {loss} between steps {since + 1} and {step}: lower "
-            "optimizer.learning_rate or set optimizer.clip_norm; the last checkpoint is sound"
+            "optimizer.learning_rate or set optimizer.clip_norm, in a new --workdir"
         )

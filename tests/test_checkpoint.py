@@ -67,3 +67,59 @@ def test_which_checkpoint(tmp_path):
         for wrong in ("5", "newest", "-1"):
             with pytest.raises(UserError, match="3, 8"):
                 resolve_step(c, wrong)
+
+
+def _damage(kind, step_folder):
+    state = step_folder / "state"
+    data = max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    if kind == "manifest gone":
+        (state / "manifest.ocdbt").unlink()
+    elif kind == "metadata gone":
+        (state / "_METADATA").unlink()
+    elif kind == "metadata halved":
+        text = (state / "_METADATA").read_bytes()
+        (state / "_METADATA").write_bytes(text[: len(text) // 2])
+    elif kind == "data emptied":
+        data.write_bytes(b"")
+    elif kind == "data halved":
+        data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
+    elif kind == "loop gone":
+        (step_folder / "_CHECKPOINT_METADATA").unlink()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["manifest gone", "metadata gone", "metadata halved", "data emptied", "data halved"]
+    + ["loop gone"],
+)
+def test_a_damaged_checkpoint_is_named(kind, tmp_path):
+    rng = np.random.default_rng(0)
+    tree = {"w": jnp.asarray(rng.normal(size=(300, 300)), jnp.float32)}
+    tree = make_layout("jit").put_state(tree)
+    with Checkpoints(tmp_path, writing=True) as c:
+        c.save(3, tree, {"a": 1}, best=True)
+    _damage(kind, tmp_path / "3")
+    with pytest.raises(UserError, match=r"checkpoint.*damaged"), Checkpoints(tmp_path) as c:
+        c.load(3, tree)
+
+
+def test_another_model_s_checkpoint_is_refused(tmp_path):
+    with Checkpoints(tmp_path, writing=True) as c:
+        c.save(3, _tree(3), {}, best=True)
+    other = make_layout("jit").put_state({**_tree(0), "more": jnp.zeros(2)})
+    with pytest.raises(UserError, match="another model"), Checkpoints(tmp_path) as c:
+        c.load(3, other)
+
+
+def test_a_reader_leaves_a_save_under_way_alone(tmp_path):
+    """Evaluating a run that is being trained must not clear away what it is writing."""
+    tree = make_layout("jit").put_state({"w": jnp.arange(2e7)})
+    with Checkpoints(tmp_path, writing=True) as c:
+        c.save(1, tree, {}, best=True)
+        while not list(tmp_path.glob("1*")):  # its temporary folder, or the finished one
+            pass
+        with Checkpoints(tmp_path):
+            pass
+        c.wait()
+        saved, _ = c.load(1, tree)
+    np.testing.assert_array_equal(saved["w"], tree["w"])

@@ -13,7 +13,9 @@ from covid_flax.checkpoint import Checkpoints
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
-from covid_flax.run import setup
+from covid_flax.models import create_model
+from covid_flax.pretrained.names import keras_name
+from covid_flax.run import only_trainer, read_run, setup
 from covid_flax.train import train
 
 
@@ -29,7 +31,7 @@ def _final(workdir):
     with Checkpoints(workdir / "checkpoints") as c:
         step, best = c.latest_step, c.best_step
         tree = c._orbax.load(step)
-        loop = dict(c._orbax.metadata(step).custom_metadata)
+        loop = dict(c._orbax.metadata(step).custom_metadata["loop"])
     for clock in ("elapsed", "epoch_seconds", "epoch_examples", "metrics_bytes"):
         loop.pop(clock)
     return step, best, tree, loop
@@ -184,6 +186,63 @@ def test_cached_frozen_stages_change_no_result(trainable, tiny_config, tmp_path)
     for a, b in zip(_lines(tmp_path / "cached"), _lines(tmp_path / "plain"), strict=True):
         assert a["accuracy"] == b["accuracy"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_a_dry_run_first_changes_nothing(tiny_config, tmp_path):
+    """The weights are loaded again, not left at random: there is no checkpoint yet."""
+    weights = tmp_path / "weights.npz"
+    _, params, batch_stats = create_model(tiny_config.model, 4, seed=99)
+    arrays = {}
+    for tree in (params, batch_stats):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            arrays[keras_name(tuple(k.key for k in path))] = np.asarray(leaf)
+    np.savez(weights, **arrays)
+    tiny_config.model.weights = str(weights)
+    tiny_config.train.epochs = 1
+    train(setup(tiny_config, tmp_path / "plain"))
+    setup(tiny_config, tmp_path / "after")
+    train(setup(tiny_config, tmp_path / "after"))
+    _assert_same_run(tmp_path / "plain", tmp_path / "after")
+    tiny_config.model.weights = "none"
+    train(setup(tiny_config, tmp_path / "random"))
+    assert _lines(tmp_path / "random") != _lines(tmp_path / "plain")
+
+
+def test_without_a_checkpoint_a_folder_can_be_set_up_anew(tiny_config, tmp_path):
+    tiny_config.train.batch_size = 1000
+    tiny_config.train.last_batch = "drop"
+    with pytest.raises(UserError, match="batch_size"):
+        train(setup(tiny_config, tmp_path / "run"))
+    tiny_config.train.batch_size = 16
+    run = setup(tiny_config, tmp_path / "run")
+    assert not run.resumed
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["config"]["train"]["batch_size"] == 16
+
+
+def test_a_second_trainer_is_refused(resumable, straight):
+    workdir = straight(resumable)
+    with only_trainer(workdir), pytest.raises(UserError, match="another process"):
+        train(setup(resumable, workdir))
+
+
+def test_the_main_command_follows_moved_data(tiny_config, phantom_dir, tmp_path):
+    shutil.copytree(phantom_dir, tmp_path / "before")
+    tiny_config.data.dir = str(tmp_path / "before")
+    tiny_config.train.epochs = 1
+    train(setup(tiny_config, tmp_path / "run"))
+    (tmp_path / "before").rename(tmp_path / "after")
+    tiny_config.data.dir = str(tmp_path / "after")
+    run = setup(tiny_config, tmp_path / "run")
+    report = evaluate(tmp_path / "run", data=run.data)
+    assert report["num_examples"] == 20 and "note" in report
+
+
+@pytest.mark.parametrize("text", ["null", '{"config": 5}', '{"config": {}, "data": {}}', "{"])
+def test_a_damaged_config_json_is_named(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        read_run(tmp_path)
 
 
 def test_another_configuration_is_refused_by_name(resumable, straight):

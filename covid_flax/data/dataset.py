@@ -92,6 +92,7 @@ def _notes(folder: DataFolder, split: str) -> list[str]:
     notes = []
     if folder.ignored:
         notes.append(f"{folder.ignored:,} files in the class folders are no images: left out")
+    notes += [f"{name} cannot be read: its sources are left out" for name in folder.unreadable]
     if folder.groups is None:
         known = "only files of identical bytes stay together"
         if split != "grouped":

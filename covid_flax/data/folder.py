@@ -8,13 +8,12 @@ import hashlib
 import io
 import os
 import re
+import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
-
-from absl import logging
 
 from covid_flax.data.decode import FORMATS_BY_SUFFIX
 from covid_flax.errors import UserError
@@ -52,6 +51,7 @@ class DataFolder:
       groups: group of every file, or None where no csv tells groups.
       ignored: files in the class folders that are not images.
       ungrouped: images that the groups' csv does not list; each is its own group.
+      unreadable: metadata workbooks that could not be read; their sources are left out.
     """
 
     root: Path
@@ -60,6 +60,7 @@ class DataFolder:
     groups: dict[str, str] | None
     ignored: int
     ungrouped: int
+    unreadable: tuple[str, ...]
     _tree: _Tree = dataclasses.field(repr=False)
 
     def read(self, file: str) -> bytes:
@@ -128,9 +129,10 @@ def open_folder(
             f"data.group_column={group_column}, but {path} has no groups.csv or manifest.csv with "
             "that column: name the csv with data.groups_file"
         )
-    sources = _sources(tree, dataset, class_names, files, [groups_table, tables.manifest])
+    tables_with_sources = [groups_table, tables.manifest]
+    sources, unreadable = _sources(tree, dataset, class_names, files, tables_with_sources)
     files = [dataclasses.replace(f, source=sources.get(f.file, "")) for f in files]
-    return DataFolder(Path(path), class_names, files, groups, ignored, ungrouped, tree)
+    return DataFolder(Path(path), class_names, files, groups, ignored, ungrouped, unreadable, tree)
 
 
 class _Tree(Protocol):
@@ -155,10 +157,11 @@ class _Disk:
         path = os.path.join(self._root, folder)
         try:
             with os.scandir(path) as entries:
-                kinds = [(e.name, e.is_dir(), e.is_file()) for e in entries]
+                kinds = [(e.name, e.is_dir()) for e in entries]
         except OSError as e:
             raise UserError(f"cannot list {path}: {e.strerror}") from e
-        return [n for n, d, _ in kinds if d], [n for n, _, f in kinds if f]
+        # A link to nothing counts as a file: it is refused when read, not passed over.
+        return [n for n, d in kinds if d], [n for n, d in kinds if not d]
 
     def has(self, file: str) -> bool:
         return os.path.isfile(os.path.join(self._root, file))
@@ -176,7 +179,9 @@ class _Disk:
         try:
             status = os.stat(path)
         except OSError as e:
-            raise UserError(f"cannot read {path}: {e.strerror}") from e
+            raise UserError(f"cannot read {path}: {e.strerror}: mend or remove it") from e
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            raise UserError(f"{path} is no regular file: remove it")
         return status.st_size, status.st_mtime_ns
 
 
@@ -485,8 +490,12 @@ def _sources(
     class_names: tuple[str, ...],
     files: list[ImageFile],
     tables: list[_Table | None],
-) -> dict[str, str]:
-    """Source of each file: Kaggle's `<Class>.metadata.xlsx`, else a csv's `source_repo`."""
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Source of each file: Kaggle's `<Class>.metadata.xlsx`, else a csv's `source_repo`.
+
+    And the workbooks that could not be read.
+    """
+    unreadable: list[str] = []
     sources = {
         file: row["source_repo"]
         for table in tables
@@ -499,16 +508,22 @@ def _sources(
         name = beside.get(f"{label}.metadata.xlsx".casefold())
         if name is None:
             continue
-        urls = _read_metadata(_join(dataset, name), tree.read(_join(dataset, name)))
+        urls = _read_metadata(tree.read(_join(dataset, name)))
+        if urls is None:
+            unreadable.append(_join(dataset, name))
+            continue
         for f in files:
             url = urls.get(PurePosixPath(f.file).stem.casefold())
             if f.label == label and url:
                 sources[f.file] = url
-    return sources
+    return sources, tuple(unreadable)
 
 
-def _read_metadata(name: str, content: bytes) -> dict[str, str]:
-    """URL by image name without suffix, case folded (the workbooks write NORMAL-1)."""
+def _read_metadata(content: bytes) -> dict[str, str] | None:
+    """URL by image name without suffix, case folded (the workbooks write NORMAL-1).
+
+    None for a workbook that cannot be read: the images do not need it.
+    """
     import openpyxl  # slow to import, and rarely needed
 
     try:
@@ -525,7 +540,6 @@ def _read_metadata(name: str, content: bytes) -> dict[str, str]:
                 stem = PurePosixPath(image).stem if _is_image(image) else image
                 urls[stem.casefold()] = str(row[url_at]).strip()
         book.close()
-    except Exception as e:  # the images do not need it, and a damaged workbook raises anything
-        logging.warning("%s is not readable, its sources are left out: %s", name, e)
-        return {}
+    except Exception:  # a damaged workbook raises anything
+        return None
     return urls

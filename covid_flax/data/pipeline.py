@@ -82,15 +82,14 @@ class _Padded:
 
     source: Source
     length: int
+    blank: Element
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, i: int) -> Element:
         real = i < len(self.source)
-        element = self.source[i if real else 0]
-        if not real:
-            element = {k: np.zeros_like(v) for k, v in element.items()}
+        element = self.source[i] if real else self.blank
         return {**element, "mask": np.bool_(real), "index": np.int32(i)}
 
 
@@ -162,6 +161,7 @@ def eval_batches(
     example's place in the source.
     """
     length = -(-len(source) // batch_size) * batch_size
-    ds = grain.MapDataset.source(_Padded(source, length))[process_index::process_count]
+    blank: Element = {k: np.zeros_like(v) for k, v in source[0].items()}
+    ds = grain.MapDataset.source(_Padded(source, length, blank))[process_index::process_count]
     batches = ds.batch(batch_size // process_count)
     return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads, prefetch)))

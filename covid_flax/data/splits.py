@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import logging
 
 from covid_flax.data.folder import DataFolder, ImageFile
 from covid_flax.errors import UserError
@@ -56,7 +55,7 @@ def make_split(
     int(val_fraction * n) are val, as `ImageDataGenerator(validation_split=val_fraction)`
     has it. `paper-random`: that many drawn at random in each class. `grouped`: whole groups
     only, each class's shares as near to the fractions as the groups allow; without known
-    groups, files of identical bytes form a group (a warning says so).
+    groups, files of identical bytes form a group.
 
     Args:
       folder: the images, in Keras's order.
@@ -87,10 +86,6 @@ def make_split(
     groups = folder.groups
     if split == "grouped":
         if groups is None:
-            logging.warning(
-                "no groups.csv or manifest.csv tells which images belong together: only files of "
-                "identical bytes are kept on one side of the split"
-            )
             groups = _identical_bytes(folder)
         parts = _grouped(folder.files, groups, val_fraction, test_fraction, seed)
         wanted = _PARTS if test_fraction > 0 else _PARTS[:2]
