@@ -261,19 +261,25 @@ def _loop(
     )
     sums = _host_sums(state.sums)
     state = layout.put_state(state)
+    compiled: set[tuple[int, ...]] = set()
     with RunLog(run.workdir, loop["metrics_bytes"], step) as log:
         meter = Meter(config.train.epochs, job.steps_per_epoch, step, loop)
         while step < total_steps and not stopping.should_stop:
-            state, _ = train_step(state, next(batches))
+            batch = next(batches)
+            if batch["label"].shape in compiled:
+                state, _ = train_step(state, batch)
+            else:
+                # A full batch, and the short last one, compile once each: that is no rate.
+                jax.block_until_ready(state)
+                with meter.compiling(batch["label"].size):
+                    state, _ = jax.block_until_ready(train_step(state, batch))
+                compiled.add(batch["label"].shape)
             step += 1
             epoch_ends = step % job.steps_per_epoch == 0
 
             if epoch_ends or meter.first or step % config.train.log_every_steps == 0:
-                before, sums, since = (
-                    sums,
-                    _host_sums(layout.get_state(state.sums)),
-                    meter.last_step,
-                )
+                before, since = sums, meter.last_step
+                sums = _host_sums(layout.get_state(state.sums))
                 count, loss, accuracy = _means(sums, before)
                 _refuse_non_finite(loss, since, step)
                 rate = float(job.schedule(step - 1))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
@@ -41,6 +42,7 @@ class Meter:
         self.epoch_seconds = clocks["epoch_seconds"]
         self.epoch_examples = clocks["epoch_examples"]
         self.step_seconds, self.timed_steps = 0.0, 0
+        self.rate, self.untimed = 0.0, 0
 
     @property
     def clocks(self) -> dict[str, float]:
@@ -50,6 +52,15 @@ class Meter:
             "epoch_seconds": self.epoch_seconds,
             "epoch_examples": self.epoch_examples,
         }
+
+    @contextlib.contextmanager
+    def compiling(self, examples: int) -> Iterator[None]:
+        """Leaves a step of so many examples, which compiles, out of the rates."""
+        started = time.monotonic()
+        yield
+        if not self.first:
+            self.last += time.monotonic() - started
+            self.untimed += examples
 
     def interval(
         self, step: int, count: float, loss: float, accuracy: float, learning_rate: float
@@ -61,28 +72,32 @@ class Meter:
         figures = {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
         if self.first:
             # The first step's time is the compiler's: it is in no rate but its own.
-            self.first, self.first_rate = False, count / seconds
+            self.first, self.rate = False, count / seconds
             say(f"first step after {duration(seconds)}: loss {loss:.4f}")
             return figures
         self.epoch_seconds += seconds
+        steps -= bool(self.untimed)
+        count, self.untimed = count - self.untimed, 0
         self.epoch_examples += count
         self.step_seconds += seconds
         self.timed_steps += steps
-        rate = count / seconds
-        left = (self.epochs * self.steps_per_epoch - step) * self.step_seconds / self.timed_steps
+        if count:
+            self.rate = count / seconds
+        step_seconds = self.step_seconds / max(1, self.timed_steps)
+        left = (self.epochs * self.steps_per_epoch - step) * step_seconds
         epoch = (step - 1) // self.steps_per_epoch
         done = step / self.steps_per_epoch - epoch
         say(
             f"epoch {epoch + 1}/{self.epochs} {done:4.0%} | step {step:,} | loss {loss:.4f} | "
-            f"accuracy {accuracy:.4f} | lr {learning_rate:.2e} | {rate:,.1f} images/s | "
+            f"accuracy {accuracy:.4f} | lr {learning_rate:.2e} | {self.rate:,.1f} images/s | "
             f"left {duration(left)}"
         )
-        return {**figures, "images_per_second": rate}
+        return {**figures, "images_per_second": self.rate}
 
     @property
     def epoch_rate(self) -> float:
         """Images a second of the epoch that ends, evaluation left out."""
-        return self.epoch_examples / self.epoch_seconds if self.epoch_seconds else self.first_rate
+        return self.epoch_examples / self.epoch_seconds if self.epoch_examples else self.rate
 
     def end_epoch(
         self,

@@ -1,0 +1,61 @@
+"""Judge: a clock that is set by hand."""
+
+import pytest
+
+from covid_flax.report import console
+from covid_flax.report.console import Meter
+
+NEW = {"elapsed": 0.0, "epoch_seconds": 0.0, "epoch_examples": 0.0}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    return now
+
+
+def _interval(meter, step, count):
+    return meter.interval(step, count, 0.5, 0.5, 1e-3)
+
+
+def test_rates_leave_compilation_and_evaluation_out(clock, capsys):
+    meter = Meter(epochs=2, steps_per_epoch=5, step=0, clocks=NEW)
+    with meter.compiling(10):
+        clock[0] += 30.0  # the first step compiles
+    assert "images_per_second" not in _interval(meter, 1, 10)
+    assert "first step after 0:30" in capsys.readouterr().out
+    clock[0] += 6.0
+    assert _interval(meter, 4, 30)["images_per_second"] == pytest.approx(5.0)
+    with meter.compiling(3):
+        clock[0] += 20.0  # so does the short last one
+    figures = _interval(meter, 5, 3)
+    assert figures["images_per_second"] == pytest.approx(5.0)
+    assert meter.epoch_rate == pytest.approx(5.0)
+    clock[0] += 100.0  # evaluation
+    meter.end_epoch(1, (0.5, 0.5), (0.5, 0.5), "best so far")
+    clock[0] += 4.0
+    assert _interval(meter, 7, 20)["images_per_second"] == pytest.approx(5.0)
+    assert "left 6.0s" in capsys.readouterr().out  # three steps at two seconds
+    assert meter.clocks == {"elapsed": 160.0, "epoch_seconds": 4.0, "epoch_examples": 20.0}
+
+
+def test_clocks_go_on_after_a_resume(clock):
+    clocks = {"elapsed": 50.0, "epoch_seconds": 6.0, "epoch_examples": 60.0}
+    meter = Meter(epochs=1, steps_per_epoch=9, step=4, clocks=clocks)
+    with meter.compiling(10):
+        clock[0] += 7.0
+    _interval(meter, 5, 10)
+    clock[0] += 4.0
+    _interval(meter, 9, 40)
+    assert meter.epoch_rate == pytest.approx(10.0)
+    assert meter.clocks["elapsed"] == pytest.approx(61.0)
+
+
+def test_an_epoch_of_compiling_steps_alone(clock):
+    meter = Meter(epochs=3, steps_per_epoch=2, step=0, clocks=NEW)
+    for step, count in ((1, 16), (2, 5)):
+        with meter.compiling(count):
+            clock[0] += 4.0
+        _interval(meter, step, count)
+    assert meter.epoch_rate == pytest.approx(4.0)  # the first step's own
