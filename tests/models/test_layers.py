@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from jax import lax
 
@@ -38,18 +37,32 @@ def test_max_pool_gradient_equals_select_and_scatter(size, ties):
         np.testing.assert_array_equal(layers.max_pool_3x3_s2(x), y)
 
 
+def taps(padded, size, stride, out_shape):
+    """For each offset of the kernel, what of the padded input every output sees there."""
+    rows, columns = out_shape
+    for i in range(size):
+        for j in range(size):
+            at = (slice(i, i + stride * rows, stride), slice(j, j + stride * columns, stride))
+            yield i, j, (slice(None), *at)
+
+
 @pytest.mark.parametrize("size", [(8, 6), (7, 5)])
-def test_max_pool_equals_torch_where_the_padding_never_wins(size):
+def test_max_pool_is_numpy_s_and_its_gradient_goes_to_the_first_maximum(size):
     rng = np.random.default_rng(1)
-    x = rng.integers(1, 4, (2, *size, 3)).astype(np.float32)  # many ties, all above zero
-    t = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
-    y = torch.nn.functional.max_pool2d(t, 3, 2, 1)
-    g = rng.normal(size=y.shape).astype(np.float32)
-    y.backward(torch.tensor(g))
+    x = rng.integers(1, 4, (2, *size, 3)).astype(np.float32)  # many ties, all above the padding
+    padded = np.pad(x, ((0, 0), (1, 2), (1, 2), (0, 0)))
+    shape = tuple(-(-n // 2) for n in size)
+    places = [at for _, _, at in taps(padded, 3, 2, shape)]
+    windows = np.stack([padded[at] for at in places])
+    first = windows.argmax(0)  # of equals the first
+    g = rng.normal(size=first.shape).astype(np.float32)
+    expected = np.zeros(padded.shape, np.float64)
+    for k, at in enumerate(places):
+        expected[at] += np.where(first == k, g, 0)
     got = layers.max_pool_3x3_s2(jnp.asarray(x))
-    np.testing.assert_array_equal(got, y.detach().numpy().transpose(0, 2, 3, 1))
-    (got,) = gradient(layers.max_pool_3x3_s2, jnp.asarray(g.transpose(0, 2, 3, 1)), jnp.asarray(x))
-    np.testing.assert_allclose(got, t.grad.numpy().transpose(0, 2, 3, 1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(got, windows.max(0))
+    (got,) = gradient(layers.max_pool_3x3_s2, jnp.asarray(g), jnp.asarray(x))
+    np.testing.assert_allclose(got, expected[:, 1:-2, 1:-2], rtol=1e-6, atol=1e-6)
 
 
 def test_max_pool_gradient_under_vmap_and_in_bfloat16():
@@ -68,21 +81,25 @@ def test_max_pool_gradient_under_vmap_and_in_bfloat16():
 
 @pytest.mark.parametrize("size,inputs,outputs", [(1, 3, 5), (1, 5, 3), (3, 3, 5), (7, 3, 4)])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_conv2d_and_its_gradients_equal_torch_in_float64(size, inputs, outputs, stride):
+def test_conv2d_and_its_gradients_equal_numpy_s_in_float64(size, inputs, outputs, stride):
     rng = np.random.default_rng(2)
     x, k = rng.normal(size=(2, 9, 8, inputs)), rng.normal(size=(size, size, inputs, outputs))
-    tx = torch.tensor(x.transpose(0, 3, 1, 2), requires_grad=True)
-    tk = torch.tensor(k.transpose(3, 2, 0, 1), requires_grad=True)
-    ty = torch.nn.functional.conv2d(tx, tk, stride=stride, padding=size // 2)
-    g = rng.normal(size=ty.shape)
-    ty.backward(torch.tensor(g))
+    pad = size // 2
+    padded = np.pad(x, ((0, 0), (pad, pad + stride), (pad, pad + stride), (0, 0)))
+    shape = (-(-9 // stride), -(-8 // stride))
+    g = rng.normal(size=(2, *shape, outputs))
+    y, dx, dk = np.zeros_like(g), np.zeros_like(padded), np.zeros_like(k)
+    for i, j, at in taps(padded, size, stride, shape):
+        y += padded[at] @ k[i, j]
+        dk[i, j] = np.einsum("nhwi,nhwo->io", padded[at], g)
+        dx[at] += g @ k[i, j].T
+    dx = dx[:, pad : pad + 9, pad : pad + 8]
     with jax.enable_x64(True):
-        x, k, g = jnp.asarray(x), jnp.asarray(k), jnp.asarray(g.transpose(0, 2, 3, 1))
-        y = layers.conv2d(x, k, stride)
-        dx, dk = gradient(lambda x, k: layers.conv2d(x, k, stride), g, x, k)
-    np.testing.assert_allclose(y, ty.detach().numpy().transpose(0, 2, 3, 1), atol=1e-10)
-    np.testing.assert_allclose(dx, tx.grad.numpy().transpose(0, 2, 3, 1), atol=1e-10)
-    np.testing.assert_allclose(dk, tk.grad.numpy().transpose(2, 3, 1, 0), atol=1e-10)
+        ours = layers.conv2d(jnp.asarray(x), jnp.asarray(k), stride)
+        gradients = gradient(lambda x, k: layers.conv2d(x, k, stride), *map(jnp.asarray, (g, x, k)))
+    assert ours.dtype == np.float64
+    for got, want in zip((ours, *gradients), (y, dx, dk), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-10)
 
 
 def conv_bn(size=3, epsilon=1e-5):
