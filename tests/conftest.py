@@ -29,7 +29,16 @@ def cache_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny_config(phantom_dir, cache_dir):
+def tiny_config(make_tiny_config):
+    return make_tiny_config()
+
+
+@pytest.fixture(scope="session")
+def make_tiny_config(phantom_dir, cache_dir):
+    return lambda: _tiny_config(phantom_dir, cache_dir)
+
+
+def _tiny_config(phantom_dir, cache_dir):
     """The small network on the phantoms: seconds an epoch, every part of the loop in it."""
     c = base.get_config()
     c.data.dir = str(phantom_dir)

@@ -15,22 +15,12 @@ from covid_flax.train import train
 
 
 @pytest.fixture(scope="module")
-def trained(phantom_dir, cache_dir, tmp_path_factory):
+def trained(make_tiny_config, tmp_path_factory):
     """A run of one epoch with a three-way split."""
-    from ml_collections_configs import base
-
-    c = base.get_config()
-    c.data.dir = str(phantom_dir)
-    c.data.cache_dir = str(cache_dir)
-    c.data.image_size = 32
+    c = make_tiny_config()
     c.data.split = "grouped"
     c.data.test_fraction = 0.25
-    c.model.name = "resnet14_small"
-    c.model.weights = "none"
-    c.model.hidden_units = 16
-    c.optimizer.learning_rate = 3e-3
     c.train.epochs = 1
-    c.train.batch_size = 16
     c.eval.batch_size = 12  # divides nothing
     workdir = tmp_path_factory.mktemp("trained") / "run"
     train(setup(c, workdir))
