@@ -84,7 +84,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"config.{key}={flat[key]!r}: choose one of {known}")
     for key, (low, high) in _RANGES.items():
         if not low <= flat[key] <= (sys.float_info.max if high is None else high):
-            bound = f"at least {low}" if high is None else f"from {low} to {high}"
+            bound = f"of at least {low}, finite" if high is None else f"from {low} to {high}"
             raise UserError(f"config.{key}={flat[key]!r}: set a value {bound}")
 
 
