@@ -79,11 +79,11 @@ def test_four_devices_give_the_run_of_one(config, tmp_path):
         config.train.parallel = parallel
         workdir = tmp_path / parallel
         four, losses_of_four = _run(config, workdir, 4)
-        np.testing.assert_allclose(losses_of_four, losses, rtol=1e-3)
+        np.testing.assert_allclose(losses_of_four, losses, rtol=1e-4)
         assert four["num_examples"] == one["num_examples"] == 20
         np.testing.assert_allclose(four["loss"], one["loss"], rtol=1e-3)
         difference = _update(config, workdir) - update
-        assert 0 < np.linalg.norm(difference) < 0.05 * np.linalg.norm(update)
+        assert 0 < np.linalg.norm(difference) < 0.01 * np.linalg.norm(update)
 
     again, _ = _run(config, workdir, 1)  # complete: nothing to train, evaluated anew
     np.testing.assert_allclose(again["loss"], four["loss"], rtol=1e-5)
