@@ -8,14 +8,16 @@ from typing import Any
 
 import ml_collections
 
+from covid_flax.data.decode import INTERPOLATIONS
+from covid_flax.data.splits import SPLITS
 from covid_flax.errors import UserError
 from covid_flax.models import MODELS, STAGES
 from covid_flax.models.preprocess import MODES
 from ml_collections_configs import base
 
 _CHOICES = {
-    "data.split": ("paper-sorted", "paper-random", "grouped"),
-    "data.interpolation": ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"),
+    "data.split": SPLITS,
+    "data.interpolation": tuple(INTERPOLATIONS),
     "model.name": tuple(MODELS),
     "model.preprocessing": ("", *MODES),
     "model.trainable": ("all", *(s for s in STAGES[1:] if s != "pool")),

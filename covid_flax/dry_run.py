@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from covid_flax.models import STAGES
+from covid_flax.models import STAGES, stage_before
 from covid_flax.report.console import say
 from covid_flax.run import Run
 from covid_flax.step import create_state, make_eval_step, make_train_step
@@ -39,7 +39,7 @@ def dry_run(run: Run) -> None:
         (batch, config.data.image_size, config.data.image_size, 3), "uint8"
     )
     if job.start != STAGES[0]:
-        stop = STAGES[STAGES.index(job.start) - 1]
+        stop = stage_before(job.start)
         prefix = make_eval_step(run.graphdef, job.step_config.preprocessing, stop=stop)
         x = jax.eval_shape(prefix, run.params, run.batch_stats, x)
     step_config = dataclasses.replace(job.step_config, axis_name=None)

@@ -56,7 +56,8 @@ def jit_layout(mesh: Mesh) -> Layout:
     return Layout(
         axis_name=None,
         compile_step=lambda step: jax.jit(step, donate_argnums=0, out_shardings=(whole, whole)),
-        put_state=lambda state: jax.device_put(state, whole),
+        # A copy, for the caller's own arrays must outlive the first donating step.
+        put_state=lambda state: jax.device_put(state, whole, may_alias=False),
         # A copy, for the next step will donate the original's buffers.
         get_state=lambda state: jax.tree.map(jnp.copy, state),
         put_batch=lambda batch: put_batch(batch, mesh),

@@ -17,7 +17,7 @@ from covid_flax.data.pipeline import ArraySource, Source, train_iterator, usable
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.mesh import Layout, make_layout
-from covid_flax.models import STAGES, preprocessing_of
+from covid_flax.models import STAGES, preprocessing_of, stage_before
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
 from covid_flax.predict import compile_apply, mean_loss, predict
 from covid_flax.report.console import Meter, say
@@ -103,7 +103,7 @@ def _cached_from(run: Run, how: Augment) -> str:
     if first == STAGES[0] or how.active or jax.process_count() > 1:
         return STAGES[0]
     size = run.config.data.image_size
-    apply = make_eval_step(run.graphdef, "unit", stop=STAGES[STAGES.index(first) - 1])
+    apply = make_eval_step(run.graphdef, "unit", stop=stage_before(first))
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
     output = jax.eval_shape(apply, run.params, run.batch_stats, image)
     images = len(run.data.files("train")) + len(run.data.files("val"))
@@ -116,7 +116,7 @@ def _cached_from(run: Run, how: Augment) -> str:
         )
         return STAGES[0]
     say(
-        f"frozen stages: {STAGES[0]} to {STAGES[STAGES.index(first) - 1]} give every image the "
+        f"frozen stages: {STAGES[0]} to {stage_before(first)} give every image the "
         f"same output each epoch: computed once, {gigabytes:.2f} GB in memory"
     )
     return first
@@ -124,8 +124,8 @@ def _cached_from(run: Run, how: Augment) -> str:
 
 def _cache_features(run: Run, job: Job, params: Any, batch_stats: Any) -> None:
     """Replaces the sources of images by their frozen stages' outputs."""
-    stop = STAGES[STAGES.index(job.start) - 1]
-    apply = compile_apply(make_eval_step(run.graphdef, job.step_config.preprocessing, stop=stop))
+    preprocessing, stop = job.step_config.preprocessing, stage_before(job.start)
+    apply = compile_apply(make_eval_step(run.graphdef, preprocessing, stop=stop))
     config = run.config
     for split in ("train", "val"):
         source = run.data.source(split, config.data)

@@ -277,6 +277,16 @@ def test_a_diverging_run_says_so(tiny_config, tmp_path):
         train(setup(tiny_config, tmp_path / "run"))
 
 
+def test_training_leaves_the_caller_s_arrays_alone(tiny_config, tmp_path):
+    """Steps donate their state; what `setup` gave must not be part of it."""
+    tiny_config.train.epochs = 1
+    run = setup(tiny_config, tmp_path / "run")
+    before = jax.tree.map(np.array, run.params)
+    train(run)
+    jax.tree.map(np.testing.assert_array_equal, before, run.params)
+    train(run)  # complete: says so
+
+
 def test_dry_run_trains_nothing(tiny_config, tmp_path, capsys):
     dry_run(setup(tiny_config, tmp_path / "run"))
     out = capsys.readouterr().out

@@ -15,7 +15,15 @@ MODELS = {
     "resnet14_small": RESNET14_SMALL,
 }
 
-__all__ = ["MODELS", "STAGES", "ResNet", "create_model", "preprocessing_of", "trained_stages"]
+__all__ = [
+    "MODELS",
+    "STAGES",
+    "ResNet",
+    "create_model",
+    "preprocessing_of",
+    "stage_before",
+    "trained_stages",
+]
 
 
 def create_model(config: Any, num_classes: int, seed: int) -> tuple[nnx.GraphDef, dict, dict]:
@@ -41,6 +49,11 @@ def create_model(config: Any, num_classes: int, seed: int) -> tuple[nnx.GraphDef
 def preprocessing_of(config: Any) -> str:
     """The configuration's preprocessing, or what the network's weights were trained with."""
     return config.preprocessing or MODELS[config.name].preprocessing
+
+
+def stage_before(stage: str) -> str:
+    """The stage whose output `stage` takes."""
+    return STAGES[STAGES.index(stage) - 1]
 
 
 def trained_stages(config: Any) -> tuple[str, ...]:
