@@ -1,7 +1,7 @@
 """Scores a run's checkpoint: `python -m covid_flax.evaluate --workdir=DIR`.
 
-Writes `report.json`, `predictions.csv` and `confusion_matrix.png`; every image is counted
-exactly once.
+Writes `report.json`, `report.html`, `predictions.csv` and `confusion_matrix.png`; every image is
+counted exactly once.
 """
 
 from __future__ import annotations
@@ -11,31 +11,21 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()
 
-import collections
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 
-from covid_flax import config as config_lib
-from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
 from covid_flax.command import run_command
-from covid_flax.data.builder import prepare
-from covid_flax.data.dataset import Dataset, cache_dir
-from covid_flax.data.folder import DataFolder, open_folder
-from covid_flax.data.splits import Row, read_split_csv
+from covid_flax.data.dataset import Dataset
 from covid_flax.errors import UserError
-from covid_flax.mesh import make_layout
-from covid_flax.metrics import classification_report
-from covid_flax.models import create_model, trained_stages
-from covid_flax.optimizer import make_optimizer
-from covid_flax.predict import compile_apply, log_softmax, mean_loss, predict
+from covid_flax.files import write_atomically
+from covid_flax.predictions import Predictions
 from covid_flax.report.console import say
-from covid_flax.report.write import write_evaluation
-from covid_flax.run import read_run
-from covid_flax.step import create_state, make_eval_step
+from covid_flax.trained import open_data, open_run, own_images, saved_run
 
 SPLITS = ("val", "test", "train", "all")
 
@@ -46,131 +36,131 @@ def evaluate(
     checkpoint: str = "best",
     split: str = "val",
     data_dir: str = "",
+    class_map: Mapping[str, str] | None = None,
+    calibrated: bool = False,
+    prevalence: Mapping[str, float] | None = None,
     output: Path | None = None,
     data: Dataset | None = None,
 ) -> dict[str, Any]:
     """Scores a checkpoint on a split of the run's data, or on another folder.
+
+    Scoring the validation split also fits the temperature and the abstain threshold of that
+    checkpoint, and keeps them in the run's `calibration.json`.
 
     Args:
       workdir: the run's folder.
       checkpoint: `best`, `latest` or a step.
       split: of the run's `split.csv`; with `data_dir`, `all` takes every image there.
       data_dir: where the images lie now; empty for where they lay in training.
-      output: folder of the three files, `workdir/eval/<split>` where None.
+      class_map: the run's class for each class folder of `data_dir`, see `open_data`.
+      calibrated: scale the probabilities by the fitted temperature.
+      prevalence: share of each class where the test would be used, for `ppv_at`.
+      output: folder of the files, `workdir/eval/<split>` where None.
       data: the run's data, where they are open already.
 
     Returns:
-      The report, as written. Raises UserError.
+      The report, as written; empty in other processes than the first. Raises UserError.
     """
-    saved = read_run(workdir)
-    if saved is None:
-        raise UserError(
-            f"{workdir} holds no run (no config.json): give a run's folder as --workdir"
-        )
-    config = config_lib.from_json(saved["config"])
+    saved = saved_run(workdir)
+    check_prevalence(prevalence or {}, saved["class_names"])
     if data is None:
-        data = _load_data(saved, config.data, workdir, split, data_dir)
+        data = open_data(workdir, saved, split, data_dir, class_map)
+    run = open_run(workdir, checkpoint)
+    calibration = _stored_calibration(workdir, run.step)
+    if calibrated and calibration is None:
+        raise UserError(
+            f"{workdir} has no temperature for step {run.step}: score its validation split "
+            f"first (--split=val --checkpoint={checkpoint})"
+        )
+    probabilities = run.probabilities(data.source(split, run.config.data), f"scoring {split}")
+    if jax.process_index() != 0:
+        return {}
+    files = data.files(split)
+    predictions = Predictions(
+        class_names=run.class_names,
+        files=tuple(row.file for row in files),
+        labels=data.labels(split).astype(int),
+        probabilities=probabilities,
+        groups=tuple(row.group for row in files) if any(row.group for row in files) else (),
+    )
+    elsewhere = bool(data_dir) and split == "all"
+    if split == "val" and not elsewhere:
+        calibration = _fit_calibration(workdir, run.step, predictions)
 
-    graphdef, params, batch_stats = create_model(config.model, len(data.class_names), config.seed)
-    state = create_state(
-        params,
-        batch_stats,
-        frozenset(trained_stages(config.model)),
-        make_optimizer(config.optimizer, lambda _: 0.0),
-        config.seed,
-        average=config.train.ema_decay > 0,
-    )
-    if not has_checkpoints(workdir / "checkpoints"):
-        raise UserError(f"{workdir} has no checkpoint yet: train it first")
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step = resolve_step(checkpoints, checkpoint)
-        state, _ = checkpoints.load(step, make_layout("jit").place(state))
+    # Slow to import, and training's first step need not wait for it.
+    from covid_flax.assess import assess
+    from covid_flax.report.write import write_evaluation
 
-    apply = compile_apply(make_eval_step(graphdef, saved["preprocessing"]))
-    params, batch_stats = state.for_evaluation()
-    logits = predict(
-        apply,
-        params,
-        batch_stats,
-        data.source(split, config.data),
-        batch_size=config.eval.batch_size,
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-        description=f"scoring {split}",
+    report, predictions = assess(
+        predictions,
+        split=split,
+        rows=() if elsewhere else data.rows,
+        stopped_on="val",
+        folder=data.folder,
+        trained_on=own_images(workdir, saved) if elsewhere else None,
+        calibration=calibration,
+        calibrated=calibrated,
+        prevalence=prevalence,
     )
-    labels = data.labels(split)
-    probabilities = np.exp(log_softmax(logits))
-    report = classification_report(
-        labels, probabilities, data.class_names, loss=mean_loss(logits, labels)
-    )
-    report |= {
-        "split": split,
-        "checkpoint": {"which": checkpoint, "step": step},
-        "data_dir": str(Path(data.folder.root).absolute()),
-    }
+    report["checkpoint"] = {"which": checkpoint, "step": run.step}
+    report["data_dir"] = str(Path(data.folder.root).absolute())
+    if class_map:
+        report["class_map"] = dict(class_map)
     if split == "val" and not data_dir:
         report["note"] = (
             "These images chose the epoch, so the figures are optimistic; "
             "a test split (data.nested_test, or grouped with data.test_fraction) is not."
         )
     output = output or workdir / "eval" / split
-    if jax.process_index() == 0:
-        rows = [
-            (row.file, row.label, data.class_names[p.argmax()], p)
-            for row, p in zip(data.files(split), probabilities, strict=True)
-        ]
-        write_evaluation(output, report, rows, title=f"{split} images of {workdir.name}")
-        _print(report, output)
+    title = f"{split} images of {workdir.name}"
+    write_evaluation(output, report, predictions, title=title, run=saved | {"name": workdir.name})
+    print_report(report, output)
     return report
 
 
-def _load_data(
-    saved: dict[str, Any], config: Any, workdir: Path, split: str, data_dir: str
-) -> Dataset:
-    class_names = tuple(saved["class_names"])
-    root = data_dir or saved["data"]["root"]
-    if not data_dir and not Path(root).exists():
-        raise UserError(f"the run's images are no longer at {root}: give --data_dir=DIR")
-    # Groups made the split; scoring needs none.
-    folder = open_folder(root, require_two_classes=False)
-    if data_dir and split == "all":
-        unknown = sorted(set(folder.class_names) - set(class_names))
-        if unknown:
-            raise UserError(
-                f"{root} has the classes {unknown}, the run knows {list(class_names)}: "
-                "rename or remove those folders"
-            )
-        rows = [Row(f.file, f.label, "all", "") for f in folder.files]
-    else:
-        rows = read_split_csv(workdir / "split.csv")
-        present = collections.Counter(row.split for row in rows)
-        rows = [row for row in rows if split in (row.split, "all")]
-        if not rows:
-            raise UserError(
-                f"the run has no {split} split: choose one of {', '.join(sorted(present))}, all"
-            )
-        _refuse_missing(rows, folder)
-    return Dataset(folder, prepare(folder, cache_dir(config.cache_dir)), rows, class_names)
+def _stored_calibration(workdir: Path, step: int) -> dict[str, Any] | None:
+    return _read_calibrations(workdir / "calibration.json").get(str(step))
 
 
-def _refuse_missing(rows: list[Row], folder: DataFolder) -> None:
-    there = {f.file for f in folder.files}
-    missing = [row.file for row in rows if row.file not in there]
-    if missing:
-        raise UserError(
-            f"{folder.root} lacks {len(missing)} images of the run's split.csv, first "
-            f"{missing[0]}: restore them, or score another folder whole with --split=all"
-        )
+def _read_calibrations(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for entry in found.values():
+            entry["temperature"], entry["split"], entry["abstain"]["threshold"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: remove it, and score the validation split") from None
+    return found
 
 
-def _print(report: dict[str, Any], output: Path) -> None:
+def _fit_calibration(workdir: Path, step: int, predictions: Predictions) -> dict[str, Any]:
+    from covid_flax.calibration import fit_calibration
+
+    path = workdir / "calibration.json"
+    fitted = {"split": "val"} | fit_calibration(predictions.labels, predictions.probabilities)
+    text = json.dumps(_read_calibrations(path) | {str(step): fitted}, indent=2)
+    write_atomically(path, f"{text}\n".encode())
+    return fitted
+
+
+def print_report(report: Mapping[str, Any], output: Path) -> None:
+    """The figures a person looks for first, on the console."""
     names, matrix = report["class_names"], report["confusion_matrix"]
     width = max(map(len, names))
+    intervals = report["intervals"]["bootstrap"]
+    checkpoint = report.get("checkpoint")
     say("")
     say(
-        f"{report['split']}: {report['num_examples']:,} images, accuracy {report['accuracy']:.4f}, "
-        f"balanced {report['balanced_accuracy']:.4f}, loss {report['loss']:.4f} "
-        f"({report['checkpoint']['which']} checkpoint, step {report['checkpoint']['step']:,})"
+        f"{report['split']}: {report['num_examples']:,} images, accuracy "
+        f"{_with_interval(report['accuracy'], intervals['accuracy'])}, balanced "
+        f"{_with_interval(report['balanced_accuracy'], intervals['balanced_accuracy'])}, "
+        f"loss {report['loss']:.4f}"
+        + (
+            f" ({checkpoint['which']} checkpoint, step {checkpoint['step']:,})"
+            if checkpoint
+            else ""
+        )
     )
     say("confusion matrix, rows true, columns predicted:")
     say(f"{'':<{width}}  " + " ".join(f"{n[:15]:>15}" for n in names) + "    recall precision")
@@ -181,9 +171,46 @@ def _print(report: dict[str, Any], output: Path) -> None:
             + " ".join(f"{n:>15,}" for n in row)
             + f"    {figures['recall']:6.4f} {figures['precision']:9.4f}"
         )
+    for alarm in report["alarms"]:
+        say(f"{alarm['level']}: {alarm['text']}")
     if "note" in report:
         say(report["note"])
-    say(f"written: {output}/report.json, predictions.csv, confusion_matrix.png")
+    say(f"written: {output}/report.html, report.json, predictions.csv, confusion_matrix.png")
+
+
+def _with_interval(x: float, interval: list[float] | None) -> str:
+    return f"{x:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
+
+
+def parse_class_map(text: list[str]) -> dict[str, str]:
+    """`THEIRS=OURS` of each; UserError for anything else."""
+    pairs = [part.partition("=") for part in text]
+    for part, (theirs, _, ours) in zip(text, pairs, strict=True):
+        if not theirs or not ours:
+            raise UserError(f"--class_map={part}: give THEIRS=OURS,... (THEIRS=- leaves one out)")
+    return {theirs.strip(): ours.strip() for theirs, _, ours in pairs}
+
+
+def parse_prevalence(text: list[str], class_names: list[str]) -> dict[str, float] | None:
+    """`CLASS=SHARE` of each, or one share for every class; None for nothing. UserError."""
+    try:
+        if len(text) == 1 and "=" not in text[0]:
+            return {name: float(text[0]) for name in class_names}
+        pairs = [part.rpartition("=") for part in text]
+        return {name.strip(): float(share) for name, _, share in pairs} or None
+    except ValueError:
+        raise UserError(
+            f"--prevalence={','.join(text)}: give a share for every class, or CLASS=SHARE,..."
+        ) from None
+
+
+def check_prevalence(prevalence: Mapping[str, float], class_names: list[str]) -> None:
+    """Refuses a class the run has not, and shares outside 0 to 1. Raises UserError."""
+    for name, share in prevalence.items():
+        if name not in class_names:
+            raise UserError(f"--prevalence names {name!r}: the run has {', '.join(class_names)}")
+        if not 0 < share < 1:
+            raise UserError(f"--prevalence={name}={share}: give a share between 0 and 1")
 
 
 def _define_flags() -> None:
@@ -191,16 +218,27 @@ def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step")
     flags.DEFINE_enum("split", "val", SPLITS, "which images")
     flags.DEFINE_string("data_dir", "", "another place of the run's images, or another folder")
+    flags.DEFINE_list(
+        "class_map", [], "for another folder: THEIRS=OURS,...; THEIRS=- leaves a class out"
+    )
+    flags.DEFINE_bool("calibrated", False, "scale probabilities by the temperature fitted on val")
+    flags.DEFINE_list(
+        "prevalence", [], "a share for every class, or CLASS=SHARE,...: PPV and NPV there"
+    )
     flags.DEFINE_string("output", "", "folder to write to; empty: DIR/eval/<split>")
 
 
 def _main() -> None:
     f = flags.FLAGS
+    workdir = Path(f.workdir).expanduser()
     evaluate(
-        Path(f.workdir).expanduser(),
+        workdir,
         checkpoint=f.checkpoint,
         split=f.split,
         data_dir=f.data_dir,
+        class_map=parse_class_map(f.class_map),
+        calibrated=f.calibrated,
+        prevalence=parse_prevalence(f.prevalence, saved_run(workdir)["class_names"]),
         output=Path(f.output).expanduser() if f.output else None,
     )
 

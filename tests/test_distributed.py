@@ -143,8 +143,6 @@ def config(tiny_config):
     tiny_config.optimizer.epsilon = 1.0
     tiny_config.optimizer.learning_rate = 0.01
     tiny_config.model.dropout = 0.0
-    tiny_config.model.trainable = "conv5"  # the rest only takes time to compile
-    tiny_config.train.feature_cache_gb = tiny_config.train.feature_disk_gb = 0.0
     return tiny_config
 
 

@@ -9,7 +9,12 @@ import pytest
 import sklearn.metrics
 
 from covid_flax.errors import UserError
-from covid_flax.evaluate import evaluate
+from covid_flax.evaluate import (
+    check_prevalence,
+    evaluate,
+    parse_class_map,
+    parse_prevalence,
+)
 from covid_flax.run import setup
 from covid_flax.train import train
 
@@ -32,7 +37,7 @@ def _predictions(folder):
         return list(csv.DictReader(f))
 
 
-@pytest.mark.parametrize("split", ["val", "test", "train", "all"])
+@pytest.mark.parametrize("split", ["test", "all"])
 def test_figures_are_scikit_learn_s_on_the_written_predictions(trained, split):
     evaluate(trained, split=split)
     folder = trained / "eval" / split
@@ -71,8 +76,106 @@ def test_figures_are_scikit_learn_s_on_the_written_predictions(trained, split):
 
 
 def test_validation_is_called_optimistic_and_test_is_not(trained, tmp_path):
-    assert "optimistic" in evaluate(trained, split="val", output=tmp_path / "v")["note"]
-    assert "note" not in evaluate(trained, split="test", output=tmp_path / "t")
+    report = evaluate(trained, split="val", output=tmp_path / "v")
+    assert "optimistic" in report["note"]
+    assert "stopping-split-scored" in [alarm["name"] for alarm in report["alarms"]]
+    report = evaluate(trained, split="test", output=tmp_path / "t")
+    assert "note" not in report
+    assert not {"stopping-split-scored", "training-images-scored", "scored-counts"} & {
+        alarm["name"] for alarm in report["alarms"]
+    }
+
+
+def test_the_temperature_of_validation_is_applied_when_asked(trained, tmp_path):
+    """Also: at a stated prevalence, and the probabilities written are those reported."""
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    (copy / "calibration.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="--split=val"):
+        evaluate(copy, split="test", calibrated=True)
+    val = evaluate(copy, split="val")
+    (stored,) = json.loads((copy / "calibration.json").read_text()).values()
+    assert stored["num_examples"] == val["num_examples"]
+    prevalence = {"COVID": 0.01}
+    plain = evaluate(copy, split="test", prevalence=prevalence)
+    assert plain["calibration"]["temperature"] == stored["temperature"]
+    assert not plain["calibration"]["applied"]
+    before = np.array([[float(r[f"p_{n}"]) for n in plain["class_names"]] for r in _rows(copy)])
+    scaled = evaluate(copy, split="test", calibrated=True)
+    after = np.array([[float(r[f"p_{n}"]) for n in plain["class_names"]] for r in _rows(copy)])
+    judge = before ** (1 / stored["temperature"])
+    np.testing.assert_allclose(after, judge / judge.sum(1, keepdims=True), rtol=1e-9)
+    assert scaled["calibration"]["applied"] and scaled["accuracy"] == plain["accuracy"]
+    assert scaled["loss"] == pytest.approx(plain["calibration"]["nll"]["after"], rel=1e-9)
+    figures = plain["per_class"]["COVID"]
+    true, false = figures["recall"] * 0.01, (1 - figures["specificity"]) * 0.99
+    if true + false:
+        assert figures["ppv_at"] == pytest.approx(true / (true + false), abs=1e-12)
+    assert plain["prevalence"]["COVID"] == 0.01
+    with pytest.raises(UserError, match="Flu"):
+        evaluate(copy, split="test", prevalence={"Flu": 0.1})
+    (copy / "calibration.json").write_text("{")
+    with pytest.raises(UserError, match=r"calibration\.json is damaged"):
+        evaluate(copy, split="test")
+
+
+def _rows(workdir):
+    return _predictions(workdir / "eval" / "test")
+
+
+def test_a_folder_that_names_its_classes_otherwise(trained, phantom_dir, tmp_path):
+    """Two map to one, one is left out; groups of that folder's own csv are kept."""
+    other = tmp_path / "other"
+    for theirs, ours in (
+        ("healthy", "Normal"),
+        ("sars", "COVID"),
+        ("cov", "COVID"),
+        ("x", "COVID"),
+    ):
+        shutil.copytree(phantom_dir / ours / "images", other / theirs)
+        for image in (other / theirs).iterdir():
+            image.rename(image.with_name(f"{theirs}{image.name.replace('-', '')}"))
+    files = sorted(p.relative_to(other).as_posix() for p in other.rglob("*.png"))
+    with open(other / "groups.csv", "w") as f:
+        f.write("file,group\n" + "".join(f"{file},{i // 2}\n" for i, file in enumerate(files)))
+    with pytest.raises(UserError, match="--class_map"):
+        evaluate(trained, split="all", data_dir=str(other), output=tmp_path / "out")
+    kinds = {"healthy": "Normal", "sars": "COVID", "cov": "COVID", "x": "-"}
+    how = {"split": "all", "data_dir": str(other), "output": tmp_path / "out"}
+    report = evaluate(trained, class_map=kinds, **how)
+    support = {name: figures["support"] for name, figures in report["per_class"].items()}
+    assert support == {"COVID": 40, "Lung_Opacity": 0, "Normal": 20, "Viral Pneumonia": 0}
+    assert report["class_map"] == kinds
+    assert report["intervals"]["clusters"] == 30
+    labels = {r["file"].split("/")[0]: r["label"] for r in _predictions(tmp_path / "out")}
+    assert labels == {"cov": "COVID", "healthy": "Normal", "sars": "COVID"}
+    with pytest.raises(UserError, match="Flu"):
+        evaluate(trained, class_map=kinds | {"x": "Flu"}, **how)
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate(trained, class_map=kinds | {"nowhere": "COVID"}, **how)
+    with pytest.raises(UserError, match="leaves no image"):
+        evaluate(trained, class_map=dict.fromkeys(kinds, "-"), **how)
+    with pytest.raises(UserError, match="--data_dir"):
+        evaluate(trained, class_map=kinds)
+
+
+@pytest.mark.parametrize(("text", "word"), [(["a"], "a"), (["=b"], "=b"), (["a=b", "c="], "c=")])
+def test_class_maps_said_wrong(text, word):
+    with pytest.raises(UserError, match=word):
+        parse_class_map(text)
+
+
+def test_class_map_and_prevalence_as_said_on_the_command_line():
+    assert parse_class_map(["a=b", "c d=e f", "g=-"]) == {"a": "b", "c d": "e f", "g": "-"}
+    assert parse_prevalence([], ["a", "b"]) is None
+    assert parse_prevalence(["0.1"], ["a", "b"]) == {"a": 0.1, "b": 0.1}
+    assert parse_prevalence(["a=b=0.1"], ["a=b", "c"]) == {"a=b": 0.1}
+    for wrong in (["x"], ["a"], ["a=x"], ["0.1", "a=0.2"]):
+        with pytest.raises(UserError, match="prevalence"):
+            check_prevalence(parse_prevalence(wrong, ["a", "b"]), ["a", "b"])
+    for share in (0.0, 1.0, float("nan")):
+        with pytest.raises(UserError, match="prevalence"):
+            check_prevalence({"a": share}, ["a", "b"])
 
 
 def test_another_folder_is_scored_with_the_run_s_own_classes(trained, phantom_dir, tmp_path):
@@ -92,9 +195,16 @@ def test_another_folder_is_scored_with_the_run_s_own_classes(trained, phantom_di
         assert float(row["p_COVID"]) == pytest.approx(float(there["p_COVID"]), abs=1e-5)
     assert {f.name for f in (tmp_path / "out").iterdir()} == {
         "report.json",
+        "report.html",
         "predictions.csv",
         "confusion_matrix.png",
     }
+    # All but the test images of that folder were trained on, or stopped by.
+    leak = {alarm["name"]: alarm["figures"] for alarm in report["alarms"]}["duplicate-leak"]
+    with open(trained / "split.csv", newline="") as f:
+        rows = [r for r in csv.DictReader(f) if r["label"] in ("Normal", "COVID")]
+    assert leak["images"] == sum(r["split"] != "test" for r in rows)
+    assert report["alarms_checked"] and "stopping-split-scored" not in report["alarms_checked"]
 
 
 def test_one_class_alone_can_be_scored(trained, phantom_dir, tmp_path):

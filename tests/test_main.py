@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import h5py
 import pytest
 
@@ -23,8 +24,8 @@ def _command(module, *args, **env):
     )
 
 
-def _main(workdir, *args, config="quickstart.py", **env):
-    return _command("main", f"--config=configs/{config}", f"--workdir={workdir}", *args, **env)
+def _main(workdir, *args, config="quickstart.py"):
+    return forked.main(f"--config=configs/{config}", f"--workdir={workdir}", *args, cwd=ROOT)
 
 
 def _refused(done, *words):
@@ -50,7 +51,8 @@ def test_train_evaluate_and_no_tensorflow(tmp_path, args):
         (blocker / f"{name}.py").write_text(f"raise ImportError('{name} was imported')\n")
     env = {"PYTHONPATH": str(blocker)}
     small = ["--config.train.epochs=1", "--config.data.image_size=32", "--config.seed=3"]
-    done = _main(tmp_path / "run", *args, *small, **env)
+    what = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
+    done = _command("main", *what, *args, *small, **env)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "accuracy" in done.stdout and "confusion_matrix.png" in done.stdout
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
@@ -89,13 +91,13 @@ def test_bad_arguments(bad, words, tmp_path, args):
 def test_bad_config_files(tmp_path, args):
     _refused(_main(tmp_path / "run", config="nowhere.py"), "nowhere.py")
     _refused(_main(tmp_path / "run", *args, config="paper.py:frozzen"), "frozzen", "frozen")
-    _refused(_command("main"), "config")
+    _refused(forked.main(cwd=ROOT), "config")
     bad = tmp_path / "bad.py"
     bad.write_text(
         "from ml_collections_configs import base\n"
         "def get_config():\n    c = base.get_config()\n    c.train.epoch = 3\n    return c\n"
     )
-    _refused(_command("main", f"--config={bad}"), "epoch", "epochs")
+    _refused(forked.main(f"--config={bad}", cwd=ROOT), "epoch", "epochs")
 
 
 def _truncate(image):

@@ -91,13 +91,14 @@ def straight(request, tmp_path_factory):
 
 @pytest.fixture
 def resumable(tiny_config):
+    tiny_config.model.trainable = "all"
     tiny_config.train.checkpoint_every_steps = 3
     tiny_config.augment.flip = True
     return tiny_config
 
 
 # Checkpoints fall on steps 3, 4 (epoch), 6, 8 (epoch), 9, 12 (epoch).
-@pytest.mark.parametrize("kill", [3, 7, 8, 11])
+@pytest.mark.parametrize("kill", [3, 7, 8])
 def test_killed_and_resumed_equals_undisturbed(kill, resumable, straight, tmp_path, monkeypatch):
     whole = straight(resumable)
     workdir = tmp_path / "run"
@@ -180,6 +181,7 @@ def test_training_stops_early_and_keeps_the_best(tiny_config, tmp_path):
 def test_cached_frozen_stages_change_no_result(trainable, tiny_config, tmp_path):
     tiny_config.model.trainable = trainable
     tiny_config.train.epochs = 2
+    tiny_config.train.feature_cache_gb = tiny_config.train.feature_disk_gb = 1.0
     train(setup(tiny_config, tmp_path / "cached"))
     tiny_config.train.feature_cache_gb = 0.0
     train(setup(tiny_config, tmp_path / "on disk"))
@@ -195,8 +197,6 @@ def test_cached_frozen_stages_change_no_result(trainable, tiny_config, tmp_path)
 def test_images_on_the_device_change_no_result(tiny_config, tmp_path):
     """Many steps a dispatch, gathered on the device; and a run may go on the other way."""
     tiny_config.train.epochs = 2
-    tiny_config.model.trainable = "conv5"
-    tiny_config.train.feature_cache_gb = tiny_config.train.feature_disk_gb = 0.0
     tiny_config.optimizer.epsilon = 1.0  # small updates: rounding stays rounding
     tiny_config.optimizer.learning_rate = 0.01
     train(setup(tiny_config, tmp_path / "host"))
@@ -216,6 +216,7 @@ def test_images_on_the_device_change_no_result(tiny_config, tmp_path):
 
 def test_averaged_weights_are_what_is_evaluated(tiny_config, tmp_path):
     tiny_config.model.trainable = "head"
+    tiny_config.train.feature_cache_gb = 1.0
     tiny_config.train.ema_decay = 0.5
     tiny_config.train.epochs = 1
     tiny_config.train.last_batch = "drop"

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 import os
 
@@ -6,33 +7,32 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from covid_flax.data.splits import Row
 from covid_flax.errors import UserError
 from covid_flax.files import write_atomically
 from covid_flax.metrics import classification_report
+from covid_flax.predictions import Predictions, read_predictions
 from covid_flax.report.write import write_evaluation
 
 NAMES = ['Lung, "opaque"', "Größe 肺", "plain"]
 FILES = ["a,b.png", "q\"uote's.png", "zeile\nzwei.png", "ünï 肺.png", " blank ends ", "x/y.png"]
 
 
-def _evaluation(dtype=np.float32):
+def _evaluation():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, len(FILES))
-    probabilities = rng.dirichlet(np.ones(3), len(FILES)).astype(dtype)
-    report = classification_report(labels, probabilities, NAMES, loss=0.1 + 0.2)
-    rows = [
-        (file, NAMES[label], NAMES[p.argmax()], p)
-        for file, label, p in zip(FILES, labels, probabilities, strict=True)
-    ]
-    return report, rows, probabilities
+    predictions = Predictions(tuple(NAMES), tuple(FILES), labels, rng.dirichlet(np.ones(3), 6))
+    report = classification_report(
+        labels, predictions.probabilities, NAMES, loss=0.1 + 0.2, resamples=10
+    )
+    return report, predictions
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_files_give_back_what_was_written(tmp_path, dtype):
-    report, rows, probabilities = _evaluation(dtype)
+def test_files_give_back_what_was_written(tmp_path):
+    report, predictions = _evaluation()
     output = tmp_path / "eval" / "val"
-    write_evaluation(output, report, iter(rows))
-    expected = ["confusion_matrix.png", "predictions.csv", "report.json"]
+    write_evaluation(output, report, predictions)
+    expected = ["confusion_matrix.png", "predictions.csv", "report.html", "report.json"]
     assert sorted(p.name for p in output.iterdir()) == expected
 
     assert json.loads((output / "report.json").read_text(encoding="utf-8")) == report
@@ -41,34 +41,62 @@ def test_files_give_back_what_was_written(tmp_path, dtype):
         read = list(reader)
     assert reader.fieldnames == ["file", "label", "predicted", *(f"p_{n}" for n in NAMES)]
     assert [r["file"] for r in read] == FILES
-    assert [(r["label"], r["predicted"]) for r in read] == [row[1:3] for row in rows]
-    again = np.array([[dtype(r[f"p_{n}"]) for n in NAMES] for r in read], dtype)
-    np.testing.assert_array_equal(again, probabilities)
+    assert [r["label"] for r in read] == [NAMES[i] for i in predictions.labels]
+    assert [r["predicted"] for r in read] == [NAMES[i] for i in predictions.probabilities.argmax(1)]
+    again = np.array([[float(r[f"p_{n}"]) for n in NAMES] for r in read])
+    np.testing.assert_array_equal(again, predictions.probabilities)
     with Image.open(output / "confusion_matrix.png") as image:
         image.load()
 
 
+def test_predictions_come_back_with_their_groups(tmp_path):
+    report, predictions = _evaluation()
+    write_evaluation(tmp_path, report, predictions)
+    rows = [Row(file, "", "test", group) for file, group in zip(FILES, "aab", strict=False)]
+    read = read_predictions(tmp_path / "predictions.csv", rows)
+    assert (read.class_names, read.files) == (tuple(NAMES), tuple(FILES))
+    np.testing.assert_array_equal(read.labels, predictions.labels)
+    np.testing.assert_array_equal(read.probabilities, predictions.probabilities)
+    assert read.groups == ("a", "a", "b", "", "", "")
+    assert read.clusters.tolist() == [0, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "file,label\n",
+        "file,label,predicted,p_a\n",
+        "file,label,predicted,p_a\nx,b,a,1\n",
+        "file,label,predicted,p_a\nx,a,a,much\n",
+    ],
+)
+def test_another_file_is_no_table_of_predictions(text, tmp_path):
+    (tmp_path / "predictions.csv").write_text(text)
+    with pytest.raises(UserError, match=r"predictions\.csv"):
+        read_predictions(tmp_path / "predictions.csv")
+
+
 def test_a_file_name_that_is_not_utf8_keeps_its_bytes(tmp_path):
-    report, rows, _ = _evaluation()
-    rows[0] = (os.fsdecode(b"caf\xe9.png"), *rows[0][1:])
-    write_evaluation(tmp_path, report, rows)
+    report, predictions = _evaluation()
+    files = (os.fsdecode(b"caf\xe9.png"), *FILES[1:])
+    write_evaluation(tmp_path, report, dataclasses.replace(predictions, files=files))
     assert b"\ncaf\xe9.png," in (tmp_path / "predictions.csv").read_bytes()
+    assert read_predictions(tmp_path / "predictions.csv").files == files
 
 
-def test_rows_that_do_not_fit_the_report_are_refused_before_anything_is_written(tmp_path):
-    report, rows, _ = _evaluation()
-    with pytest.raises(ValueError, match="5 rows"):
-        write_evaluation(tmp_path, report, rows[1:])
-    with pytest.raises(ValueError, match="x/y.png: 2 probabilities"):
-        write_evaluation(tmp_path, report, [*rows[:-1], (*rows[-1][:3], [0.5, 0.5])])
+def test_predictions_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
+    report, predictions = _evaluation()
+    with pytest.raises(ValueError, match="5 predictions"):
+        write_evaluation(tmp_path, report, dataclasses.replace(predictions, files=FILES[1:]))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_output_that_cannot_be_written_is_named(tmp_path):
-    report, rows, _ = _evaluation()
+    report, predictions = _evaluation()
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="file"):
-        write_evaluation(tmp_path / "file", report, rows)
+        write_evaluation(tmp_path / "file", report, predictions)
     assert (tmp_path / "file").read_text() == "in the way"
 
 

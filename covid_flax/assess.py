@@ -1,0 +1,187 @@
+"""From predictions to a report: figures with intervals, calibration, and what weakens them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from covid_flax.alarms import (
+    Alarm,
+    Evidence,
+    checks_made,
+    count_sources,
+    duplicate_leak,
+    find_alarms,
+)
+from covid_flax.calibration import temperature_scale
+from covid_flax.data.folder import DataFolder
+from covid_flax.data.splits import Row
+from covid_flax.intervals import wilson_interval
+from covid_flax.metrics import classification_report
+from covid_flax.predictions import Predictions
+
+
+def assess(
+    predictions: Predictions,
+    *,
+    split: str,
+    rows: Sequence[Row] = (),
+    stopped_on: str | None = None,
+    folder: DataFolder | None = None,
+    trained_on: tuple[DataFolder, Sequence[Row]] | None = None,
+    calibration: Mapping[str, Any] | None = None,
+    calibrated: bool = False,
+    prevalence: Mapping[str, float] | None = None,
+) -> tuple[dict[str, Any], Predictions]:
+    """All that `report.json` says of predictions, whoever made them.
+
+    Args:
+      predictions: of the images scored.
+      split: their name.
+      rows: the split they belong to, all of its images; empty for images of another folder.
+      stopped_on: the split that chose the epoch or the settings, if one did.
+      folder: where the images lie, for their sources and for files of the same content.
+      trained_on: for images of another folder: the run's own folder, where it is still there, and
+        its split.
+      calibration: of `calibration.fit_calibration`.
+      calibrated: whether to scale the probabilities by it.
+      prevalence: share of each class where the test would be used, see
+        `classification_report`.
+
+    Returns:
+      The report, and the predictions it is of (scaled, where asked).
+    """
+    before = predictions
+    if calibration is not None:
+        after = dataclasses.replace(
+            predictions,
+            probabilities=temperature_scale(predictions.probabilities, calibration["temperature"]),
+        )
+        if calibrated:
+            predictions = after
+    report = classification_report(
+        predictions.labels,
+        predictions.probabilities,
+        predictions.class_names,
+        loss=_log_loss(predictions),
+        clusters=predictions.clusters,
+        prevalence=prevalence,
+    )
+    report["split"] = split
+    report["calibration"] = report["abstain"] = None
+    if calibration is not None:
+        report["calibration"] = {
+            "applied": calibrated,
+            "temperature": calibration["temperature"],
+            "fitted_on": calibration["split"],
+            "ece": {"before": _ece(before), "after": _ece(after)},
+            "nll": {"before": _log_loss(before), "after": _log_loss(after)},
+        }
+        report["abstain"] = _abstain(after, calibration["abstain"])
+
+    evidence = _evidence(report, predictions, split, rows, stopped_on, folder)
+    alarms, checked = find_alarms(evidence), checks_made(evidence)
+    if trained_on is not None and folder is not None:
+        alarms = [*filter(None, [_trained_on_these(folder, predictions, *trained_on)]), *alarms]
+        checked.append("duplicate-leak")
+    report["alarms"] = [dataclasses.asdict(alarm) for alarm in alarms]
+    report["alarms_checked"] = checked
+    return report, predictions
+
+
+def _log_loss(predictions: Predictions) -> float:
+    """Mean categorical cross-entropy; a probability of 0 counts as the smallest float."""
+    p = predictions.probabilities[np.arange(len(predictions.labels)), predictions.labels]
+    return float(-np.log(np.maximum(p, np.finfo(np.float64).tiny)).mean())
+
+
+def _ece(predictions: Predictions) -> float:
+    report = classification_report(
+        predictions.labels, predictions.probabilities, predictions.class_names, resamples=0
+    )
+    return report["ece"]
+
+
+def _abstain(predictions: Predictions, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """What is left, and how right it is, where less certain predictions are withheld."""
+    threshold = chosen["threshold"]
+    found: dict[str, Any] = {**chosen, "coverage": None, "accuracy": None}
+    found["accuracy_interval"] = None
+    if threshold is None:
+        return found
+    kept = predictions.probabilities.max(1) >= threshold
+    right = int((predictions.predicted == predictions.labels)[kept].sum())
+    n = int(kept.sum())
+    found["coverage"] = n / len(kept)
+    if n:
+        found.update(accuracy=right / n, accuracy_interval=wilson_interval(right, n))
+    return found
+
+
+def _evidence(
+    report: Mapping[str, Any],
+    predictions: Predictions,
+    split: str,
+    rows: Sequence[Row],
+    stopped_on: str | None,
+    folder: DataFolder | None,
+) -> Evidence:
+    labels = [predictions.class_names[i] for i in predictions.labels]
+    hashes = sources = None
+    if folder is not None:
+        source = {f.file: f.source for f in folder.files}
+        sources = count_sources(labels, [source.get(file, "") for file in predictions.files])
+        if rows:
+            scored = {row.file: row.file for row in rows if row.split == split}
+            others = {row.file: row.file for row in rows if row.split != split}
+            hashes = _hashes_of_equal_sizes(folder, scored, folder, others)
+    return Evidence(
+        matrix=report["confusion_matrix"],
+        class_names=predictions.class_names,
+        stated_accuracy=report["accuracy"],
+        class_counts=None if rows else collections.Counter(labels),
+        rows=rows,
+        scored=split if rows else None,
+        stopped_on=stopped_on,
+        files=predictions.files,
+        hashes=hashes,
+        source_counts=sources or None,
+    )
+
+
+def _trained_on_these(
+    folder: DataFolder, predictions: Predictions, own: DataFolder, rows: Sequence[Row]
+) -> Alarm | None:
+    """Whether files of another folder are ones that the run trained on or stopped by."""
+    scored = {f"{folder.root}/{file}": file for file in predictions.files}
+    fitted = {f"{own.root}/{row.file}": row.file for row in rows if row.split != "test"}
+    return duplicate_leak(
+        [Row(file, "", "", "") for file in fitted],
+        [Row(file, "", "", "") for file in scored],
+        _hashes_of_equal_sizes(folder, scored, own, fitted),
+    )
+
+
+def _hashes_of_equal_sizes(
+    folder: DataFolder, scored: Mapping[str, str], own: DataFolder, others: Mapping[str, str]
+) -> dict[str, str]:
+    """Content hashes, by key, of the files that have the size of one on the other side.
+
+    Files of different size differ, so only some need to be read.
+    """
+    sides = []
+    for tree, files in ((folder, scored), (own, others)):
+        there = {f.file for f in tree.files}
+        sides.append({k: tree.num_bytes(f) for k, f in files.items() if f in there})
+    both = set(sides[0].values()) & set(sides[1].values())
+    return {
+        key: hashlib.sha256(tree.read(files[key])).hexdigest()
+        for (tree, files), sizes in zip(((folder, scored), (own, others)), sides, strict=True)
+        for key, size in sizes.items()
+        if size in both
+    }

@@ -1,0 +1,79 @@
+"""95 % intervals of figures: Wilson's for a share, the cluster bootstrap for any figure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from statistics import NormalDist
+
+import numpy as np
+
+LEVEL = 0.95
+_Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+# Weights held at once. 2 MB in float64 stay in a core's cache: faster than all in one.
+_CHUNK = 2**18
+
+
+def wilson(hits: np.ndarray, totals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bounds of Wilson's score interval (Wilson 1927), which takes every trial as independent.
+
+    Args:
+      hits: successes, any shape.
+      totals: trials, same shape.
+
+    Returns:
+      Lower and upper bounds, float64; NaN where there is no trial.
+    """
+    hits, totals = np.asarray(hits, np.float64), np.asarray(totals, np.float64)
+    n = np.where(totals > 0, totals, np.nan)
+    share = hits / n
+    middle = share + _Z**2 / (2 * n)
+    half = _Z * np.sqrt(share * (1 - share) / n + _Z**2 / (4 * n**2))
+    low, high = (middle - half) / (1 + _Z**2 / n), (middle + half) / (1 + _Z**2 / n)
+    # Exactly 0 and 1 there; rounding would leave 1e-17 or so.
+    return np.where(hits == 0, 0 * n, low), np.where(hits == totals, n / n, high)
+
+
+def wilson_interval(hits: float, total: float) -> list[float] | None:
+    """`[low, high]` of `wilson` for one share; None without a trial."""
+    if total == 0:
+        return None
+    low, high = wilson(np.array(hits), np.array(total))
+    return [float(low), float(high)]
+
+
+def cluster_weights(clusters: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
+    """Resamples of the cluster bootstrap: whole clusters drawn with replacement.
+
+    As many clusters are drawn as there are, so that a resample's number of images varies with
+    their sizes (Davison & Hinkley 1997, section 3.8; Field & Welsh 2007). Same arguments, same
+    draws: two models scored on the same images can be compared resample by resample.
+
+    Args:
+      clusters: cluster of each image, integers [N], N at least 1.
+      resamples: how many in all.
+      seed: of the draws.
+
+    Yields:
+      float64 [r, N], whole numbers: how often each image is in each of the next r resamples.
+    """
+    _, cluster = np.unique(clusters, return_inverse=True)
+    g = int(cluster.max()) + 1
+    rng = np.random.default_rng(seed)
+    rows = max(1, _CHUNK // len(cluster))
+    for start in range(0, resamples, rows):
+        r = min(rows, resamples - start)
+        drawn = rng.integers(0, g, (r, g)) + g * np.arange(r)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=r * g).reshape(r, g)
+        yield counts.astype(np.float64)[:, cluster]
+
+
+def percentile_interval(values: np.ndarray) -> list[float] | None:
+    """`[low, high]`: percentiles of the resampled figures [R] that are defined (not NaN).
+
+    Linear between order statistics, as numpy.percentile; None where none is defined.
+    """
+    defined = values[~np.isnan(values)]
+    if len(defined) == 0:
+        return None
+    low, high = np.percentile(defined, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    return [float(low), float(high)]

@@ -1,0 +1,104 @@
+"""What an evaluation leaves of each image, and its file `predictions.csv`."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from covid_flax.data.splits import Row
+from covid_flax.errors import UserError
+
+_COLUMNS = ["file", "label", "predicted"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Labels and predicted probabilities of some images.
+
+    Attributes:
+      class_names: K names.
+      files: N files, relative to their data folder.
+      labels: true class indices, int64 `[N]`.
+      probabilities: float64 `[N, K]`, rows sum to 1.
+      groups: group of each image, "" where unknown; empty where no group is known.
+    """
+
+    class_names: tuple[str, ...]
+    files: tuple[str, ...]
+    labels: np.ndarray
+    probabilities: np.ndarray
+    groups: tuple[str, ...] = ()
+
+    @cached_property
+    def predicted(self) -> np.ndarray:
+        """Most probable class, the first of equals: int64 `[N]`."""
+        return self.probabilities.argmax(1)
+
+    @cached_property
+    def clusters(self) -> np.ndarray:
+        """Group numbers from 0, int64 `[N]`; an image of no known group is its own."""
+        groups = self.groups or ("",) * len(self.files)
+        names = [
+            ("group", g) if g else ("file", f) for g, f in zip(groups, self.files, strict=True)
+        ]
+        numbers: dict[tuple[str, str], int] = {}
+        return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+
+
+def predictions_csv(predictions: Predictions) -> bytes:
+    """`file,label,predicted` and `p_<class>` for each class, with all digits (UTF-8)."""
+    names = predictions.class_names
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*_COLUMNS, *(f"p_{name}" for name in names)])
+    for file, label, predicted, p in zip(
+        predictions.files,
+        predictions.labels.tolist(),
+        predictions.predicted.tolist(),
+        predictions.probabilities.tolist(),
+        strict=True,
+    ):
+        writer.writerow([file, names[label], names[predicted], *map(repr, p)])
+    # A file name that is not UTF-8 keeps its bytes.
+    return buffer.getvalue().encode("utf-8", "surrogateescape")
+
+
+def read_predictions(path: Path, rows: Sequence[Row] = ()) -> Predictions:
+    """What `predictions_csv` wrote.
+
+    Args:
+      path: of the csv.
+      rows: of the run's split.csv, for the groups.
+
+    Raises:
+      UserError: no such file, or not one of that form.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as f:
+            header, *lines = list(csv.reader(f, strict=True)) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"cannot read {path}: {e}: evaluate the run first") from e
+    names = tuple(column.removeprefix("p_") for column in header[3:])
+    number = {name: i for i, name in enumerate(names)}
+    try:
+        if header[:3] != _COLUMNS or not lines:
+            raise ValueError
+        labels = np.array([number[line[1]] for line in lines], np.int64)
+        probabilities = np.array([line[3:] for line in lines], np.float64)
+        if probabilities.shape != (len(lines), len(names)):
+            raise ValueError
+    except (ValueError, KeyError, IndexError):
+        raise UserError(
+            f"{path} is no table of predictions ({','.join(_COLUMNS)},p_<class>...): "
+            "evaluate the run anew"
+        ) from None
+    group = {row.file: row.group for row in rows}
+    files = tuple(line[0] for line in lines)
+    groups = tuple(group.get(file, "") for file in files)
+    return Predictions(names, files, labels, probabilities, groups if any(groups) else ())

@@ -1,0 +1,365 @@
+"""A self-contained page of an evaluation, and the house style other pages share.
+
+A page is one HTML file that loads nothing and runs nothing: a content policy forbids both, and
+every value a template shows is escaped.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import jinja2
+from markupsafe import Markup
+
+from covid_flax import __version__
+from covid_flax.alarms import CHECKS
+from covid_flax.files import write_atomically
+from covid_flax.predictions import Predictions
+from covid_flax.report import pictures
+from covid_flax.report.pictures import picture as picture  # the other pages' way in
+
+_UNDEFINED = Markup('<span class="undefined" title="undefined on these images">–</span>')
+_SPACE = "\N{NO-BREAK SPACE}"
+
+# Columns of the table by class, after the number of images.
+_CLASS_COLUMNS = (
+    ("recall", "Sensitivity"),
+    ("specificity", "Specificity"),
+    ("precision", "PPV"),
+    ("ppv_at", "PPV at prevalence"),
+    ("npv", "NPV"),
+    ("f1", "F1"),
+    ("auroc", "AUROC"),
+    ("auprc", "AUPRC"),
+)
+_AVERAGED = ("recall", "specificity", "precision", "npv", "f1", "auroc", "auprc")
+_SHARES = {"recall", "specificity", "precision", "ppv_at", "npv"}
+_WHOLE = (
+    ("accuracy", "Accuracy", "share of images classed rightly"),
+    ("balanced_accuracy", "Balanced accuracy", "mean sensitivity of the classes"),
+    ("kappa", "Cohen's kappa", "agreement beyond chance; 0 is chance, 1 perfect"),
+    ("mcc", "Matthews correlation", "0 is chance, 1 perfect"),
+    ("nll", "Negative log-likelihood", "0 is best"),
+    ("brier", "Brier score", "0 is best, 2 worst"),
+    ("ece", "Calibration error (ECE)", "0 is best"),
+)
+
+
+def render(template: str, **context: Any) -> str:
+    """The text of `templates/<template>`, every value escaped that is not Markup.
+
+    Raises:
+      jinja2.UndefinedError: the template uses a name that `context` lacks.
+    """
+    return _environment().get_template(template).render(context)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=percent, figure3=figure3, with_interval=with_interval, count=count
+    )
+    environment.globals["version"] = __version__
+    return environment
+
+
+def percent(x: float | None) -> str:
+    """`95.6 %`; a dash where `x` is undefined (None, NaN or infinite)."""
+    return f"{100 * x:.1f}{_SPACE}%".replace("-", "−") if _defined(x) else _UNDEFINED
+
+
+def figure3(x: float | None) -> str:
+    """`0.956`; a dash where `x` is undefined (None, NaN or infinite)."""
+    return f"{x:.3f}".replace("-", "−") if _defined(x) else _UNDEFINED
+
+
+def count(n: int) -> str:
+    """`2,929`."""
+    return f"{n:,}"
+
+
+def with_interval(
+    x: float | None,
+    interval: Sequence[float | None] | None,
+    form: Callable[[float | None], str] = percent,
+) -> Markup:
+    """`95.6 % (94.8–96.3)`, the interval left out where it is unknown or has no width.
+
+    A bootstrap whose resamples all gave the same figure knows nothing of its spread.
+    """
+    text = Markup('<span class="figure">{}</span>').format(form(x))
+    if not _defined(x) or not interval:
+        return text
+    low, high = interval
+    if not _defined(low) or not _defined(high) or low == high:
+        return text
+    ends = [form(bound).removesuffix(f"{_SPACE}%") for bound in (low, high)]
+    joined = (" to " if low < 0 else "–").join(ends)
+    return text + Markup(' <span class="interval">({})</span>').format(joined)
+
+
+def _defined(x: Any) -> TypeGuard[float]:
+    return x is not None and math.isfinite(x)
+
+
+def write_report_page(
+    path: Path,
+    report: Mapping[str, Any],
+    predictions: Predictions,
+    *,
+    title: str,
+    run: Mapping[str, Any] | None,
+) -> None:
+    """Writes report.html, whole or not at all.
+
+    Args:
+      path: of the page.
+      report: as in report.json; every key that is not of `classification_report`'s first
+        version may be missing, and what needs it is left out.
+      predictions: of the same images, as they were scored.
+      title: of the page.
+      run: of the run's config.json; None where it is unknown.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    alarms = report.get("alarms")
+    text = render(
+        "report.html.j2",
+        title=title,
+        verdict=_verdict(report, predictions),
+        alarms=None if alarms is None else _findings(alarms),
+        checked=_in_order(report),
+        note=report.get("note"),
+        classes=_class_table(report),
+        averages=_average_table(report),
+        whole=_whole_table(report),
+        intervals=report.get("intervals") or {},
+        matrix=_matrix_table(report),
+        pictures=pictures.evaluation_pictures(report, predictions),
+        calibration=report.get("calibration"),
+        abstain=report.get("abstain"),
+        facts=_facts(report, run),
+        config=_json(run["config"]) if run and "config" in run else "",
+        split=str(report.get("split") or ""),
+    )
+    write_atomically(Path(path), text.encode("utf-8", "replace"))
+
+
+def _verdict(report: Mapping[str, Any], predictions: Predictions) -> dict[str, Any]:
+    """The figures of the opening sentences, each with its interval."""
+    per_class, n = report["per_class"], report["num_examples"]
+    present = [name for name in report["class_names"] if per_class[name]["support"]]
+    weakest = min(present, key=lambda name: per_class[name]["recall"])
+    largest = max(present, key=lambda name: per_class[name]["support"])
+    intervals = report.get("intervals") or {}
+    known = bool(predictions.groups)
+    clusters = intervals.get("clusters") if known else None
+    if known and clusters is None:
+        clusters = len(set(predictions.clusters.tolist()))
+    levels = [alarm["level"] for alarm in report.get("alarms") or ()]
+    return {
+        "images": n,
+        "groups": clusters,
+        "accuracy": with_interval(report["accuracy"], _interval(report, "accuracy")),
+        "balanced": with_interval(
+            report["balanced_accuracy"], _interval(report, "balanced_accuracy")
+        ),
+        "weakest": weakest,
+        "weakest_images": per_class[weakest]["support"],
+        "weakest_recall": with_interval(
+            per_class[weakest]["recall"], _class_interval(report, weakest, "recall")
+        ),
+        "largest": largest,
+        "largest_share": per_class[largest]["support"] / n,
+        "absent": [name for name in report["class_names"] if not per_class[name]["support"]],
+        "alarms": levels.count("alarm"),
+        "cautions": len(levels) - levels.count("alarm"),
+    }
+
+
+def _interval(report: Mapping[str, Any], *keys: str) -> Sequence[float] | None:
+    """Bootstrap interval of a figure of the whole; Wilson's of accuracy where that has no width."""
+    intervals = report.get("intervals") or {}
+    found: Any = intervals.get("bootstrap")
+    for key in keys:
+        found = (found or {}).get(key)
+    if keys == ("accuracy",) and (not found or found[0] == found[1]):
+        return (intervals.get("wilson") or {}).get("accuracy")
+    return found
+
+
+def _class_interval(report: Mapping[str, Any], name: str, key: str) -> Sequence[float] | None:
+    """Wilson's interval of a proportion, the bootstrap's of any other figure of a class."""
+    intervals = report.get("intervals") or {}
+    wilson = (intervals.get("wilson") or {}).get("per_class", {}).get(name, {}).get(key)
+    return wilson or _interval(report, "per_class", name, key)
+
+
+def _class_table(report: Mapping[str, Any]) -> dict[str, Any]:
+    per_class, names = report["per_class"], report["class_names"]
+    prevalence = report.get("prevalence") or {}
+    stated = {round(p, 6) for p in prevalence.values()}
+    columns = [c for c in _CLASS_COLUMNS if all(c[0] in per_class[name] for name in names)]
+    head = ["Class", "Images"]
+    for key, label in columns:
+        one = key == "ppv_at" and len(stated) == 1
+        head.append(f"PPV at {100 * stated.copy().pop():g}{_SPACE}%" if one else label)
+    rows = []
+    for name in names:
+        row: list[Any] = [name, count(per_class[name]["support"])]
+        for key, _ in columns:
+            x = None if _meaningless(per_class[name], key) else per_class[name][key]
+            form = percent if key in _SHARES else figure3
+            cell = with_interval(x, _class_interval(report, name, key), form)
+            if key == "ppv_at" and len(stated) > 1 and name in prevalence:
+                cell += Markup('<span class="interval">at {}</span>').format(
+                    percent(prevalence[name])
+                )
+            row.append(cell)
+        rows.append(row)
+    return {"head": head, "rows": rows}
+
+
+def _meaningless(figures: Mapping[str, Any], key: str) -> bool:
+    """Whether the report's 0 stands for a division by 0."""
+    support, claimed = figures["support"], figures.get("predicted")
+    if key == "recall":
+        return support == 0
+    if key == "precision":
+        return claimed == 0
+    return key == "f1" and support == 0 and claimed == 0
+
+
+def _average_table(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    kinds = [kind for kind in ("macro", "weighted") if kind in report]
+    if not kinds:
+        return None
+    labels = dict(_CLASS_COLUMNS)
+    rows = [
+        [
+            labels[key],
+            *(
+                with_interval(
+                    report[kind][key],
+                    _interval(report, kind, key),
+                    percent if key in _SHARES else figure3,
+                )
+                for kind in kinds
+            ),
+        ]
+        for key in _AVERAGED
+        if all(key in report[kind] for kind in kinds)
+    ]
+    head = {"macro": "Unweighted", "weighted": "By images"}
+    return {"head": ["Average", *(head[kind] for kind in kinds)], "rows": rows}
+
+
+def _whole_table(report: Mapping[str, Any]) -> dict[str, Any]:
+    rows = []
+    for key, label, meaning in _WHOLE:
+        if key in report:
+            form = percent if "accuracy" in key else figure3
+            heading = Markup('{}<br><span class="soft">{}</span>').format(label, meaning)
+            rows.append([heading, with_interval(report[key], _interval(report, key), form)])
+    return {"head": ["All images", "Figure"], "rows": rows}
+
+
+def _matrix_table(report: Mapping[str, Any]) -> dict[str, Any]:
+    names = report["class_names"]
+    rows = [
+        [name, *map(count, row)]
+        for name, row in zip(names, report["confusion_matrix"], strict=True)
+    ]
+    return {"head": ["True class", *names], "rows": rows}
+
+
+def _findings(alarms: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found = [
+        {
+            "name": str(alarm["name"]).replace("-", " ").capitalize(),
+            "level": alarm["level"],
+            "text": alarm["text"],
+            "figures": [
+                (key.replace("_", " "), text)
+                for key, value in (alarm.get("figures") or {}).items()
+                if (text := _plain(value))
+            ],
+        }
+        for alarm in alarms
+    ]
+    return sorted(found, key=lambda item: item["level"] != "alarm")
+
+
+def _in_order(report: Mapping[str, Any]) -> list[str]:
+    """What the silence of the checks that were made says."""
+    raised = {alarm["name"] for alarm in report.get("alarms") or ()}
+    made = [name for name in report.get("alarms_checked") or () if name not in raised]
+    return [CHECKS.get(name, name) for name in made]
+
+
+def _plain(value: Any, most: int = 160) -> str:
+    """A figure of an alarm as text, cut short where it is long."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "–"}[value]
+    if isinstance(value, int):
+        return count(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        value = [f"{key} {_plain(item)}" for key, item in value.items()]
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        value = ", ".join(map(_plain, value))
+    text = str(value)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _facts(report: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Name and value of what was scored."""
+    run = run or {}
+    config = run.get("config") or {}
+    checkpoint = report.get("checkpoint") or {}
+    weights = run.get("weights") or {}
+    data, model = config.get("data") or {}, config.get("model") or {}
+    train, optimizer = config.get("train") or {}, config.get("optimizer") or {}
+    step = checkpoint.get("step")
+    pairs = [
+        ("Run", run.get("name")),
+        ("Baseline", run.get("baseline")),
+        ("Images", f"{report.get('split') or ''} split of {report.get('data_dir') or 'unknown'}"),
+        ("Checkpoint", checkpoint and f"{checkpoint.get('which')}, step {_plain(step)}"),
+        ("Network", model.get("name")),
+        ("Trained part", model.get("trainable")),
+        ("Input", f"{data['image_size']} px" if "image_size" in data else None),
+        ("Split rule", data.get("split")),
+        (
+            "Training",
+            train
+            and f"at most {_plain(train.get('epochs'))} epochs of batches of "
+            f"{_plain(train.get('batch_size'))}, learning rate "
+            f"{_plain(optimizer.get('learning_rate'))}",
+        ),
+        ("Seed", str(run["seed"]) if "seed" in run else None),
+        ("First weights", weights.get("source")),
+        ("Their SHA-256", weights.get("sha256")),
+        ("How they fitted", weights.get("report")),
+        ("Devices", ", ".join(map(str, run.get("devices") or ()))),
+        ("Versions", ", ".join(f"{k} {v}" for k, v in (run.get("versions") or {}).items())),
+    ]
+    return [(name, str(value)) for name, value in pairs if value]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)

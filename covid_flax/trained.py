@@ -1,0 +1,195 @@
+"""A trained run opened to score images: its network, its data, and what they are called."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from covid_flax import config as config_lib
+from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
+from covid_flax.data.builder import prepare
+from covid_flax.data.dataset import Dataset, cache_dir
+from covid_flax.data.folder import DataFolder, open_folder
+from covid_flax.data.pipeline import Source
+from covid_flax.data.splits import Row, read_split_csv
+from covid_flax.errors import UserError
+from covid_flax.mesh import make_layout
+from covid_flax.models import create_model, trained_stages
+from covid_flax.optimizer import make_optimizer
+from covid_flax.predict import compile_apply, log_softmax, predict
+from covid_flax.run import read_run
+from covid_flax.step import create_state, make_eval_step
+
+LEFT_OUT = "-"  # in a class map: images of that folder are not scored
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A checkpoint of a run, ready to score.
+
+    Attributes:
+      workdir: the run's folder.
+      saved: its config.json.
+      config: the configuration in it.
+      class_names: in the order of the class indices.
+      which: `best`, `latest` or a step, as asked for.
+      step: of the checkpoint.
+    """
+
+    workdir: Path
+    saved: dict[str, Any]
+    config: ml_collections.ConfigDict
+    class_names: tuple[str, ...]
+    which: str
+    step: int
+    _apply: Callable[..., Any] = dataclasses.field(repr=False)
+    _params: Any = dataclasses.field(repr=False)
+    _batch_stats: Any = dataclasses.field(repr=False)
+
+    def probabilities(self, source: Source, description: str = "") -> np.ndarray:
+        """Of every image of `source`, in its order, float64 `[N, K]`; see `predict`."""
+        logits = predict(
+            self._apply,
+            self._params,
+            self._batch_stats,
+            source,
+            batch_size=self.config.eval.batch_size,
+            num_threads=self.config.data.num_threads,
+            prefetch=self.config.data.prefetch,
+            description=description,
+        )
+        return np.exp(log_softmax(logits))
+
+
+def saved_run(workdir: Path) -> dict[str, Any]:
+    """The config.json of a run. Raises UserError where `workdir` holds none."""
+    saved = read_run(workdir)
+    if saved is None:
+        raise UserError(
+            f"{workdir} holds no run (no config.json): give a run's folder as --workdir"
+        )
+    return saved
+
+
+def open_run(workdir: Path, checkpoint: str = "best") -> TrainedRun:
+    """Loads a checkpoint (`best`, `latest` or a step). Raises UserError."""
+    saved = saved_run(workdir)
+    config = config_lib.from_json(saved["config"])
+    class_names = tuple(saved["class_names"])
+    graphdef, params, batch_stats = create_model(config.model, len(class_names), config.seed)
+    state = create_state(
+        params,
+        batch_stats,
+        frozenset(trained_stages(config.model)),
+        make_optimizer(config.optimizer, lambda _: 0.0),
+        config.seed,
+        average=config.train.ema_decay > 0,
+    )
+    if not has_checkpoints(workdir / "checkpoints"):
+        raise UserError(f"{workdir} has no checkpoint yet: train it first")
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step = resolve_step(checkpoints, checkpoint)
+        state, _ = checkpoints.load(step, make_layout("jit").place(state))
+    apply = compile_apply(make_eval_step(graphdef, saved["preprocessing"]))
+    params, batch_stats = state.for_evaluation()
+    return TrainedRun(
+        workdir, saved, config, class_names, checkpoint, step, apply, params, batch_stats
+    )
+
+
+def open_data(
+    workdir: Path,
+    saved: Mapping[str, Any],
+    split: str = "all",
+    data_dir: str = "",
+    class_map: Mapping[str, str] | None = None,
+) -> Dataset:
+    """The images to score: a run's own, or another folder's under the run's class names.
+
+    Args:
+      workdir: the run's folder.
+      saved: its config.json.
+      split: of its split.csv; with `data_dir`, `all` takes every image there.
+      data_dir: where the images lie now; empty for where they lay in training.
+      class_map: the run's class for a class folder of `data_dir`, `LEFT_OUT` for none; folders
+        it does not name keep their names.
+
+    Returns:
+      With rows of every split, or those of another folder, which are of no split ("").
+
+    Raises:
+      UserError: no such folder, images that are missing, a class the run does not know.
+    """
+    config = config_lib.from_json(saved["config"])
+    root = data_dir or saved["data"]["root"]
+    if not data_dir and not Path(root).exists():
+        raise UserError(f"the run's images are no longer at {root}: give --data_dir=DIR")
+    if class_map and not (data_dir and split == "all"):
+        raise UserError("--class_map is for another folder: give --data_dir=DIR --split=all too")
+    folder = open_folder(root, require_two_classes=False)
+    class_names = tuple(saved["class_names"])
+    if data_dir and split == "all":
+        label = _labels_of(folder, class_names, class_map or {})
+        rows = [
+            Row(f.file, label[f.label], "", folder.groups[f.file] if folder.groups else "")
+            for f in folder.files
+            if label[f.label] != LEFT_OUT
+        ]
+        if not rows:
+            raise UserError(f"--class_map leaves no image of {root}: name a class of the run")
+    else:
+        rows = read_split_csv(workdir / "split.csv")
+        wanted = [row for row in rows if split in (row.split, "all")]
+        if not wanted:
+            present = collections.Counter(row.split for row in rows)
+            raise UserError(
+                f"the run has no {split} split: choose one of {', '.join(sorted(present))}, all"
+            )
+        _refuse_missing(wanted, folder)
+    records = prepare(folder, cache_dir(config.data.cache_dir))
+    return Dataset(folder, records, rows, class_names)
+
+
+def own_images(workdir: Path, saved: Mapping[str, Any]) -> tuple[DataFolder, list[Row]] | None:
+    """The folder a run was trained on, and its split; None where the images are gone."""
+    try:
+        folder = open_folder(saved["data"]["root"], require_two_classes=False)
+        return folder, read_split_csv(workdir / "split.csv")
+    except UserError:
+        return None
+
+
+def _labels_of(
+    folder: DataFolder, class_names: tuple[str, ...], class_map: Mapping[str, str]
+) -> dict[str, str]:
+    """The run's class, or LEFT_OUT, for each class folder."""
+    absent = sorted(set(class_map) - set(folder.class_names))
+    if absent:
+        raise UserError(
+            f"--class_map names {absent[0]}, but {folder.root} has the classes "
+            f"{', '.join(folder.class_names)}: name one of them"
+        )
+    label = {name: class_map.get(name, name) for name in folder.class_names}
+    unknown = sorted(set(label.values()) - {*class_names, LEFT_OUT})
+    if unknown:
+        raise UserError(
+            f"{folder.root} has the classes {unknown}, the run knows {list(class_names)}: say "
+            f"which is which with --class_map=THEIRS=OURS,... (THEIRS={LEFT_OUT} leaves one out)"
+        )
+    return label
+
+
+def _refuse_missing(rows: list[Row], folder: DataFolder) -> None:
+    there = {f.file for f in folder.files}
+    missing = [row.file for row in rows if row.file not in there]
+    if missing:
+        raise UserError(
+            f"{folder.root} lacks {len(missing)} images of the run's split.csv, first "
+            f"{missing[0]}: restore them, or score another folder whole with --split=all"
+        )
