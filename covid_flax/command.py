@@ -37,12 +37,15 @@ _FULL_OR_LOCKED = {
 }
 
 
-def run_command(main: Callable[[], None], *, together: bool = False) -> None:
+def run_command(
+    main: Callable[..., None], *, together: bool = False, positional: bool = False
+) -> None:
     """Parses the flags, runs `main`, and exits: 0, or 2 for an error the user can mend.
 
     Args:
       main: the command.
       together: whether several processes may run it as one, see `covid_flax.distributed`.
+      positional: whether it takes arguments besides its flags; `main` is given their list.
     """
     # Libraries log what they then raise; the raised error is what the user is told.
     logging.set_verbosity(logging.FATAL)
@@ -55,10 +58,10 @@ def run_command(main: Callable[[], None], *, together: bool = False) -> None:
     if together:
         distributed.define_flags()
     try:
-        _parse(sys.argv)
+        arguments = _parse(sys.argv, positional)
         if together:
             distributed.initialize()
-        main()
+        main(*([arguments] if positional else []))
         distributed.shutdown()
     except UserError as e:
         _fail(str(e))
@@ -81,7 +84,8 @@ def run_command(main: Callable[[], None], *, together: bool = False) -> None:
         sys.exit(1)
 
 
-def _parse(argv: list[str]) -> None:
+def _parse(argv: list[str], positional: bool) -> list[str]:
+    """Sets the flags, and returns what is no flag."""
     app.define_help_flags()
     try:
         extra = flags.FLAGS(argv)[1:]
@@ -89,8 +93,9 @@ def _parse(argv: list[str]) -> None:
         sys.exit(0)
     except Exception as e:  # a config file may raise anything
         raise UserError(_flag_line(e)) from e
-    if extra:
+    if extra and not positional:
         raise UserError(f"unknown argument {extra[0]!r}: flags have the form --name=value")
+    return extra
 
 
 def _flag_line(e: Exception) -> str:

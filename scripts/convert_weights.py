@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from covid_flax.errors import UserError
-from covid_flax.models import MODELS, STAGES, ResNet
+from covid_flax.models import RESNETS, STAGES, ResNet
 from covid_flax.pretrained.fetch import sha256
 from covid_flax.pretrained.load import LoadReport, load_weights
 from covid_flax.pretrained.names import tree_path
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("input", type=Path, metavar="IN", help=".h5, .weights.h5 or .npz")
     parser.add_argument("output", type=Path, metavar="OUT.npz")
-    parser.add_argument("--model", choices=MODELS, default="resnet50")
+    parser.add_argument("--model", choices=RESNETS, default="resnet50")
     parser.add_argument(
         "--may_miss",
         action="append",
@@ -84,7 +84,7 @@ def check(
 
     network = nnx.eval_shape(
         lambda: ResNet(
-            MODELS[model],
+            RESNETS[model],
             num_classes=width("predictions/bias", 1000),
             hidden_units=width("hidden/bias", 0),
             rngs=nnx.Rngs(0),

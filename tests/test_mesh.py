@@ -25,12 +25,16 @@ devices, *runs = json.loads(sys.argv[1])
 assert jax.device_count() == devices
 for saved, workdir in runs:
     train(setup(config_lib.from_json(saved), Path(workdir)))
-    evaluate(Path(workdir))
+    if ", on" not in workdir:
+        evaluate(Path(workdir))
 """
 
 
 def _run(devices, *runs):
-    """Trains and evaluates runs, (config, workdir) each, in a process of so many devices."""
+    """Trains runs, (config, workdir) each, in a process of so many devices.
+
+    And evaluates those that do not go on from another's checkpoint.
+    """
     env = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
     argument = json.dumps([devices, *((json.loads(c.to_json()), str(w)) for c, w in runs)])
     done = subprocess.run(
@@ -75,7 +79,7 @@ def _forget_the_second_epoch(workdir, copy):
     return copy
 
 
-def test_any_layout_gives_the_run_of_one_device_and_goes_on_with_any_other(config, tmp_path):
+def test_any_layout_gives_the_run_of_one_device_and_goes_on_with_another(config, tmp_path):
     """1, 2 and 8 devices; jit, state sharded, and pmap."""
     layouts = {
         "jit": (config, 8),
@@ -89,7 +93,6 @@ def test_any_layout_gives_the_run_of_one_device_and_goes_on_with_any_other(confi
     _run(8, (config, at["jit"]), (sharded, onwards))
     onwards = _forget_the_second_epoch(at["jit"], tmp_path / "8, on 2")
     _run(2, *((layouts[name][0], at[name]) for name in ("sharded", "pmap")), (pmapped, onwards))
-    _run(1, (config, _forget_the_second_epoch(at["pmap"], tmp_path / "2, on one")))
 
     one, losses = _results(at["one"])
     # The best is the first epoch's.
@@ -101,6 +104,6 @@ def test_any_layout_gives_the_run_of_one_device_and_goes_on_with_any_other(confi
         difference = np.linalg.norm(update(config, at[name], "best") - moved)
         assert 0 < difference < 0.05 * np.linalg.norm(moved), name
         np.testing.assert_allclose(report["loss"], one["loss"], rtol=1e-3, err_msg=name)
-    for name in ("one, on 8", "8, on 2", "2, on one"):
+    for name in ("one, on 8", "8, on 2"):
         _, losses_here = _results(tmp_path / name)
         np.testing.assert_allclose(losses_here, losses, rtol=5e-3, err_msg=name)

@@ -1,0 +1,553 @@
+"""What a run's files say in words: one statement for each thing that a reporting guideline asks."""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from covid_flax.artefacts import Artefacts
+from covid_flax.early_stopping import EarlyStopping
+
+NOT_KNOWN = "not known"
+_PARTS = ("train", "val", "test")
+_NBSP = "\N{NO-BREAK SPACE}"
+
+
+def statements(a: Artefacts) -> dict[str, str | None]:
+    """What the artefacts say, by the key that `covid_flax.checklists` gives it; None: nothing."""
+    return {
+        "technique": _technique(a),
+        "data": _data(a),
+        "preprocessing": _preprocessing(a),
+        "partition": _partition(a),
+        "disjoint": _disjoint(a),
+        "counts": _counts(a),
+        "model": _model(a),
+        "software": _software(a),
+        "initialization": _initialization(a),
+        "training": _training(a),
+        "selection": _selection(a),
+        "ensemble": _ensemble(a),
+        "measures": _measures(a),
+        "uncertainty": _uncertainty(a),
+        "robustness": _robustness(a),
+        "internal": _internal(a),
+        "external": _external(a),
+        "performance": _performance(a),
+        "diagnostic": _diagnostic(a),
+        "failures": _failures(a),
+        "limits": " ".join(limits(a)),
+        "availability": _availability(a),
+        "outcome": _outcome(a),
+        "predictors": _predictors(a),
+        "recalibration": _recalibration(a),
+        "prediction": _prediction(a),
+        "imbalance": _imbalance(a),
+        "output": _output(a),
+        "same_data": _same_data(a),
+        "specification": _specification(a),
+    }
+
+
+def fall_short(a: Artefacts) -> set[str]:
+    """Keys of statements that are a part of what they could be, for want of a file or figure."""
+    found = set()
+    if not (a.reports.get(a.headline) or {}).get("intervals"):
+        found |= {"performance", "diagnostic"}
+    if "test" not in a.reports:
+        found.add("internal")
+    if not any(row.group for row in a.rows):
+        found.add("disjoint")
+    return found
+
+
+def _technique(a: Artefacts) -> str | None:
+    kind = a.saved.get("title") or a.config("model", "name")
+    if not kind or not a.class_names:
+        return None
+    return f"Machine learning: {kind}, which sorts images into {_listed(a.class_names)}."
+
+
+def _data(a: Artefacts) -> str | None:
+    data = a.saved.get("data") or {}
+    if "root" not in data:
+        return None
+    phantoms = a.config("data", "phantoms_per_class") or 0
+    drawn = phantoms > 0 and not a.config("data", "dir")
+    parts = [
+        f"Synthetic images, drawn: {data['root']}"
+        if drawn
+        else f"The folder {os.path.normpath(data['root'])}"
+    ]
+    if "fingerprint" in data:
+        parts.append(f"fingerprint {data['fingerprint']}")
+    text = ", ".join(parts) + "."
+    sources = alarm_text(a, "source-confounded")
+    return f"{text} {sources}" if sources else text
+
+
+def _preprocessing(a: Artefacts) -> str | None:
+    size, how = a.config("data", "image_size"), a.config("data", "interpolation")
+    if size is None:
+        features = a.saved.get("features")
+        return f"{features}." if features else None
+    first = a.config("data", "intermediate_size")
+    steps = f"{first} x {first}, then " if first else ""
+    scaling = a.saved.get("preprocessing")
+    text = f"Resized to {steps}{size} x {size} pixels"
+    text += f" ({how})" if how else ""
+    return text + (f"; pixel values scaled as '{scaling}'." if scaling else ".")
+
+
+def _partition(a: Artefacts) -> str | None:
+    rule = a.config("data", "split")
+    if not rule:
+        return None
+    text = f"Rule '{rule}', seed {a.saved.get('seed')}"
+    for part in ("val", "test"):
+        fraction = a.config("data", f"{part}_fraction")
+        if fraction:
+            text += f", {part} share {fraction:g}"
+    nested = ", val drawn from what is not test" if a.config("data", "nested_test") else ""
+    return f"{text}{nested}. {_counts(a) or ''}".strip()
+
+
+def _disjoint(a: Artefacts) -> str | None:
+    if not a.rows:
+        return None
+    splits = collections.defaultdict(set)
+    for row in a.rows:
+        if row.group:
+            splits[row.group].add(row.split)
+    unknown = sum(not row.group for row in a.rows)
+    if not splits:
+        return "Images: no groups (patients, near-duplicates) are known."
+    crossing = sum(len(found) > 1 for found in splits.values())
+    said = "none is in two splits" if not crossing else f"{crossing:,} are in more than one split"
+    text = f"Groups of images: {len(splits):,} groups, {said}"
+    text += f"; {unknown:,} images have no known group" if unknown else ""
+    return f"{text}. Whether a group is a patient is not recorded."
+
+
+def _counts(a: Artefacts) -> str | None:
+    counts = split_counts(a)
+    if not counts:
+        return None
+    parts = [
+        f"{split} {sum(by_class.values()):,} ("
+        + ", ".join(f"{name} {n:,}" for name, n in by_class.items())
+        + ")"
+        for split, by_class in counts.items()
+    ]
+    return f"Images used: {'; '.join(parts)}."
+
+
+def split_counts(a: Artefacts) -> dict[str, dict[str, int]]:
+    """Images by split and class, from split.csv."""
+    found = collections.Counter((row.split, row.label) for row in a.rows)
+    names = a.class_names or sorted({row.label for row in a.rows})
+    return {
+        split: {name: found[split, name] for name in names}
+        for split in _PARTS
+        if any(row.split == split for row in a.rows)
+    }
+
+
+def _model(a: Artefacts) -> str | None:
+    name = a.config("model", "name")
+    if not name:
+        title, setting = a.saved.get("title"), a.saved.get("setting") or {}
+        chosen = ", ".join(f"{key} {value:g}" for key, value in setting.items())
+        return f"{title} of {a.saved.get('features')} ({chosen})." if title else None
+    dtype, size = a.config("model", "dtype"), a.config("data", "image_size")
+    parts = [f"{name} in {dtype}" if dtype else name]
+    if not name.startswith(("lenet", "alexnet")):  # those fix their own head
+        hidden, dropout = a.config("model", "hidden_units"), a.config("model", "dropout")
+        if hidden is not None:
+            parts.append(f"head with {hidden} hidden units" if hidden else "head of one layer")
+        if dropout:
+            parts.append(f"dropout {dropout:g}")
+        statistics = {"train": "batch", "frozen": "fixed"}.get(a.config("model", "batch_norm"))
+        if statistics:
+            parts.append(f"batch norm of trained stages by {statistics} statistics")
+    trained = a.config("model", "trainable")
+    parts += [f"trained part: {trained}"] if trained else []
+    parts += [f"input {size} x {size} pixels"] if size else []
+    return f"{'; '.join(parts)}; {len(a.class_names)} outputs."
+
+
+def _software(a: Artefacts) -> str | None:
+    versions = a.saved.get("versions") or {}
+    if not versions:
+        return None
+    return f"{_listed([f'{name} {version}' for name, version in versions.items()])}."
+
+
+def _initialization(a: Artefacts) -> str | None:
+    weights = a.saved.get("weights") or {}
+    if a.config("model", "weights") == "none":
+        return f"Random; seed {a.saved.get('seed')}."
+    if not weights.get("source"):
+        return None
+    parts = [str(weights["source"])]
+    parts += [f"SHA-256 {weights['sha256']}"] if weights.get("sha256") else []
+    parts += [str(weights["report"])] if weights.get("report") else []
+    return f"{'; '.join(parts)}; seed {a.saved.get('seed')}."
+
+
+def _training(a: Artefacts) -> str | None:
+    epochs = a.config("train", "epochs")
+    if epochs is None:
+        return None
+    settings = [
+        ("learning rate", a.config("optimizer", "learning_rate")),
+        ("schedule", a.config("optimizer", "schedule")),
+        ("batches of", a.config("train", "batch_size")),
+        ("at most", f"{epochs} epochs"),
+        ("patience", a.config("train", "patience")),
+        ("class weights", a.config("train", "class_weights")),
+        ("label smoothing", a.config("train", "label_smoothing")),
+        ("weight decay", a.config("optimizer", "weight_decay")),
+    ]
+    parts = ["Adam", *(f"{name} {value}" for name, value in settings if value is not None)]
+    augment = a.saved["config"].get("augment")
+    if augment is not None:
+        used = _listed([f"{key} {value}" for key, value in augment.items() if value])
+        parts.append(f"augmentation: {used}" if used else "no augmentation")
+    devices = a.saved.get("devices")
+    return f"{'; '.join(parts)}" + (f"; on {', '.join(map(str, devices))}." if devices else ".")
+
+
+def _selection(a: Artefacts) -> str | None:
+    if a.saved.get("candidates"):
+        return f"Of {len(a.saved['candidates'])} settings, the most accurate on the val images."
+    monitor, lines = a.config("train", "monitor"), _epochs(a)
+    if not monitor or not lines:
+        return None
+    best = _best_epoch(a)
+    return (
+        f"The epoch with the best {monitor}: {best} of {max(line['epoch'] for line in lines)} "
+        f"trained (at most {a.config('train', 'epochs')})."
+    )
+
+
+def _epochs(a: Artefacts) -> list[dict[str, Any]]:
+    return [line for line in a.metrics if line.get("split") == "val" and "epoch" in line]
+
+
+def _best_epoch(a: Artefacts) -> int:
+    """By the rule that chose the best checkpoint."""
+    key = a.config("train", "monitor").removeprefix("val_")
+    rule = EarlyStopping(
+        "max" if key == "accuracy" else "min", None, a.config("train", "min_delta") or 0.0
+    )
+    lines = {line["epoch"]: line for line in _epochs(a)}  # the last, where a run went on
+    epochs = sorted(lines)
+    for epoch in epochs:
+        rule.update(lines[epoch][key])
+    return epochs[rule.best_epoch - 1]
+
+
+def _ensemble(a: Artefacts) -> str | None:
+    if not a.config("model", "name"):
+        return None
+    decay = a.config("train", "ema_decay")
+    average = f"; its weights are moving averages (decay {decay:g})" if decay else ""
+    return f"None: one network answers{average}."
+
+
+def _measures(a: Artefacts) -> str | None:
+    report = a.reports.get(a.headline) or {}
+    names = {
+        "accuracy": "Accuracy",
+        "balanced_accuracy": "balanced accuracy",
+        "kappa": "Cohen's kappa",
+        "mcc": "Matthews correlation",
+        "nll": "negative log-likelihood",
+        "brier": "Brier score",
+        "ece": "calibration error (ECE)",
+    }
+    first: dict[str, Any] = next(iter((report.get("per_class") or {}).values()), {})
+    of_class = {
+        "recall": "sensitivity",
+        "specificity": "specificity",
+        "precision": "PPV",
+        "npv": "NPV",
+        "f1": "F1",
+        "auroc": "AUROC",
+        "auprc": "AUPRC",
+    }
+    listed = [said for key, said in names.items() if key in report]
+    listed += [f"{said} of each class" for key, said in of_class.items() if key in first]
+    return f"{_listed(listed)}." if listed else None
+
+
+def _uncertainty(a: Artefacts) -> str | None:
+    intervals = (a.reports.get(a.headline) or {}).get("intervals") or {}
+    if not intervals:
+        return None
+    text = f"{100 * intervals['level']:g}{_NBSP}% intervals: Wilson's of shares"
+    if intervals.get("bootstrap"):
+        text += (
+            f"; percentile bootstrap of {intervals['clusters']:,} groups of images (an image of no "
+            f"known group is its own), {intervals['resamples']:,} resamples, seed "
+            f"{intervals['seed']}"
+        )
+    return f"{text}."
+
+
+def _robustness(a: Artefacts) -> str | None:
+    said = [
+        f"{name}: {'; '.join(_condition(c) for c in found.get('conditions') or ())}."
+        for name, found in a.controls.items()
+        if found.get("conditions")
+    ]
+    return "Shortcut controls, accuracy: " + " ".join(said) if said else None
+
+
+def _condition(condition: Mapping[str, Any]) -> str:
+    name = condition.get("title") or condition.get("name")
+    return f"{name} {share(condition.get('accuracy'), condition.get('accuracy_interval'))}"
+
+
+def _internal(a: Artefacts) -> str | None:
+    names = [name for name in a.reports if name not in a.external]
+    said = [f"{name} {share_of(a.reports[name], 'accuracy')}" for name in names]
+    return f"Evaluations and their accuracy: {_listed(said)}." if said else None
+
+
+def _external(a: Artefacts) -> str | None:
+    said = [
+        f"{name}: {a.reports[name]['num_examples']:,} images of {a.reports[name]['data_dir']}, "
+        f"accuracy {share_of(a.reports[name], 'accuracy')}"
+        for name in a.external
+    ]
+    if not said:
+        return None
+    return f"{'; '.join(said)}. Whether they come from another hospital is not recorded."
+
+
+def _performance(a: Artefacts) -> str | None:
+    report = a.reports.get(a.headline)
+    if not report:
+        return None
+    return (
+        f"{a.headline}: {report['num_examples']:,} images, accuracy "
+        f"{share_of(report, 'accuracy')}, balanced accuracy "
+        f"{share_of(report, 'balanced_accuracy')}."
+    )
+
+
+def _diagnostic(a: Artefacts) -> str | None:
+    report = a.reports.get(a.headline)
+    if not report:
+        return None
+    parts = []
+    for name in report["class_names"]:
+        text = f"{name}: sensitivity {class_share(report, name, 'recall')}"
+        if "specificity" in report["per_class"][name]:
+            text += f", specificity {class_share(report, name, 'specificity')}"
+        parts.append(text)
+    return f"{a.headline}: {'; '.join(parts)}."
+
+
+def _failures(a: Artefacts) -> str | None:
+    report = a.reports.get(a.headline)
+    if not report:
+        return None
+    names, matrix = report["class_names"], report["confusion_matrix"]
+    wrong = sorted(
+        ((n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if i != j and n),
+        key=lambda entry: -entry[0],
+    )
+    if not wrong:
+        return f"{a.headline}: no wrong answer."
+    said = [f"{names[i]} answered as {names[j]} {n:,} of {sum(matrix[i]):,}" for n, i, j in wrong]
+    return f"{a.headline}, most often: {'; '.join(said[:3])}."
+
+
+def _availability(a: Artefacts) -> str | None:
+    version = (a.saved.get("versions") or {}).get("covid_flax")
+    if not version:
+        return None
+    return f"Software: covid_flax {version}. Of the model and the data: {NOT_KNOWN}."
+
+
+def _outcome(a: Artefacts) -> str | None:
+    if not a.class_names:
+        return None
+    return f"The class that the data folder gives an image: {_listed(a.class_names)}."
+
+
+def _predictors(a: Artefacts) -> str | None:
+    return f"The pixels of one image. {_preprocessing(a)}" if _preprocessing(a) else None
+
+
+def _recalibration(a: Artefacts) -> str | None:
+    said = []
+    for step, found in a.calibration.items():
+        if "temperature" not in found or "split" not in found:
+            continue
+        text = f"step {step}: temperature {found['temperature']:.3f} fitted on {found['split']}"
+        ece = found.get("ece") or {}
+        if "before" in ece and "after" in ece:
+            text += f" (calibration error {ece['before']:.3f} before, {ece['after']:.3f} after)"
+        said.append(text)
+    report = a.reports.get(a.headline) or {}
+    found = report.get("calibration") or {}
+    if "ece" in found:
+        ece = found["ece"]
+        applied = "applied to" if found.get("applied") else "not applied to"
+        said.append(
+            f"{applied} the figures of {a.headline}, where the error is {ece['before']:.3f} "
+            f"without and {ece['after']:.3f} with it"
+        )
+    return f"Temperature scaling; {'; '.join(said)}." if said else None
+
+
+def _prediction(a: Artefacts) -> str | None:
+    found = (a.reports.get(a.headline) or {}).get("checkpoint")
+    if not found:
+        return None
+    return f"By the {found.get('which')} checkpoint, step {count(found.get('step'))}."
+
+
+def _imbalance(a: Artefacts) -> str | None:
+    weights = a.config("train", "class_weights")
+    if not weights:
+        return None
+    if weights == "none":
+        return "No class weights."
+    return f"Class weights '{weights}' in the loss."
+
+
+def _output(a: Artefacts) -> str | None:
+    if not a.class_names:
+        return None
+    text = "A probability of each class; the answer is the most probable one."
+    abstain = (a.reports.get(a.headline) or {}).get("abstain") or {}
+    if abstain.get("threshold") is not None:
+        text += (
+            f" With an abstain threshold of {abstain['threshold']:.3f} on the top probability "
+            f"{share(abstain.get('coverage'))} of the {a.headline} images are answered, "
+            f"{share(abstain.get('accuracy'), abstain.get('accuracy_interval'))} of them rightly."
+        )
+    return text
+
+
+def _same_data(a: Artefacts) -> str | None:
+    internal = [name for name in a.reports if name not in a.external]
+    if not internal or not a.rows:
+        return None
+    return f"{_listed(internal)}: images of the same folder as the training images."
+
+
+def _specification(a: Artefacts) -> str | None:
+    if not a.checkpoints:
+        return None
+    return "Configuration in the run's config.json, parameters in its checkpoints."
+
+
+def limits(a: Artefacts) -> list[str]:
+    """What the artefacts show that the figures do not prove, a sentence or two each."""
+    said = ["For research: it is no medical device, and no decision on a patient may rest on it."]
+    if not a.reports:
+        said.append("No evaluation is among the run's files: nothing is known of how well it does.")
+    elif a.headline == "val":
+        said.append(
+            "Only images that chose the epoch or setting were scored (val): the figures are "
+            "optimistic."
+        )
+    if not a.external:
+        said.append(
+            "No evaluation on images of another folder is among the run's files: nothing is known "
+            "of other hospitals."
+        )
+    raised = collections.defaultdict(list)
+    for name in sorted(a.reports, key=lambda name: name != a.headline):
+        for alarm in a.reports[name].get("alarms") or ():
+            raised[alarm["level"], alarm["name"]].append((name, alarm["text"]))
+    for (level, _), told in sorted(raised.items()):
+        names = _listed([name for name, _ in told])
+        said.append(f"{level.capitalize()} of {names}: {told[0][1]}")
+    checked = {name for report in a.reports.values() for name in report.get("alarms_checked") or ()}
+    if a.reports and "source-confounded" not in checked:
+        said.append("Whether an image's source gives its class away was not checked.")
+    if a.rows and not any(row.group for row in a.rows):
+        said.append("No groups are known: images of one patient may be in two splits.")
+    for name, found in a.controls.items():
+        said += [f"Shortcut controls ({name}): {text}" for text in sentences(found)]
+    if not a.controls:
+        said.append("No shortcut controls were run.")
+    said.append("One training with one seed: how far another would differ is not known.")
+    return said
+
+
+def alarm_text(a: Artefacts, name: str) -> str | None:
+    """Of that alarm, as the evaluation that says most raised it, or else another did."""
+    for key in sorted(a.reports, key=lambda key: key != a.headline):
+        for alarm in a.reports[key].get("alarms") or ():
+            if alarm["name"] == name:
+                return alarm["text"]
+    return None
+
+
+def sentences(controls: Mapping[str, Any]) -> list[str]:
+    """What a controls.json says in words."""
+    text = controls.get("text") or []
+    return [text] if isinstance(text, str) else list(text)
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return ", ".join(map(str, parts))
+
+
+def at(tree: Any, *keys: str) -> Any:
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def bootstrap(report: Mapping[str, Any], *keys: str) -> Any:
+    return at(report, "intervals", "bootstrap", *keys)
+
+
+def share_of(report: Mapping[str, Any], key: str) -> str:
+    """A share of the whole with its bootstrap interval."""
+    return share(report.get(key), bootstrap(report, key))
+
+
+def class_share(report: Mapping[str, Any], name: str, key: str) -> str:
+    """A share of a class with Wilson's interval; none of a class without images."""
+    figures = report["per_class"][name]
+    empty = (key == "recall" and not figures["support"]) or (
+        key == "precision" and figures.get("predicted") == 0
+    )
+    if empty:
+        return "–"
+    return share(figures[key], at(report, "intervals", "wilson", "per_class", name, key))
+
+
+def share(x: float | None, interval: Sequence[float] | None = None) -> str:
+    """`95.6 % (94.8 to 96.3)`."""
+    return _figure(x, interval, lambda v: f"{100 * v:.1f}", f"{_NBSP}%")
+
+
+def number(x: float | None, interval: Sequence[float] | None = None) -> str:
+    """`0.956 (0.948 to 0.963)`."""
+    return _figure(x, interval, lambda v: f"{v:.3f}", "")
+
+
+def _figure(
+    x: float | None, interval: Sequence[float] | None, form: Callable[[float], str], unit: str
+) -> str:
+    if x is None:
+        return "–"
+    ends = f" ({form(interval[0])} to {form(interval[1])})" if interval else ""
+    return f"{form(x)}{unit}{ends}"
+
+
+def count(n: Any) -> str:
+    return f"{n:,}" if isinstance(n, int) else NOT_KNOWN

@@ -1,0 +1,390 @@
+import copy
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report.browser import chromium, visit
+
+from covid_flax.artefacts import read_artefacts
+from covid_flax.assess import assess
+from covid_flax.checklists import CLAIM, TRIPOD_AI
+from covid_flax.data.splits import Row, write_split_csv
+from covid_flax.errors import UserError
+from covid_flax.metrics import classification_report
+from covid_flax.model_card import card, markdown, read_facts, write_card
+from covid_flax.predictions import Predictions
+from covid_flax.statements import statements
+
+NAMES = ["COVID", "Normal"]
+CONFIG = {
+    "config": {
+        "seed": 5,
+        "data": {
+            "dir": "xrays",
+            "split": "grouped",
+            "val_fraction": 0.125,
+            "test_fraction": 0.375,
+            "image_size": 96,
+            "interpolation": "bicubic",
+        },
+        "model": {
+            "name": "resnet50",
+            "hidden_units": 321,
+            "dropout": 0.25,
+            "trainable": "conv4",
+            "batch_norm": "train",
+            "dtype": "float32",
+        },
+        "optimizer": {"learning_rate": 0.0123, "schedule": "cosine", "weight_decay": 0.0007},
+        "train": {
+            "epochs": 77,
+            "batch_size": 13,
+            "patience": 6,
+            "monitor": "val_accuracy",
+            "min_delta": 0.0,
+            "class_weights": "balanced",
+            "label_smoothing": 0.03,
+            "ema_decay": 0.0,
+        },
+        "augment": {"flip": False, "shift": 0.0375},
+    },
+    "class_names": NAMES,
+    "seed": 5,
+    "preprocessing": "torch",
+    "data": {"root": "/data/xrays", "fingerprint": "f1f2f3"},
+    "weights": {"source": "net.npz", "sha256": "a1b2c3", "report": "loaded 320 arrays"},
+    "versions": {"covid_flax": "0.1.0", "jax": "0.9.9"},
+    "devices": ["TPU v5e"],
+}
+
+
+@functools.cache
+def make_report(split, seed, n, names):
+    """report.json as evaluate writes it, of random answers."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % 2
+    p = rng.beta(2, 2, n)
+    p = np.where(labels == 1, np.maximum(p, rng.random(n)), np.minimum(p, rng.random(n)))
+    files = tuple(f"{names[k]}/{i}.png" for i, k in enumerate(labels))
+    predictions = Predictions(names, files, labels, np.stack([1 - p, p], 1))
+    calibration = {
+        "split": "val",
+        "temperature": 1.375,
+        "abstain": {"target_accuracy": 0.99, "threshold": 0.625},
+    }
+    report, _ = assess(predictions, split=split, stopped_on="val", calibration=calibration)
+    report["checkpoint"] = {"which": "best", "step": 4321}
+    report["data_dir"] = "/data/xrays"
+    return report
+
+
+def write_run(folder, *, names=NAMES, leak=False):
+    """A run's folder with every file that a card reads."""
+    config = copy.deepcopy(CONFIG) | {"class_names": list(names)}
+    rows = []
+    for split, groups in (("train", range(10)), ("val", range(10, 13)), ("test", range(13, 20))):
+        rows += [Row(f"{k}/{g}.png", names[k], split, f"g{g}") for g in groups for k in (0, 1)]
+    if leak:
+        rows.append(Row("0/x.png", names[0], "test", "g0"))
+    epochs = [(1, 0.6), (2, 0.8), (3, 0.7)]
+    names = tuple(names)
+    val, test = make_report("val", 0, 80, names), make_report("test", 1, 80, names)
+    alarm = {"name": "stopping-split-scored", "level": "alarm", "text": "The val images chose."}
+    external = make_report("all", 2, 60, names) | {"data_dir": "/data/elsewhere"}
+    conditions = [
+        {
+            "title": "border only",
+            "num_examples": 42,
+            "accuracy": 0.712,
+            "accuracy_interval": [0.613, 0.813],
+        }
+    ]
+    files = {
+        "config.json": config,
+        "calibration.json": {
+            "4321": {"split": "val", "temperature": 1.375, "ece": {"before": 0.111, "after": 0.055}}
+        },
+        "eval/val/report.json": val | {"alarms": [alarm]},
+        "eval/test/report.json": test,
+        "eval/elsewhere/report.json": external,
+        "controls/test/controls.json": {"conditions": conditions, "text": ["The border tells."]},
+        "baselines/svm/eval/test/report.json": make_report("test", 7, 80, names),
+    }
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
+    (folder / "checkpoints").mkdir()
+    write_split_csv(folder / "split.csv", rows)
+    lines = [{"step": e, "epoch": e, "split": "val", "accuracy": a, "loss": 1.0} for e, a in epochs]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def text_of(folder, facts=None):
+    """The card as one plain text, without the escapes of Markdown."""
+    return re.sub(r"\\(.)", r"\1", markdown("card", card(read_artefacts(folder), facts)))
+
+
+def test_what_the_card_says_is_in_the_files(tmp_path):
+    folder = write_run(tmp_path / "run")
+    text = text_of(folder)
+    report = json.loads((folder / "eval/test/report.json").read_text())
+
+    def share(x, interval):
+        low, high = (f"{100 * end:.1f}" for end in interval)
+        return f"{100 * x:.1f}\N{NO-BREAK SPACE}% ({low} to {high})"
+
+    boot, wilson = report["intervals"]["bootstrap"], report["intervals"]["wilson"]["per_class"]
+    expected = [
+        share(report["accuracy"], boot["accuracy"]),
+        share(report["balanced_accuracy"], boot["balanced_accuracy"]),
+        *(share(report["per_class"][n][k], wilson[n][k]) for n in NAMES for k in ("recall", "npv")),
+        "The epoch with the best val_accuracy: 2 of 3 trained (at most 77).",
+        "Resized to 96 x 96 pixels (bicubic); pixel values scaled as 'torch'.",
+        "learning rate 0.0123; schedule cosine; batches of 13; at most 77 epochs; patience 6",
+        "label smoothing 0.03; weight decay 0.0007; augmentation: shift 0.0375; on TPU v5e",
+        "head with 321 hidden units; dropout 0.25; batch norm of trained stages by batch stat",
+        "net.npz; SHA-256 a1b2c3; loaded 320 arrays; seed 5",
+        "The folder /data/xrays, fingerprint f1f2f3.",
+        "Rule 'grouped', seed 5, val share 0.125, test share 0.375.",
+        "train 20 (COVID 10, Normal 10); val 6 (COVID 3, Normal 3); test 14 (COVID 7, Normal 7)",
+        "20 groups, none is in two splits",
+        "temperature 1.375 fitted on val (calibration error 0.111 before, 0.055 after)",
+        "abstain threshold of 0.625",
+        f"elsewhere: 60 images of /data/elsewhere, accuracy {share(*_whole(folder, 'elsewhere'))}",
+        "border only 71.2\N{NO-BREAK SPACE}% (61.3 to 81.3)",
+        "Shortcut controls (test): The border tells.",
+        "| svm, test (baseline) | 80 |",
+        "Alarm of val: The val images chose.",
+    ]
+    for said in expected:
+        assert said in text, said
+    matrix = report["confusion_matrix"]
+    assert f"| COVID | {matrix[0][0]} | {matrix[0][1]} |" in text
+    assert "No evaluation on images of another folder" not in text
+
+
+def _whole(folder, name):
+    report = json.loads((folder / f"eval/{name}/report.json").read_text())
+    return report["accuracy"], report["intervals"]["bootstrap"]["accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value", "said"),
+    [
+        ("config.json", ("config", "train", "epochs"), 78, "(at most 78)"),
+        ("config.json", ("config", "train", "class_weights"), "none", "No class weights."),
+        ("config.json", ("config", "train", "ema_decay"), 0.875, "moving averages (decay 0.875)"),
+        ("config.json", ("weights", "sha256"), "d4d4", "SHA-256 d4d4"),
+        ("config.json", ("config", "model", "weights"), "none", "Random; seed 5."),
+        ("config.json", ("data", "root"), "/other", "The folder /other"),
+        ("calibration.json", ("4321", "temperature"), 2.625, "temperature 2.625"),
+        ("eval/test/report.json", ("accuracy",), 0.1234, "accuracy 12.3\N{NO-BREAK SPACE}%"),
+        ("eval/test/report.json", ("checkpoint", "step"), 9876, "best checkpoint, step 9,876"),
+        ("eval/val/report.json", ("note",), "Only val.", "\nOnly val.\n"),
+        ("controls/test/controls.json", ("conditions", 0, "accuracy"), 0.3141, "border only 31.4"),
+        ("controls/test/controls.json", ("text",), ["Now that."], "(test): Now that."),
+        ("baselines/svm/eval/test/report.json", ("num_examples",), 91, "(baseline) | 91 |"),
+    ],
+)
+def test_another_value_in_a_file_is_another_on_the_card(tmp_path, file, path, value, said):
+    folder = write_run(tmp_path / "run")
+    assert said not in text_of(folder)
+    content = json.loads((folder / file).read_text())
+    place = content
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    (folder / file).write_text(json.dumps(content))
+    assert said in text_of(folder)
+
+
+def test_a_leak_of_groups_is_told(tmp_path):
+    text = text_of(write_run(tmp_path / "run", leak=True))
+    assert "20 groups, 1 are in more than one split" in text
+
+
+OPTIONAL = {
+    "split.csv": ("disjoint", "counts"),
+    "metrics.jsonl": ("selection",),
+    "calibration.json": (),
+    "eval/val": (),
+    "eval/test": (),
+    "eval/elsewhere": ("external",),
+    "controls": ("robustness",),
+    "baselines": (),
+    "checkpoints": ("specification",),
+}
+
+
+@pytest.mark.parametrize("missing", OPTIONAL)
+def test_a_file_that_is_missing_makes_things_not_known(tmp_path, missing):
+    folder = write_run(tmp_path / "run")
+    (folder / missing).rename(tmp_path / "away")
+    known = statements(read_artefacts(folder))
+    assert [key for key in OPTIONAL[missing] if known[key] is not None] == []
+    assert len(text_of(folder)) > 1000
+
+
+def test_a_run_of_nothing_but_an_empty_config_claims_nothing(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    a = read_artefacts(tmp_path)
+    known = statements(a)
+    assert {key for key, said in known.items() if said is not None} == {"limits"}
+    sections = card(a)
+    counts = {row[0]: row[1:] for row in sections[-1].tables[0].rows}
+    assert counts == {
+        "CLAIM 2024": ["44", "0", "1", "0", "43"],
+        "TRIPOD+AI": ["52", "0", "1", "0", "51"],
+    }
+    assert "nothing is known of how well it does" in " ".join(known["limits"].split())
+
+
+def test_only_val_is_called_optimistic_and_a_part(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for name in ("test", "elsewhere"):
+        (folder / "eval" / name).rename(tmp_path / name)
+    text = text_of(folder)
+    assert "Only images that chose the epoch or setting were scored (val)" in text
+    assert "No evaluation on images of another folder" in text
+    assert re.search(r"\| 32 Evaluation on internal data \| .* \| partly \|", text)
+
+
+def test_a_figure_without_an_interval_is_a_part(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "eval/test/report.json"
+    labels = np.array([0, 1, 1, 0])
+    old = classification_report(labels, np.eye(2)[[0, 1, 0, 0]], NAMES, loss=0.5, resamples=0)
+    old = {k: old[k] for k in ("num_examples", "class_names", "accuracy", "confusion_matrix")} | {
+        "balanced_accuracy": 0.75,
+        "per_class": {
+            n: {k: old["per_class"][n][k] for k in ("precision", "recall", "f1", "support")}
+            for n in NAMES
+        },
+    }
+    path.write_text(json.dumps(old))  # as reports were before they had intervals
+    text = text_of(folder)
+    assert re.search(r"\| 37 .* accuracy 75\.0.%, balanced accuracy 75\.0.%\. \| partly \|", text)
+    assert re.search(r"\| 29 [^|]* \| not known \| not known \|", text)
+
+
+def test_the_lists_are_whole_and_only_what_no_file_tells_is_never_known():
+    assert [i.number for i in CLAIM] == [str(n) for n in range(1, 45)]
+    parts = {3: "abc", 5: "ab", 6: "abc", 8: "abc", 9: "abc", 12: "abcdefg"}
+    parts |= {18: "abcdef", 20: "abc", 23: "ab", 27: "abc"}
+    expected = [f"{n}{p}" for n in range(1, 28) for p in parts.get(n, [""])]
+    assert [i.number for i in TRIPOD_AI] == expected and len(expected) == 52
+    never = {i.number for i in CLAIM if not i.statement}
+    # Use, aims, patients, acquisition, reference standard, annotators, trial, protocol, funding.
+    assert {"3", "4", "5", "8", "11", "13", "14", "16", "18", "34", "36", "42", "44"} <= never
+    never = {i.number for i in TRIPOD_AI if not i.statement}
+    assert {"3b", "6b", "8b", "14", "17", "18a", "18b", "19", "20b"} <= never
+
+
+def test_what_authors_state_is_marked_as_theirs(tmp_path):
+    folder = write_run(tmp_path / "run")
+    facts = tmp_path / "facts.toml"
+    stated = '[claim]\n13 = "Portable units."\n23 = "On Linux."\n[tripod]\n17 = "Waived."'
+    facts.write_text(stated)
+    text = text_of(folder, read_facts(facts))
+    assert "| The authors: Portable units. | stated by the authors |" in text
+    assert "| covid_flax 0.1.0, jax 0.9.9. The authors: On Linux. | reported |" in text
+    tables = card(read_artefacts(folder), read_facts(facts))[-1].tables[0].rows
+    assert [row[4] for row in tables] == ["1", "1"]
+    for bad in ('[claim]\n45 = "x"', "[claim]\n13 = 4", "[clam]\n1 = 'x'", "[claim"):
+        facts.write_text(bad)
+        with pytest.raises(UserError, match="--facts="):
+            read_facts(facts)
+
+
+def test_a_damaged_file_is_named_in_a_line(tmp_path):
+    folder = write_run(tmp_path / "run")
+    for name in ("config.json", "calibration.json", "eval/val/report.json"):
+        whole = (folder / name).read_text()
+        (folder / name).write_text(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match=rf"{name} is damaged"):
+            read_artefacts(folder)
+        (folder / name).write_text(whole)
+    (folder / "eval/strange").mkdir()
+    (folder / "eval/strange/report.json").write_text("{}")
+    with pytest.raises(UserError, match="strange/report.json is damaged"):
+        read_artefacts(folder)
+    with pytest.raises(UserError, match="holds no run"):
+        read_artefacts(tmp_path)
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = [], []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+EVIL = ["<script>alert(1)</script>", "a|b *c* [d](http://e) `f` \\_ # &amp;\n- g"]
+
+
+def test_hostile_class_names_stay_text(tmp_path):
+    folder = write_run(tmp_path / "run", names=EVIL)
+    write_card(tmp_path / "out", read_artefacts(folder))
+    page = _Page()
+    page.feed((tmp_path / "out/model_card.html").read_text())
+    assert not {"script", "a"} & set(page.tags)
+    assert any(EVIL[0] in text for text in page.text)
+
+    text = (tmp_path / "out/model_card.md").read_text()
+    markdown_it = pytest.importorskip("markdown_it")
+    page = _Page()
+    page.feed(markdown_it.MarkdownIt("commonmark").enable("table").render(text))
+    assert not {"script", "a", "em", "code"} & set(page.tags)
+    assert any(text.strip() == EVIL[0] for text in page.text)
+    shown = EVIL[1].replace("\n", " ")
+    assert any(text.strip() == shown for text in page.text)
+    assert page.tags.count("table") == text.count("| --- |\n")
+
+
+def test_paragraphs_that_begin_like_lists_are_paragraphs():
+    markdown_it = pytest.importorskip("markdown_it")
+    from covid_flax.model_card import Section
+
+    said = ["1. one", "- two", "+ three", "# four", "> five", "=== six", "2) seven", "1.5 eight"]
+    page = _Page()
+    rendered = markdown("t", [Section("s", paragraphs=said)])
+    page.feed(markdown_it.MarkdownIt("commonmark").render(rendered))
+    assert set(page.tags) == {"h1", "h2", "p"}
+    assert [text for text in page.text if text.strip()][2:] == said
+
+
+def test_chromium_shows_the_page(tmp_path):
+    write_card(tmp_path, read_artefacts(write_run(tmp_path / "run")))
+    with chromium() as browser:
+        for width in (360, 1280):
+            with visit(browser, tmp_path / "model_card.html", width) as seen:
+                assert seen.errors == [] and seen.requests == []
+                assert seen.overflow <= 0
+                assert "not known" in seen.page.inner_text("body")
+
+
+def test_the_command_writes_both_files_and_says_where(tmp_path):
+    folder = write_run(tmp_path / "run")
+    command = [sys.executable, "-m", "covid_flax.model_card", f"--workdir={folder}"]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [*command, f"--output={tmp_path}/my.md"], capture_output=True, text=True, env=env
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my.md").exists() and (tmp_path / "my.html").exists()
+    assert re.search(r"CLAIM 2024: of 44 items \d+ reported", done.stdout)
+    assert not (folder / "model_card.md").exists()
