@@ -65,7 +65,8 @@ def fixed_batch(batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 def covid_flax_step(images: np.ndarray, labels: np.ndarray) -> Callable[[], float]:
     """A function that trains one step and returns the loss."""
     from covid_flax.mesh import make_layout
-    from covid_flax.models import STAGES, create_model
+    from covid_flax.models import create_model
+    from covid_flax.models.resnet import STAGES
     from covid_flax.optimizer import make_optimizer
     from covid_flax.step import StepConfig, create_state, make_train_step
     from ml_collections_configs import base

@@ -58,7 +58,7 @@ def covid_flax_steps(args: argparse.Namespace, size: int) -> Step:
     import jax
 
     from covid_flax.mesh import make_layout
-    from covid_flax.models import STAGES
+    from covid_flax.models.resnet import STAGES
     from covid_flax.optimizer import make_optimizer
     from covid_flax.step import StepConfig, create_state, make_train_step
     from ml_collections_configs import base
@@ -205,7 +205,7 @@ def parity(args: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
     from flax import nnx
 
-    from covid_flax.models import STAGES
+    from covid_flax.models.resnet import STAGES
     from covid_flax.step import cross_entropy
 
     batch = fixed_batch(8, 64)

@@ -18,7 +18,7 @@ from covid_flax.augment import Augment
 from covid_flax.chips import PEAKS
 from covid_flax.errors import UserError
 from covid_flax.mesh import AXIS, jit_layout, replicated, sharded
-from covid_flax.models import STAGES, create_model, preprocessing_of, trained_stages
+from covid_flax.models import create_model, preprocessing_of, stage_before, trained_stages
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
 from covid_flax.step import StepConfig, abstract_batch, create_state, make_train_step
 
@@ -112,14 +112,14 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
     graphdef, params, batch_stats = create_model(config.model, num_classes, config.seed)
     trained = trained_stages(config.model)
     how = Augment(**config.augment.to_dict())
-    start = STAGES[0] if how.active else trained[0]
+    cached = None if how.active else stage_before(config.model, trained[0])
     # The number of steps turns up in constants only.
     tx = make_optimizer(config.optimizer, learning_rate_schedule(config.optimizer, 1000, 1))
     weights = (1.0,) * num_classes if config.train.class_weights == "balanced" else None
     step_config = StepConfig(
         preprocessing=preprocessing_of(config.model),
         batch_stats_in=frozenset(trained if config.model.batch_norm == "train" else ()),
-        start=start,
+        start=None if cached is None else trained[0],
         class_weights=weights,
         label_smoothing=config.train.label_smoothing,
         augment=how,
@@ -130,7 +130,7 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
     state = create_state(params, batch_stats, frozenset(trained), tx, config.seed, average=average)
 
     size = config.data.image_size
-    examples: Any = abstract_batch(graphdef, params, batch_stats, batch, size, start)
+    examples: Any = abstract_batch(graphdef, params, batch_stats, batch, size, cached)
 
     split = NamedSharding(mesh, PartitionSpec(AXIS))
     shard_state = config.train.shard_state

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
@@ -11,7 +12,7 @@ import ml_collections
 from covid_flax.data.decode import INTERPOLATIONS
 from covid_flax.data.splits import SPLITS
 from covid_flax.errors import UserError
-from covid_flax.models import MODELS, STAGES
+from covid_flax.models import MODELS, RESNETS, trainable_choices
 from covid_flax.models.preprocess import MODES
 from ml_collections_configs import base
 
@@ -21,7 +22,6 @@ _CHOICES = {
     "data.on_device": ("auto", "always", "never"),
     "model.name": tuple(MODELS),
     "model.preprocessing": ("", *MODES),
-    "model.trainable": ("all", *(s for s in STAGES[1:] if s != "pool")),
     "model.batch_norm": ("train", "frozen"),
     "model.dtype": ("float32", "bfloat16"),
     "model.remat": ("none", "block"),
@@ -87,13 +87,34 @@ def check(config: ml_collections.ConfigDict) -> None:
     """Refuses values that no run could use, naming the key. Raises UserError."""
     flat = flatten(config)
     for key, choices in _CHOICES.items():
-        if flat[key] not in choices:
-            known = ", ".join(repr(c) for c in choices if c)
-            raise UserError(f"config.{key}={flat[key]!r}: choose one of {known}")
+        _check_choice(key, flat[key], choices)
     for key, (low, high) in _RANGES.items():
         if not low <= flat[key] <= (sys.float_info.max if high is None else high):
             bound = f"of at least {low}, finite" if high is None else f"from {low} to {high}"
             raise UserError(f"config.{key}={flat[key]!r}: set a value {bound}")
+    _check_network(flat["model.name"], flat)
+
+
+def _check_choice(key: str, value: Any, choices: Sequence[Any], of: str = "") -> None:
+    if value not in choices:
+        known = ", ".join(repr(c) for c in choices if c)
+        raise UserError(f"config.{key}={value!r}: choose one of {known}{of}")
+
+
+def _check_network(name: str, flat: dict[str, Any]) -> None:
+    """What depends on which network it is."""
+    trainable = trainable_choices(name)
+    _check_choice("model.trainable", flat["model.trainable"], trainable, f", of {name}")
+    size, smallest = flat["data.image_size"], MODELS[name].smallest
+    if size < smallest:
+        raise UserError(
+            f"config.data.image_size={size}: {name} takes images of {smallest} pixels or more"
+        )
+    if flat["model.remat"] != "none" and name not in RESNETS:
+        raise UserError(
+            f"config.model.remat={flat['model.remat']!r}: {name} has no blocks to compute anew: "
+            "set none"
+        )
 
 
 def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from covid_flax.job import batch_shapes, make_job
-from covid_flax.models import STAGES
+from covid_flax.models import MODELS
 from covid_flax.report.console import say
 from covid_flax.run import Run
 from covid_flax.step import create_state, make_train_step
@@ -20,7 +20,7 @@ def dry_run(run: Run) -> None:
     say("")
     say(f"{'stage':<8}{'parameters':>14}{'statistics':>12}  trained  batch norm")
     totals = np.zeros(3, np.int64)
-    for stage in STAGES:
+    for stage in MODELS[run.config.model.name].stages:
         params = sum(x.size for x in jax.tree.leaves(run.params.get(stage, {})))
         stats = sum(x.size for x in jax.tree.leaves(run.batch_stats.get(stage, {})))
         trained = stage in run.trained

@@ -19,7 +19,7 @@ from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.pipeline import ArraySource, Source, usable_examples
 from covid_flax.errors import UserError
 from covid_flax.mesh import Layout, make_layout
-from covid_flax.models import STAGES, preprocessing_of, stage_before
+from covid_flax.models import preprocessing_of, stage_before
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
 from covid_flax.predict import compile_apply, predict
 from covid_flax.report.console import say
@@ -38,12 +38,12 @@ class Job:
     """What `train` and `dry_run` share: the sources and the functions of a run.
 
     Attributes:
-      start: the first stage that steps compute; what precedes it is cached.
+      start: the first stage that steps compute; what precedes it is cached. None: nothing is.
       usable: images an epoch trains on.
       fill: a short last batch is filled up to a multiple of this.
     """
 
-    start: str
+    start: str | None
     train_source: Source
     val_source: Source
     layout: Layout
@@ -114,10 +114,12 @@ def make_job(run: Run) -> Job:
     )
 
 
-def batch_shapes(run: Run, start: str, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of a batch of `size` examples as the run's steps take it, see `abstract_batch`."""
-    image_size = run.config.data.image_size
-    return abstract_batch(run.graphdef, run.params, run.batch_stats, size, image_size, start)
+def batch_shapes(run: Run, start: str | None, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of a batch of `size` examples as steps from `start` on take it, see `abstract_batch`."""
+    config = run.config
+    cached = None if start is None else stage_before(config.model, start)
+    image_size = config.data.image_size
+    return abstract_batch(run.graphdef, run.params, run.batch_stats, size, image_size, cached)
 
 
 def peak_rate(run: Run, job: Job) -> float:
@@ -142,15 +144,16 @@ def peak_rate(run: Run, job: Job) -> float:
     return peak.flops * jax.device_count() * config.train.batch_size / flops if flops else 0.0
 
 
-def _cached_from(run: Run, how: Augment) -> str:
-    """The stage to start from with cached inputs; the first stage where nothing is cached.
+def _cached_from(run: Run, how: Augment) -> str | None:
+    """The stage to start from with cached inputs; None where nothing is cached.
 
     Frozen stages give an image the same output every epoch, unless it is augmented: then
     computing it once is exact.
     """
     first = run.trained[0]
-    if first == STAGES[0] or how.active:
-        return STAGES[0]
+    before = stage_before(run.config.model, first)
+    if before is None or how.active:
+        return None
     gigabytes = _feature_bytes(run) / 1e9
     place = _feature_place(run.config, gigabytes)
     if place is None:
@@ -159,10 +162,10 @@ def _cached_from(run: Run, how: Augment) -> str:
             f"train.feature_cache_gb={run.config.train.feature_cache_gb:g} and "
             f"feature_disk_gb={run.config.train.feature_disk_gb:g}: computed anew every epoch"
         )
-        return STAGES[0]
+        return None
     say(
-        f"frozen stages: {STAGES[0]} to {stage_before(first)} give every image the "
-        f"same output each epoch: computed once, {gigabytes:.2f} GB {place}"
+        f"frozen stages: those up to {before} give every image the same output each epoch: "
+        f"computed once, {gigabytes:.2f} GB {place}"
     )
     return first
 
@@ -180,11 +183,11 @@ def _feature_place(config: Any, gigabytes: float) -> str | None:
     return "on disk" if gigabytes <= config.train.feature_disk_gb else None
 
 
-def cache_features(run: Run, job: Job, params: Any, batch_stats: Any) -> None:
-    """Replaces the sources of images by their frozen stages' outputs."""
-    preprocessing, stop = job.step_config.preprocessing, stage_before(job.start)
-    apply = compile_apply(make_eval_step(run.graphdef, preprocessing, stop=stop))
+def cache_features(run: Run, job: Job, start: str, params: Any, batch_stats: Any) -> None:
+    """Replaces the sources of images by the outputs of the frozen stages before `start`."""
     config = run.config
+    preprocessing, stop = job.step_config.preprocessing, stage_before(config.model, start)
+    apply = compile_apply(make_eval_step(run.graphdef, preprocessing, stop=stop))
 
     in_memory = _feature_place(config, _feature_bytes(run) / 1e9) == "in memory"
     for split in ("train", "val"):

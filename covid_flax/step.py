@@ -13,7 +13,6 @@ from flax import nnx
 from jax import lax
 
 from covid_flax.augment import Augment, augment
-from covid_flax.models import STAGES, stage_before
 from covid_flax.models.preprocess import preprocess
 
 Array = jax.Array
@@ -59,7 +58,8 @@ class StepConfig:
     Attributes:
       preprocessing: mode of `covid_flax.models.preprocess`.
       batch_stats_in: stages whose batch norm uses and updates batch statistics.
-      start: first stage to compute; what precedes it comes cached in place of images.
+      start: first stage to compute; what precedes it comes cached in place of images. None:
+        all of them.
       class_weights: weight of each class's examples in the loss, or None.
       label_smoothing: share of the target spread evenly over the classes.
       augment: random changes of the images.
@@ -71,7 +71,7 @@ class StepConfig:
 
     preprocessing: str
     batch_stats_in: frozenset[str] = frozenset()
-    start: str = STAGES[0]
+    start: str | None = None
     class_weights: tuple[float, ...] | None = None
     label_smoothing: float = 0.0
     augment: Augment = Augment()
@@ -116,12 +116,17 @@ def create_state(
 
 
 def abstract_batch(
-    graphdef: nnx.GraphDef, params: Tree, batch_stats: Tree, size: int, image_size: int, start: str
+    graphdef: nnx.GraphDef,
+    params: Tree,
+    batch_stats: Tree,
+    size: int,
+    image_size: int,
+    cached: str | None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch of `size` examples, as a step that starts at `start` takes it."""
+    """The shapes of a batch of `size` images, or of what stage `cached` makes of them."""
     image = jax.ShapeDtypeStruct((size, image_size, image_size, 3), jnp.uint8)
-    if start != STAGES[0]:
-        prefix = make_eval_step(graphdef, "unit", stop=stage_before(start))
+    if cached is not None:
+        prefix = make_eval_step(graphdef, "unit", stop=cached)
         image = jax.eval_shape(prefix, params, batch_stats, image)
     return {"image": image, "label": jax.ShapeDtypeStruct((size,), jnp.int32)}
 
@@ -159,7 +164,7 @@ def make_train_step(
     mean, before the update.
     """
     axis = config.axis_name
-    cached = config.start != STAGES[0]
+    cached = config.start is not None
 
     def loss_fn(
         params: Tree, frozen: Tree, batch_stats: Tree, batch: dict[str, Array], key: Array
@@ -307,13 +312,24 @@ def take(data: dict[str, Array], index: Array) -> dict[str, Array]:
 
 
 def make_eval_step(
-    graphdef: nnx.GraphDef, preprocessing: str, *, start: str = STAGES[0], stop: str = STAGES[-1]
+    graphdef: nnx.GraphDef,
+    preprocessing: str,
+    *,
+    start: str | None = None,
+    stop: str | None = None,
 ) -> Callable[[Tree, Tree, Array], Array]:
-    """A pure `step(params, batch_stats, images) -> output of stage stop`, nothing random."""
+    """A pure `step(params, batch_stats, images) -> output`, nothing random.
+
+    Args:
+      graphdef: of the network.
+      preprocessing: mode of `covid_flax.models.preprocess`.
+      start: first stage to compute, of what comes in place of images; None is from them on.
+      stop: the last stage; None is the network's, whose output are logits.
+    """
 
     def step(params: Tree, batch_stats: Tree, images: Array) -> Array:
         model = nnx.merge(graphdef, params, batch_stats)
-        x = preprocess(images, preprocessing) if start == STAGES[0] else images
+        x = preprocess(images, preprocessing) if start is None else images
         return model(x, start=start, stop=stop)
 
     return step

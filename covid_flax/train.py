@@ -15,7 +15,6 @@ from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.feed import make_feed
 from covid_flax.job import Job, cache_features, make_job, peak_rate
-from covid_flax.models import STAGES
 from covid_flax.predict import compile_apply, mean_loss, predict
 from covid_flax.profile import Profile
 from covid_flax.report.console import Meter, say
@@ -42,8 +41,9 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
         if stopping.should_stop or step >= job.steps_per_epoch * config.train.epochs:
             say(f"training is complete at step {step:,}")
         else:
-            if job.start != STAGES[0]:
-                cache_features(run, job, {**state.frozen, **state.params}, state.batch_stats)
+            if job.start is not None:
+                params = {**state.frozen, **state.params}
+                cache_features(run, job, job.start, params, state.batch_stats)
             _loop(run, job, state, stopping, loop, checkpoints, Profile(run.workdir, profile))
         if stopping.should_stop:
             say(

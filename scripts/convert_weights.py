@@ -20,7 +20,8 @@ import numpy as np
 from flax import nnx
 
 from covid_flax.errors import UserError
-from covid_flax.models import RESNETS, STAGES, ResNet
+from covid_flax.models import RESNETS, ResNet
+from covid_flax.models.resnet import STAGES
 from covid_flax.pretrained.fetch import sha256
 from covid_flax.pretrained.load import LoadReport, load_weights
 from covid_flax.pretrained.names import tree_path

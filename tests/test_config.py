@@ -23,6 +23,7 @@ def _load(name, *argument):
 @pytest.mark.parametrize(
     ("name", "argument"),
     [("quickstart", []), ("finetune", []), ("finetune", ["conv5"]), ("paper", []), ("tpu", [])]
+    + [("lenet", []), ("alexnet", []), ("covid_ct", [])]
     + [("paper", [v]) for v in ("frozen", "caffe", "resize", "random", "nested", "frozen,nested")],
 )
 def test_every_configuration_is_valid_and_differs_as_said(name, argument):

@@ -14,7 +14,8 @@ import optax
 import pytest
 
 from covid_flax.augment import Augment
-from covid_flax.models import STAGES, create_model, trained_stages
+from covid_flax.models import create_model, trained_stages
+from covid_flax.models.resnet import STAGES
 from covid_flax.step import (
     StepConfig,
     create_state,

@@ -7,21 +7,29 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from covid_flax.models.resnet import RESNET14_SMALL, RESNET50, RESNET50_V1_5, STAGES, ResNet
+from covid_flax.models.alexnet import ALEXNET, ALEXNET_SMALL, AlexNet, AlexNetSpec
+from covid_flax.models.lenet import LENET5, LeNet, LeNetSpec
+from covid_flax.models.resnet import RESNETS, ResNet, ResNetSpec
 
-MODELS = {
-    "resnet50": RESNET50,
-    "resnet50_v1_5": RESNET50_V1_5,
-    "resnet14_small": RESNET14_SMALL,
+# Every spec says its network's `stages` in order of computation, the `preprocessing` it is
+# meant for, and the side of the `smallest` image it takes.
+MODELS: dict[str, ResNetSpec | LeNetSpec | AlexNetSpec] = {
+    **RESNETS,
+    "lenet5": LENET5,
+    "alexnet": ALEXNET,
+    "alexnet_small": ALEXNET_SMALL,
 }
 
 __all__ = [
     "MODELS",
-    "STAGES",
+    "RESNETS",
+    "AlexNet",
+    "LeNet",
     "ResNet",
     "create_model",
     "preprocessing_of",
     "stage_before",
+    "trainable_choices",
     "trained_stages",
 ]
 
@@ -33,16 +41,26 @@ def create_model(config: Any, num_classes: int, seed: int) -> tuple[nnx.GraphDef
       The graph definition, the parameters and the batch statistics: nested dicts of
       arrays, by stage first. `nnx.merge` puts them together again.
     """
-    model = ResNet(
-        MODELS[config.name],
-        num_classes=num_classes,
-        hidden_units=config.hidden_units,
-        dropout_rate=config.dropout,
-        momentum=config.bn_momentum,
-        dtype=jnp.dtype(config.dtype),
-        remat=config.remat == "block",
-        rngs=nnx.Rngs(params=seed),
-    )
+    spec = MODELS[config.name]
+    common: dict[str, Any] = {
+        "num_classes": num_classes,
+        "dropout_rate": config.dropout,
+        "dtype": jnp.dtype(config.dtype),
+        "rngs": nnx.Rngs(params=seed),
+    }
+    model: nnx.Module
+    if isinstance(spec, LeNetSpec):
+        model = LeNet(spec, **common)
+    elif isinstance(spec, AlexNetSpec):
+        model = AlexNet(spec, **common)
+    else:
+        model = ResNet(
+            spec,
+            hidden_units=config.hidden_units,
+            momentum=config.bn_momentum,
+            remat=config.remat == "block",
+            **common,
+        )
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 
@@ -52,13 +70,18 @@ def preprocessing_of(config: Any) -> str:
     return config.preprocessing or MODELS[config.name].preprocessing
 
 
-def stage_before(stage: str) -> str:
-    """The stage whose output `stage` takes."""
-    return STAGES[STAGES.index(stage) - 1]
+def stage_before(config: Any, stage: str) -> str | None:
+    """The stage of the configuration's network whose output `stage` takes; None: images."""
+    stages = MODELS[config.name].stages
+    return stages[stages.index(stage) - 1] if stage != stages[0] else None
+
+
+def trainable_choices(name: str) -> tuple[str, ...]:
+    """What `model.trainable` may be for a network: `all`, or a stage that has parameters."""
+    return ("all", *(stage for stage in MODELS[name].stages[1:] if stage != "pool"))
 
 
 def trained_stages(config: Any) -> tuple[str, ...]:
     """The stages that `model.trainable` trains, in order; the others are frozen."""
-    if config.trainable == "all":
-        return STAGES
-    return STAGES[STAGES.index(config.trainable) :]
+    stages = MODELS[config.name].stages
+    return stages if config.trainable == "all" else stages[stages.index(config.trainable) :]

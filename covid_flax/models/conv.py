@@ -45,8 +45,8 @@ def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _conv(x: Array, kernel: Array, stride: int = 1) -> Array:
-    pad = (kernel.shape[0] - 1) // 2
+def _conv(x: Array, kernel: Array, stride: int = 1, padding: int | None = None) -> Array:
+    pad = (kernel.shape[0] - 1) // 2 if padding is None else padding
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -167,8 +167,8 @@ def _conv_3x3_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array,
 _conv_3x3.defvjp(_conv_3x3_forward, _conv_3x3_backward)
 
 
-def conv2d(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """2-D convolution, padded symmetrically by `(size - 1) // 2` as Keras's ResNet does.
+def conv2d(x: Array, kernel: Array, stride: int = 1, padding: int | None = None) -> Array:
+    """2-D convolution, padded symmetrically, by `(size - 1) // 2` as Keras's ResNet does.
 
     A 1x1 kernel becomes a matrix product over channels: the same mathematics, and
     on CPU far faster than XLA's general convolution. So does, on CPU, Winograd's form
@@ -178,11 +178,14 @@ def conv2d(x: Array, kernel: Array, stride: int = 1) -> Array:
       x: `[N, H, W, I]`.
       kernel: `[K, K, I, O]`, K odd, same dtype as `x`.
       stride: step in both directions.
+      padding: pixels of zeros on each side; None is `(K - 1) // 2`.
 
     Returns:
-      `[N, ceil(H / stride), ceil(W / stride), O]`.
+      `[N, ceil(H / stride), ceil(W / stride), O]` where `padding` is None.
     """
     size, _, inputs, outputs = kernel.shape
+    if padding not in (None, (size - 1) // 2):
+        return _conv(x, kernel, stride, padding)
     if size == 1:
         return _matmul(x[:, ::stride, ::stride, :], kernel[0, 0])
     # In bfloat16 the transforms would round each term once more.

@@ -8,6 +8,7 @@ which activations are computed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -46,12 +47,24 @@ def _filled(value: float, size: int) -> Array:
     return jnp.asarray(np.full(size, value, np.float32))
 
 
+def stages_between(stages: Sequence[str], start: str | None, stop: str | None) -> tuple[str, ...]:
+    """Those from `start` to `stop`, both included; None is the first, the last."""
+    first = 0 if start is None else stages.index(start)
+    last = len(stages) - 1 if stop is None else stages.index(stop)
+    return tuple(stages[first : last + 1])
+
+
 class Conv(nnx.Module):
     """The arrays of a convolution: `kernel`, and `bias` or None."""
 
     def __init__(self, inputs: int, outputs: int, size: int, *, use_bias: bool, rngs: nnx.Rngs):
         self.kernel = nnx.Param(glorot_uniform(rngs, (size, size, inputs, outputs)))
         self.bias = nnx.Param(_filled(0, outputs)) if use_bias else None
+
+    def __call__(self, x: Array, *, stride: int = 1, padding: int | None = None) -> Array:
+        """Applies it to `[N, H, W, C]`, in its dtype; see `conv2d`."""
+        y = conv2d(x, self.kernel[...].astype(x.dtype), stride, padding)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class BatchNorm(nnx.Module):
@@ -243,6 +256,28 @@ class Dense(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         return jnp.dot(x, self.kernel[...]) + self.bias[...]
+
+
+def adaptive_average_pool(x: Array, size: int) -> Array:
+    """Means of `size` x `size` cells, as PyTorch's `adaptive_avg_pool2d`, in float32.
+
+    Cell i of a side of n pixels spans floor(i n / size) to ceil((i + 1) n / size): a map of
+    that size stays as it is, cells of a smaller one repeat its pixels. A network's dense
+    layers so fit images of every size.
+
+    Args:
+      x: `[N, H, W, C]`.
+
+    Returns:
+      float32 `[N, size, size, C]`.
+    """
+    x = x.astype(jnp.float32)
+    for axis in (1, 2):
+        n = x.shape[axis]
+        cells = [(i * n // size, -(-(i + 1) * n // size)) for i in range(size)]
+        means = [jnp.mean(lax.slice_in_dim(x, a, b, axis=axis), axis) for a, b in cells]
+        x = jnp.stack(means, axis)
+    return x
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

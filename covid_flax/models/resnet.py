@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from covid_flax.models.conv import max_pool_3x3_s2
-from covid_flax.models.layers import ConvBN, Dense, dropout, relu_kept
+from covid_flax.models.layers import ConvBN, Dense, dropout, relu_kept, stages_between
 
 Array = jax.Array
 
@@ -37,8 +37,12 @@ class ResNetSpec:
       use_bias: whether convolutions carry a bias (Keras's do, torchvision's do not).
       epsilon: batch norm's.
       preprocessing: what its ImageNet weights expect, see `covid_flax.models.preprocess`.
+      stages: of every ResNet.
+      smallest: side of the smallest image, pixels.
     """
 
+    stages: ClassVar[tuple[str, ...]] = STAGES
+    smallest: ClassVar[int] = 32
     depths: tuple[int, int, int, int]
     width: int
     stride_on_3x3: bool
@@ -50,6 +54,11 @@ class ResNetSpec:
 RESNET50 = ResNetSpec((3, 4, 6, 3), 64, False, True, 1.001e-5, "caffe")
 RESNET50_V1_5 = ResNetSpec((3, 4, 6, 3), 64, True, False, 1e-5, "torch")
 RESNET14_SMALL = ResNetSpec((1, 1, 1, 1), 16, False, True, 1.001e-5, "unit")
+RESNETS = {
+    "resnet50": RESNET50,
+    "resnet50_v1_5": RESNET50_V1_5,
+    "resnet14_small": RESNET14_SMALL,
+}
 
 
 class Bottleneck(nnx.Module):
@@ -195,8 +204,8 @@ class ResNet(nnx.Module):
         example_weights: Array | None = None,
         dropout_key: Array | None = None,
         axis_name: str | None = None,
-        start: str = "conv1",
-        stop: str = "head",
+        start: str | None = None,
+        stop: str | None = None,
     ) -> Array:
         """Runs the stages from `start` to `stop`, both included.
 
@@ -207,12 +216,12 @@ class ResNet(nnx.Module):
           example_weights: `[N]`, of each example in batch statistics; see `ConvBN`.
           dropout_key: None switches dropout off.
           axis_name: see `ConvBN`.
-          start, stop: names of `STAGES`.
+          start, stop: names of `STAGES`; None is the first, the last.
 
         Returns:
           The output of `stop`; of `head`, logits `[N, num_classes]` in float32.
         """
-        names = STAGES[STAGES.index(start) : STAGES.index(stop) + 1]
+        names = stages_between(STAGES, start, stop)
         thinned = False
         for name, following in zip(names, (*names[1:], ""), strict=True):
             mode: dict[str, Any] = {

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from covid_flax.errors import UserError
-from covid_flax.models import MODELS
+from covid_flax.models.resnet import RESNETS
 from covid_flax.pretrained.names import TreePath, keras_name
 
 Tree = dict[str, Any]
@@ -90,7 +90,12 @@ def load_weights(
             )
     flat = {("params", *p): v for p, v in _leaves(params)}
     flat |= {("batch_stats", *p): v for p, v in _leaves(batch_stats)}
-    targets = {keras_name(p[1:]): p for p in flat}
+    try:
+        targets = {keras_name(p[1:]): p for p in flat}
+    except KeyError:
+        raise UserError(
+            f"{source}: weights are loaded into ResNets only: set model.weights=none"
+        ) from None
     want = {name: tuple(flat[p].shape) for name, p in targets.items()}
     have = {name: tuple(value.shape) for name, value in arrays.items()}
 
@@ -179,7 +184,7 @@ def _hint(
 
 def _looks_like(shapes: Shapes) -> str | None:
     """The model whose stem and numbers of blocks these are; a stage without arrays fits any."""
-    for name, spec in MODELS.items():
+    for name, spec in RESNETS.items():
         stem = shapes.get("conv1_conv/kernel") == (7, 7, 3, spec.width)
         biased = ("conv1_conv/bias" in shapes) == spec.use_bias
         depths = [

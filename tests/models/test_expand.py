@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from covid_flax.models import MODELS, STAGES, ResNet
+from covid_flax.models import MODELS, ResNet
 from covid_flax.models.expand import conv1x1_batch_norm
 from covid_flax.models.layers import ConvBN
+from covid_flax.models.resnet import STAGES
 
 EPSILON = 1e-3
 

@@ -16,7 +16,8 @@ import pytest
 from flax import nnx
 from keras import layers as kl
 
-from covid_flax.models import MODELS, STAGES, ResNet
+from covid_flax.models import MODELS, ResNet
+from covid_flax.models.resnet import STAGES
 
 KERAS_STAGES = {
     "conv1": "pool1_pool",
