@@ -67,6 +67,10 @@ class DataFolder:
         """The content of `file`. Thread safe. UserError where it cannot be read."""
         return self._tree.read(file)
 
+    def has(self, file: str) -> bool:
+        """Whether there is such a file, an image or not."""
+        return self._tree.has(file)
+
     def num_bytes(self, file: str) -> int:
         """Size of `file`."""
         return self._tree.stamp(file)[0]

@@ -1,0 +1,87 @@
+"""Lung masks that lie beside images, as in Kaggle's `<Class>/masks/<same name>.png`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from covid_flax.data.decode import decode, resize
+from covid_flax.data.folder import KAGGLE_FOLDER, DataFolder
+from covid_flax.data.splits import Row
+from covid_flax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class LungMasks:
+    """Masks of some images.
+
+    Attributes:
+      files: of each image that has one, the file of its mask.
+    """
+
+    files: dict[str, str]
+    _read: Callable[[str], bytes] = dataclasses.field(repr=False)
+
+    def mask(self, image: str, size: int) -> np.ndarray:
+        """Where the lungs of `image` are, for it resized to a square: bool `[size, size]`.
+
+        Bright is lung (above 127). Nearest pixels, for a mask has no greys between.
+
+        Raises:
+          UserError: the mask cannot be decoded.
+        """
+        pixels = decode(self._read(self.files[image]), self.files[image])
+        return resize(pixels, size, "nearest")[..., 0] > 127
+
+
+def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> LungMasks:
+    """The masks of the images `rows`; those that have none are left out.
+
+    Args:
+      folder: the images. A mask lies in `masks` beside their `images` folder, or in `masks` in
+        the folder of the images, under the image's name with any suffix replaced by .png.
+      rows: of those images.
+      directory: another folder of `<Class>/masks/*.png` or `<Class>/*.png`.
+
+    Raises:
+      UserError: `directory` holds no mask of any of the images.
+    """
+    # Those of the folder may lie in a zip.
+    top = Path(directory)
+    has: Callable[[str], bool] = folder.has
+    read: Callable[[str], bytes] = folder.read
+    if directory:
+        has, read = (lambda file: (top / file).is_file()), _read_from(top)
+    found = {}
+    for row in rows:
+        image = PurePosixPath(row.file)
+        name = f"{image.stem}.png"
+        if directory:
+            near = PurePosixPath(row.label)
+            places = [near / "masks", near, PurePosixPath(KAGGLE_FOLDER) / near / "masks"]
+        else:
+            above = image.parent.parent if image.parent.name.lower() == "images" else image.parent
+            places = [above / "masks"]
+        for place in places:
+            if has(str(place / name)):
+                found[row.file] = str(place / name)
+                break
+    if directory and not found:
+        raise UserError(
+            f"{directory} holds no mask of the images (<Class>/masks/<image's name>.png): "
+            "give the folder that holds the classes"
+        )
+    return LungMasks(found, read)
+
+
+def _read_from(top: Path) -> Callable[[str], bytes]:
+    def read(file: str) -> bytes:
+        try:
+            return (top / file).read_bytes()
+        except OSError as e:
+            raise UserError(f"cannot read {top / file}: {e.strerror}") from e
+
+    return read

@@ -1,0 +1,368 @@
+"""The page of a run's shortcut controls, and what their figures say in plain words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from covid_flax.files import write_atomically
+from covid_flax.report.page import count, figure3, percent, picture, render, with_interval
+
+# Of the balanced accuracy above chance, what counts as nearly all of it.
+_NEARLY_ALL = 0.8
+_LEVEL = 0.05  # of a test
+
+
+class Titled(Protocol):
+    """A condition, as far as the page shows it."""
+
+    @property
+    def title(self) -> str: ...
+
+
+def explain(report: Mapping[str, Any]) -> list[str]:
+    """The paragraph that sums up controls.json, a sentence or two an item."""
+    by_name = {c["name"]: c for c in report["conditions"]}
+    whole = by_name["whole"]
+    fixed = report["references"]["majority"]
+    said = [
+        f"Whole, the run classes {_percent(whole['accuracy'])} of {whole['num_examples']:,} images "
+        f"rightly (balanced accuracy {_percent(whole['balanced_accuracy'])}); always answering "
+        f"{fixed['class']} would get {_percent(fixed['accuracy'])} (balanced "
+        f"{_percent(fixed['balanced_accuracy'])})."
+    ]
+    said += _hidden(report["conditions"])
+    said += _offered(report["conditions"])
+    said.append(_coarse(by_name["coarse"]))
+    said.append(_lungs_only(by_name["lungs_only"]))
+    said.append(_matched(by_name["histogram_matched"]))
+    if report["pairs"]:
+        said.append(_twins(report["pairs"]))
+    said += _sources(report["sources"])
+    return said
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """`shortcut` (it answers where hardly any lung is shown), `suspicion` (little) or `none`."""
+    above = {c["shows"] for c in report["conditions"] if c["above_chance"]}
+    if "no lung" in above:
+        return "shortcut"
+    return "suspicion" if "little lung" in above else "none"
+
+
+def _hidden(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is left of the answers where the lungs are hidden."""
+    none = [c for c in conditions if c["shows"] == "no lung" and c["above_chance"]]
+    little = [c for c in conditions if c["shows"] == "little lung" and c["above_chance"]]
+    silent = [c for c in conditions if c["shows"].endswith(" lung") and not c["above_chance"]]
+    fixed = f"any fixed answer has a balanced accuracy of {_percent(conditions[0]['chance'])}"
+    said = []
+    if none:
+        said.append(
+            f"With hardly any lung in sight it still answers: {_and(map(_score, none))}; {fixed}. "
+            "So what is not lung gives the class away, and the run reads it: a shortcut."
+        )
+    if little:
+        said.append(
+            f"With little lung in sight it still answers: {_and(map(_score, little))}; {fixed}. "
+            "What is left there is what surrounds the lungs, with their edge or outline"
+            + ("." if none else ": suspicious, but no proof.")
+        )
+    if silent:
+        said.append(
+            f"It does no better than a fixed answer here: {_and(map(_score, silent))}. That does "
+            "not prove that it reads the lungs: such images are unlike any it was trained on, and "
+            f"the commonest of its answers to them is {_commonest(silent)}."
+        )
+    return said
+
+
+def _offered(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a simple model learns from images without lungs."""
+    asked = [c for c in conditions if c["shows"] == "no lung" and c["simple_model"]]
+    if not asked:
+        return []
+    c = max(asked, key=lambda c: c["simple_model"]["balanced_accuracy"])
+    simple, whole = c["simple_model"], conditions[0]["simple_model"]
+    start = (
+        f"A simple model trained on {simple['num_training']:,} images {_with(c)} reaches a "
+        f"balanced accuracy of {_percent(simple['balanced_accuracy'])} (on whole ones "
+        f"{_percent(whole['balanced_accuracy'])})"
+    )
+    if simple["above_chance"]:
+        return [f"{start}: these data offer a shortcut to whoever learns from them."]
+    return [f"{start}: to it, what is not lung tells nothing of the class."]
+
+
+def _coarse(c: Mapping[str, Any]) -> str:
+    start = f"Of images of {c['title']}, where no finding can be seen, it classes {_score(c)}"
+    if not c["above_chance"]:
+        return f"{start}: no better than a fixed answer."
+    if c["kept"] is None:
+        return f"{start}: the mere spread of light and dark tells it something."
+    return (
+        f"{start}: the mere spread of light and dark gives it {_percent(c['kept'])} of its lead in "
+        "balanced accuracy over a fixed answer."
+    )
+
+
+def _lungs_only(c: Mapping[str, Any]) -> str:
+    start = f"Of the images {_with(c)} it classes {_score(c, where=False)}"
+    if c["above_chance"] and (c["kept"] or 0) >= _NEARLY_ALL:
+        return f"{start}: it hardly needs what surrounds the lungs, though it may use it."
+    return f"{start}: either it needs the surroundings, or the black frame is too strange to it."
+
+
+def _matched(c: Mapping[str, Any]) -> str:
+    start = (
+        f"With the greys of every image matched to one histogram it classes "
+        f"{_score(c, where=False)}, and {_percent(c['changed'])} of its answers change"
+    )
+    if (c["kept"] or 0) >= _NEARLY_ALL:
+        return f"{start}: brightness and contrast carry little of them."
+    return f"{start}: they lean on brightness and contrast, or such images are too strange to it."
+
+
+def _twins(pairs: Mapping[str, Any]) -> str:
+    said = (
+        f"Of {pairs['num_pairs']:,} images that were scored again after another export, "
+        f"{pairs['flipped']:,} ({_percent(pairs['flip_rate'])}) are answered differently"
+    )
+    drawn = [
+        (figures["became"] - figures["ceased"], name, figures)
+        for name, figures in pairs["answers"].items()
+        if figures["became"] > figures["ceased"] and figures["p"] <= _LEVEL
+    ]
+    if drawn:
+        _, name, figures = max(drawn)
+        return (
+            f"{said}: {figures['became']:,} become {name}, {figures['ceased']:,} cease to be it. "
+            "The same radiograph; only the export can have drawn the answer there."
+        )
+    if not pairs["flipped"]:
+        return f"{said}: the export does not move its answers."
+    return f"{said}, towards no class beyond chance."
+
+
+def _sources(sources: Mapping[str, Any]) -> list[str]:
+    said = []
+    alone = sources["alone"]
+    if alone:
+        said.append(
+            f"Knowing only from which of {alone['num_sources']:,} sources an image comes gives "
+            f"{_percent(alone['accuracy'])} accuracy (the commonest class "
+            f"{_percent(alone['majority'])})."
+        )
+    for label, probes in sources["within"].items():
+        answers = probes["answers"]
+        told = answers["interval"] and answers["interval"][0] > answers["chance"]
+        said.append(
+            f"Within {label} a simple probe names the source from the run's probabilities with a "
+            f"balanced accuracy of {_percent(answers['balanced_accuracy'])} (chance "
+            f"{_percent(answers['chance'])}): "
+            + (
+                "its answers carry the source beside the class."
+                if told
+                else "its answers do not show the source."
+            )
+        )
+    if sources["not_applicable"]:
+        said.append(f"A probe for the source within a class: {sources['not_applicable']}.")
+    return said
+
+
+def _commonest(conditions: Sequence[Mapping[str, Any]]) -> str:
+    answers: Counter[str] = Counter()
+    for c in conditions:
+        answers.update(c["predicted"])
+    name, n = answers.most_common(1)[0]
+    return f"{name} ({_percent(n / answers.total())})"
+
+
+def _with(c: Mapping[str, Any]) -> str:
+    return f"with the {c['title']}"
+
+
+def _score(c: Mapping[str, Any], *, where: bool = True) -> str:
+    placed = f" {_with(c)}" if where and c["name"] != "coarse" else ""
+    return (
+        f"{_percent(c['accuracy'])} rightly{placed} (balanced {_percent(c['balanced_accuracy'])})"
+    )
+
+
+def _and(parts: Iterable[str]) -> str:
+    items = list(parts)
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def _percent(x: float) -> str:
+    return f"{100 * x:.1f} %"
+
+
+def write_controls_page(
+    path: Path,
+    report: Mapping[str, Any],
+    examples: Sequence[tuple[Titled, Mapping[str, np.ndarray]]],
+    *,
+    title: str,
+) -> None:
+    """Writes controls.html, whole or not at all.
+
+    Args:
+      path: of the page.
+      report: as in controls.json.
+      examples: each condition, and what it makes of an image of each class, uint8 `[H, W, 3]`.
+      title: of the page.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    whole, *changed = report["conditions"]
+    hidden = [c for c in changed if c["shows"] in ("no lung", "little lung")]
+    strongest = max(hidden, key=lambda c: c["balanced_accuracy"])
+    text = render(
+        "controls.html.j2",
+        title=title,
+        report=report,
+        whole=whole,
+        strongest=strongest,
+        verdict=verdict(report),
+        table=_table(report),
+        conditions=[(c["title"], c["what"]) for c in report["conditions"]],
+        strip=picture(_strip(report["class_names"], examples), _strip_in_words(examples)),
+        twins=_twin_tables(report),
+        probes=_probe_table(report["sources"]),
+        facts=_facts(report),
+    )
+    write_atomically(Path(path), text.encode("utf-8", "replace"))
+
+
+def _table(report: Mapping[str, Any]) -> dict[str, Any]:
+    names = report["class_names"]
+    head = ["Images", "Scored", "Accuracy", "Balanced accuracy", "Simple model"]
+    head += ["Answers changed", "Confidence", "Commonest answer"]
+    head += [f"Sensitivity {name}" for name in names]
+    rows: list[list[Any]] = []
+    for c in report["conditions"]:
+        changed = with_interval(c["changed"], c["changed_interval"])
+        commonest, answered = max(c["predicted"].items(), key=lambda item: item[1])
+        rows.append(
+            [
+                c["title"],
+                count(c["num_examples"]),
+                with_interval(c["accuracy"], c["accuracy_interval"]),
+                with_interval(c["balanced_accuracy"], c["balanced_accuracy_interval"]),
+                _simple(c["simple_model"]),
+                "" if c["name"] == "whole" else changed,
+                figure3(c["confidence"]),
+                f"{commonest} {percent(answered / c['num_examples'])}",
+                *(with_interval(c["recall"][n], c["recall_interval"][n]) for n in names),
+            ]
+        )
+    fixed, guess = (report["references"][key] for key in ("majority", "guessing"))
+    for label, reference in (
+        (f"always {fixed['class']}", fixed),
+        ("guessing at the classes' shares", guess),
+    ):
+        heading = Markup('<span class="soft">{}</span>').format(label)
+        figures = [percent(reference["accuracy"]), percent(reference["balanced_accuracy"])]
+        rows.append([heading, "", *figures, *[""] * (len(names) + 4)])
+    return {"head": head, "rows": rows}
+
+
+def _simple(figures: Mapping[str, Any] | None) -> Markup:
+    if figures is None:
+        return with_interval(None, None)
+    return with_interval(figures["balanced_accuracy"], figures["balanced_accuracy_interval"])
+
+
+def _strip(
+    names: Sequence[str], examples: Sequence[tuple[Titled, Mapping[str, np.ndarray]]]
+) -> Figure:
+    """A row for each condition, a column for each class."""
+    shown = [name for name in names if any(name in images for _, images in examples)]
+    figure = Figure(figsize=(1.05 * len(shown), 1.05 * len(examples)))
+    axes = figure.subplots(len(examples), len(shown), squeeze=False)
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.04, hspace=0.04)
+    for row, (condition, images) in zip(axes, examples, strict=True):
+        for ax, name in zip(row, shown, strict=True):
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.grid(False)
+            if name in images:
+                ax.imshow(images[name], interpolation="none")
+        row[0].set_ylabel(condition.title, rotation=0, ha="right", va="center", fontsize=9)
+    for ax, name in zip(axes[0], shown, strict=True):
+        ax.set_title(name if len(name) <= 16 else f"{name[:15]}…", fontsize=9)
+    return figure
+
+
+def _strip_in_words(examples: Sequence[tuple[Titled, Mapping[str, np.ndarray]]]) -> str:
+    return "One image of each class under each condition: " + ", ".join(
+        condition.title for condition, _ in examples
+    )
+
+
+def _twin_tables(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    pairs, names = report["pairs"], report["class_names"]
+    if not pairs:
+        return None
+    matrix = [[name, *map(count, row)] for name, row in zip(names, pairs["matrix"], strict=True)]
+    answers = [
+        [
+            name,
+            count(a["originals"]),
+            count(a["twins"]),
+            count(a["became"]),
+            count(a["ceased"]),
+            "below 0.001" if a["p"] < 0.001 else figure3(a["p"]),
+            f"{a['probability']:+.3f}".replace("-", "−"),
+        ]
+        for name, a in pairs["answers"].items()
+    ]
+    return {
+        "rate": with_interval(pairs["flip_rate"], pairs["flip_interval"]),
+        "matrix": {"head": ["Original's answer", *names], "rows": matrix},
+        "answers": {
+            "head": ["Answer", "Originals", "Twins", "Became", "Ceased", "p", "Probability"],
+            "rows": answers,
+        },
+    }
+
+
+def _probe_table(sources: Mapping[str, Any]) -> dict[str, Any] | None:
+    rows = [
+        [
+            label,
+            count(p["answers"]["num_examples"]),
+            ", ".join(f"{name} ({n:,})" for name, n in p["answers"]["sources"].items()),
+            with_interval(p["answers"]["balanced_accuracy"], p["answers"]["interval"]),
+            with_interval(p["thumbnails"]["balanced_accuracy"], p["thumbnails"]["interval"]),
+            percent(p["answers"]["chance"]),
+        ]
+        for label, p in sources["within"].items()
+    ]
+    head = ["Within", "Images", "Sources", "From the run's answers", "From thumbnails", "Chance"]
+    return {"head": head, "rows": rows} if rows else None
+
+
+def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    scored, available = report["num_examples"], report["num_available"]
+    images = f"{scored:,} of the {report['split']} split of {report['data_dir']}"
+    if scored < available:
+        images += f", drawn class by class from {available:,}"
+    masks = report["masks"]
+    pairs = [
+        ("Images", images),
+        ("By class", ", ".join(f"{name} {n:,}" for name, n in report["support"].items())),
+        ("Checkpoint", f"{report['checkpoint']['which']}, step {report['checkpoint']['step']:,}"),
+        ("Lungs", f"masks of {masks:,} images" if masks else "a fixed box, for there are no masks"),
+        ("Twins", report["pairs_dir"] or "none given"),
+    ]
+    return [(name, value) for name, value in pairs if value]

@@ -1,0 +1,535 @@
+"""Judges: NumPy, Pillow, scikit-image, scikit-learn; planted shortcuts that must be found."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import skimage.exposure
+import sklearn.metrics
+from PIL import Image
+
+from covid_flax import controls, source_probe
+from covid_flax.data import phantoms
+from covid_flax.data.conditions import (
+    CENTRE,
+    INSIDE_BORDER,
+    LUNG_BOX,
+    bounding_mask,
+    box_mask,
+    coarsen,
+    hide,
+    histogram,
+    match_histogram,
+)
+from covid_flax.data.dataset import Dataset
+from covid_flax.data.folder import open_folder
+from covid_flax.data.masks import find_masks
+from covid_flax.data.pipeline import ArraySource
+from covid_flax.data.splits import Row, read_split_csv
+from covid_flax.errors import UserError
+from covid_flax.metrics import classification_report
+from covid_flax.report.controls_page import explain, verdict
+from covid_flax.run import setup
+from covid_flax.train import train
+from covid_flax.twins import find_twins
+
+NAMES = phantoms.CLASSES
+SIZE = 40
+
+
+# What is done to the pixels.
+
+
+@pytest.mark.parametrize("box", [CENTRE, INSIDE_BORDER, LUNG_BOX])
+@pytest.mark.parametrize("shape", [(128, 128, 1), (97, 131, 3)])
+def test_a_box_is_filled_and_nothing_else_touched(box, shape):
+    image = np.random.default_rng(0).integers(1, 256, shape, np.uint8)
+    top, left, bottom, right = (
+        round(share * side) for share, side in zip(box, shape[:2] * 2, strict=True)
+    )
+    expected = image.copy()
+    expected[top:bottom, left:right] = 0
+    np.testing.assert_array_equal(hide(image, box_mask(shape, box)), expected)
+    outside = np.zeros_like(image)
+    outside[top:bottom, left:right] = image[top:bottom, left:right]
+    np.testing.assert_array_equal(hide(image, ~box_mask(shape, box)), outside)
+
+
+def test_the_grey_fill_knows_nothing_of_what_it_hides():
+    rng = np.random.default_rng(1)
+    image = rng.integers(0, 256, (50, 50, 3), np.uint8)
+    where = box_mask(image.shape, CENTRE)
+    filled = hide(image, where, mean=True)
+    for channel in range(3):
+        shown = np.ma.array(image[..., channel], mask=where).mean()
+        assert (filled[where][:, channel] == round(float(shown))).all()
+    np.testing.assert_array_equal(filled[~where], image[~where])
+    other = image.copy()
+    other[where] = 255 - other[where]
+    np.testing.assert_array_equal(hide(other, where, mean=True), filled)
+
+
+def test_greys_are_matched_as_scikit_image_does():
+    rng = np.random.default_rng(2)
+    image = rng.normal(90, 30, (61, 64, 1)).clip(0, 255).astype(np.uint8)
+    image[:9] = 0  # a black margin: many ties
+    reference = rng.gamma(3, 30, (61, 64, 1)).clip(0, 255).astype(np.uint8)
+    ours = match_histogram(image, histogram([reference]))
+    theirs = skimage.exposure.match_histograms(image.astype(float), reference.astype(float))
+    assert np.abs(ours - theirs).max() <= 0.5 + 1e-9
+    colours = np.concatenate([image, 255 - image, image], 2)
+    matched = match_histogram(colours, histogram([reference]))
+    np.testing.assert_array_equal(matched[..., :1], ours)
+    np.testing.assert_array_equal(
+        matched[..., 1:2], match_histogram(255 - image, histogram([reference]))
+    )
+
+
+def test_brightness_and_contrast_are_gone_once_greys_are_matched():
+    rng = np.random.default_rng(3)
+    image = rng.integers(0, 120, (64, 64, 1), np.uint8)
+    brighter = (2 * image + 10).astype(np.uint8)
+    reference = histogram([rng.integers(0, 256, (64, 64, 1), np.uint8)])
+    np.testing.assert_array_equal(
+        match_histogram(image, reference), match_histogram(brighter, reference)
+    )
+
+
+def test_coarse_images_are_box_means_and_hold_nothing_more():
+    image = np.random.default_rng(4).integers(0, 256, (64, 64, 1), np.uint8)
+    blocks = image.reshape(8, 8, 8, 8).astype(float).mean((1, 3))
+    coarse = coarsen(image)
+    expected = Image.fromarray(np.floor(blocks + 0.5).astype(np.uint8)).resize(
+        (64, 64), Image.Resampling.BILINEAR
+    )
+    assert np.abs(coarse[..., 0].astype(int) - np.asarray(expected)).max() <= 1
+    shuffled = image.reshape(8, 8, 8, 8)[:, ::-1, :, ::-1].reshape(64, 64, 1)
+    np.testing.assert_array_equal(coarsen(shuffled), coarse)  # the same means
+
+
+def test_the_rectangle_around_a_mask():
+    mask = np.zeros((9, 12), bool)
+    mask[2, 4] = mask[6, 10] = True
+    expected = np.zeros_like(mask)
+    expected[2:7, 4:11] = True
+    np.testing.assert_array_equal(bounding_mask(mask), expected)
+    assert not bounding_mask(np.zeros((3, 3), bool)).any()
+
+
+# Masks and samples.
+
+
+def _dataset(folder, rows, images):
+    """A Dataset whose pixels are `images`, by file."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Held(Dataset):
+        def source(self, split, config):
+            files = [row.file for row in self.files(split)]
+            return ArraySource(np.stack([images[f] for f in files]), self.labels(split))
+
+    return Held(folder, None, rows, NAMES)
+
+
+def _write_kaggle(directory: Path, per_class: int = 3) -> None:
+    rng = np.random.default_rng(5)
+    for name in NAMES:
+        for kind in ("images", "masks"):
+            (directory / name / kind).mkdir(parents=True)
+        for k in range(per_class):
+            pixels = rng.integers(60, 200, (SIZE, SIZE), np.uint8)
+            Image.fromarray(pixels).save(directory / name / "images" / f"{name}-{k}.png")
+            mask = np.zeros((2 * SIZE, 2 * SIZE), np.uint8)  # another size than the image
+            mask[20:60, 10 + 2 * k : 30] = 255
+            Image.fromarray(mask).save(directory / name / "masks" / f"{name}-{k}.png")
+
+
+def test_kaggle_s_masks_are_found_read_and_never_taken_for_images(tmp_path):
+    _write_kaggle(tmp_path / "data")
+    folder = open_folder(str(tmp_path / "data"))
+    assert len(folder.files) == 12 and not any("masks" in f.file for f in folder.files)
+    rows = [Row(f.file, f.label, "test", "") for f in folder.files]
+    masks = find_masks(folder, rows)
+    assert len(masks.files) == 12
+    expected = np.zeros((SIZE, SIZE), bool)
+    expected[10:30, 6:15] = True
+    np.testing.assert_array_equal(masks.mask("COVID/images/COVID-1.png", SIZE), expected)
+
+    shutil.copytree(tmp_path / "data", tmp_path / "bare", ignore=shutil.ignore_patterns("masks"))
+    bare = open_folder(str(tmp_path / "bare"))
+    assert not find_masks(bare, rows).files
+    elsewhere = find_masks(bare, rows, str(tmp_path / "data"))
+    np.testing.assert_array_equal(elsewhere.mask("COVID/images/COVID-1.png", SIZE), expected)
+    with pytest.raises(UserError, match="holds no mask"):
+        find_masks(bare, rows, str(tmp_path / "bare"))
+
+
+def test_masked_conditions_show_the_mask_and_score_only_what_has_one(tmp_path):
+    _write_kaggle(tmp_path / "data")
+    (tmp_path / "data/COVID/masks/COVID-0.png").unlink()
+    folder = open_folder(str(tmp_path / "data"))
+    rows = [Row(f.file, f.label, "test", "") for f in folder.files]
+    images = {
+        f.file: np.asarray(Image.open(tmp_path / "data" / f.file))[..., None] for f in folder.files
+    }
+    seen = {}
+
+    def probabilities(source, description=""):
+        stacked = np.stack([source[i]["image"] for i in range(len(source))])
+        seen["all"] = stacked
+        return np.full((len(source), 4), 0.25)
+
+    run = SimpleNamespace(
+        class_names=NAMES, config=SimpleNamespace(data=None), probabilities=probabilities
+    )
+    masks = find_masks(folder, rows)
+    report, examples = controls.score_conditions(run, _dataset(folder, rows, images), masks=masks)
+    by_name = {c["name"]: c for c in report["conditions"]}
+    assert report["masks"] == 11 and by_name["whole"]["num_examples"] == 12
+    for name in ("lungs_only", "lungs_hidden", "lung_box_hidden"):
+        assert by_name[name]["num_examples"] == 11
+        assert by_name[name]["majority"] == pytest.approx(3 / 11)
+    shown = {condition.name: pictures for condition, pictures in examples}
+    whole, mask = (
+        images["Normal/images/Normal-0.png"],
+        masks.mask("Normal/images/Normal-0.png", SIZE),
+    )
+    np.testing.assert_array_equal(
+        shown["lungs_only"]["Normal"], whole.repeat(3, 2) * mask[..., None]
+    )
+    np.testing.assert_array_equal(
+        shown["lungs_hidden"]["Normal"], whole.repeat(3, 2) * ~mask[..., None]
+    )
+    # The first of COVID has no mask: the second is shown, under every condition.
+    second = images["COVID/images/COVID-1.png"].repeat(3, 2)
+    np.testing.assert_array_equal(shown["whole"]["COVID"], second)
+    assert shown["lungs_only"]["COVID"].any()
+    assert len(seen["all"]) == sum(c["num_examples"] for c in report["conditions"])
+
+
+@pytest.mark.parametrize("limit", [0, 7, 100, 999, 5000])
+def test_a_sample_keeps_the_classes_shares(limit):
+    labels = np.repeat([0, 1, 2, 3], [700, 250, 45, 5])
+    places = controls.stratified_sample(labels, limit)
+    assert len(places) == (1000 if limit in (0, 5000) else limit)
+    assert (np.diff(places) > 0).all()
+    counts = np.bincount(labels[places], minlength=4)
+    assert (counts >= 1).all()
+    exact = len(places) * np.array([0.7, 0.25, 0.045, 0.005])
+    assert (np.abs(counts - exact) <= 1.5).all()
+    np.testing.assert_array_equal(places, controls.stratified_sample(labels, limit))
+
+
+# Figures.
+
+
+def test_figures_are_scikit_learn_s_and_intervals_the_report_s():
+    rng = np.random.default_rng(6)
+    n = 240
+    labels = rng.choice(4, n, p=[0.2, 0.1, 0.6, 0.1])
+    whole, changed = rng.dirichlet(np.ones(4), n), rng.dirichlet(np.ones(4), n)
+    changed[: n // 2] += 2 * np.eye(4)[labels[: n // 2]]
+    changed /= changed.sum(1, keepdims=True)
+    clusters = np.arange(n) // 2
+    got = controls.condition_figures(changed, labels, whole, NAMES, clusters)
+    answers = changed.argmax(1)
+    assert got["accuracy"] == sklearn.metrics.accuracy_score(labels, answers)
+    balanced = sklearn.metrics.balanced_accuracy_score(labels, answers)
+    assert got["balanced_accuracy"] == pytest.approx(balanced, abs=1e-12)
+    recalls = sklearn.metrics.recall_score(labels, answers, average=None)
+    np.testing.assert_allclose(list(got["recall"].values()), recalls, atol=1e-12)
+    np.testing.assert_array_equal(
+        got["confusion_matrix"], sklearn.metrics.confusion_matrix(labels, answers)
+    )
+    assert got["changed"] == np.mean(answers != whole.argmax(1))
+    assert got["confidence"] == pytest.approx(np.mean([max(p) for p in changed.tolist()]))
+    report = classification_report(labels, changed, NAMES, clusters=clusters)
+    for key in ("accuracy", "balanced_accuracy"):
+        np.testing.assert_allclose(
+            got[f"{key}_interval"], report["intervals"]["bootstrap"][key], atol=1e-12
+        )
+
+
+def test_a_fixed_answer_is_never_above_chance():
+    labels = np.repeat([0, 1, 2, 3], [5, 10, 80, 5])
+    for k in range(4):
+        fixed = np.tile(np.eye(4)[k], (100, 1))
+        got = controls.condition_figures(fixed, labels, fixed, NAMES, np.arange(100))
+        assert not got["above_chance"] and got["balanced_accuracy"] == 0.25
+        assert got["kept"] is None
+    one = controls.condition_figures(fixed[:5], labels[:5], fixed[:5], NAMES, np.arange(5))
+    assert not one["above_chance"]  # one class alone proves nothing
+    json.dumps(one, allow_nan=False)
+
+
+def test_guessing_is_seldom_called_more_than_chance():
+    rng = np.random.default_rng(7)
+    called = 0
+    for _ in range(20):
+        labels = rng.choice(4, 300, p=[0.2, 0.1, 0.6, 0.1])
+        guesses = rng.dirichlet(np.ones(4), 300)
+        got = controls.condition_figures(guesses, labels, guesses, NAMES, np.arange(300))
+        called += got["above_chance"]
+    assert called <= 2  # one side of a 95 % interval
+
+
+# Planted shortcuts: what a run reads is known, and the controls must say it.
+
+
+@pytest.fixture(scope="module")
+def marked():
+    """Phantoms with a bright mark in the outermost border, at a place that names the class."""
+    rng = np.random.default_rng(8)
+    folder = SimpleNamespace(files=[], root="phantoms")
+    rows, images = [], {}
+    for k, name in enumerate(NAMES):
+        for i in range(30):
+            image = phantoms.draw(name, 100 * k + i, SIZE)[..., None].copy()
+            image[:2, :] = rng.integers(0, 40)
+            image[:2, 10 * k : 10 * k + 8] = 255
+            # And a patch in the very centre that names the class too.
+            image[18:22, 18:22] = 60 * k + 10
+            file = f"{name}/images/{name}-{i}.png"
+            images[file] = image
+            rows.append(Row(file, name, "train" if i < 15 else "test", ""))
+            folder.files.append(SimpleNamespace(file=file, label=name, source=""))
+    test = [row for row in rows if row.split == "test"]
+    fit = [row for row in rows if row.split == "train"]
+    return _dataset(folder, test, images), _dataset(folder, fit, images)
+
+
+def _reading(score):
+    """A run whose scores `[4]` are a function of the pixels `[H, W]`."""
+
+    def probabilities(source, description=""):
+        scores = np.array(
+            [score(source[i]["image"][..., 0].astype(float)) for i in range(len(source))]
+        )
+        p = np.exp(scores - scores.max(1, keepdims=True))
+        return p / p.sum(1, keepdims=True)
+
+    return SimpleNamespace(
+        class_names=NAMES, config=SimpleNamespace(data=None), probabilities=probabilities
+    )
+
+
+def _border(pixels):
+    return [pixels[:2, 10 * k : 10 * k + 8].mean() / 20 for k in range(4)]
+
+
+def _middle(pixels):
+    patch = pixels[18:22, 18:22].mean()
+    return [-abs(patch - 60 * k - 10) for k in range(4)]
+
+
+def test_a_run_that_reads_the_border_is_found_out(marked):
+    data, training = marked
+    report, _ = controls.score_conditions(_reading(_border), data, training=training)
+    got = {c["name"]: c for c in report["conditions"]}
+    for name in ("whole", "centre_hidden", "centre_hidden_grey", "border_only", "lungs_hidden"):
+        assert got[name]["accuracy"] == 1 and got[name]["changed"] == 0, name
+    assert got["lungs_only"]["accuracy"] == 0.25 and not got["lungs_only"]["above_chance"]
+    assert verdict(report) == "shortcut"
+    text = " ".join(explain(report))
+    assert "the run reads it: a shortcut" in text
+    assert "100.0 % rightly with the border only" in text
+    # And the images offer it to others.
+    assert got["lungs_hidden"]["simple_model"]["above_chance"]
+    assert "offer a shortcut" in text
+
+
+def test_a_run_that_reads_the_centre_is_not_accused(marked):
+    data, training = marked
+    report, _ = controls.score_conditions(_reading(_middle), data, training=training)
+    got = {c["name"]: c for c in report["conditions"]}
+    assert got["whole"]["accuracy"] == got["lungs_only"]["accuracy"] == 1
+    for c in report["conditions"]:
+        if c["shows"] in ("no lung", "little lung"):
+            assert c["accuracy"] < 0.35 and not c["above_chance"], c["name"]
+    assert verdict(report) == "none"
+    text = " ".join(explain(report))
+    assert "the run reads it" not in text and "still answers" not in text
+    assert "does not prove that it reads the lungs" in text
+    assert "hardly needs what surrounds the lungs" in text
+
+
+def test_where_only_the_edge_of_the_lungs_tells_it_is_a_suspicion(marked):
+    data, _ = marked
+    edge = slice(round(0.08 * SIZE) + 1, round(0.15 * SIZE))  # in the lung box, outside the centre
+    images = {}
+    for k, row in enumerate(data.rows):
+        image = np.full((SIZE, SIZE, 1), 100, np.uint8)
+        image[edge, 10:30] = 60 * (k // 15) + 10
+        images[row.file] = image
+    data = _dataset(data.folder, data.rows, images)
+    score = lambda pixels: [-abs(pixels[edge, 10:30].mean() - 60 * k - 10) for k in range(4)]  # noqa: E731
+    report, _ = controls.score_conditions(_reading(score), data)
+    assert verdict(report) == "suspicion"
+    assert "suspicious, but no proof" in " ".join(explain(report))
+    assert all(c["simple_model"] is None for c in report["conditions"])
+
+
+# Twins.
+
+
+def _twin_folder(directory, files, export):
+    for file in files:
+        path = directory / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(export(file)).save(path)
+    return open_folder(str(directory), require_two_classes=False)
+
+
+def test_twins_that_the_export_moves_are_counted(marked, tmp_path):
+    data, training = marked
+    both = dataclasses.replace(data, rows=[*training.rows, *data.rows])
+    images = {r.file: both.source("all", None)[i]["image"] for i, r in enumerate(both.rows)}
+    normal = [row for row in both.rows if row.label == "Normal"]
+
+    def export(file):
+        image = images[file][..., 0].copy()
+        if int(file.rsplit("-", 1)[1][:-4]) % 3 == 0:  # 5 of the 15 test images
+            image[:2, 10:18] = 255
+            image[:2, 20:28] = 0
+        return image
+
+    pairs = _twin_folder(tmp_path / "pairs", [row.file for row in normal], export)
+    run = _reading(_border)
+    run.config = SimpleNamespace(
+        data=SimpleNamespace(image_size=SIZE, interpolation="nearest", intermediate_size=0)
+    )
+    report, _ = controls.score_conditions(run, both, pairs=pairs)
+    got = report["pairs"]
+    assert got["num_pairs"] == 15  # none that was trained on
+    assert got["flipped"] == 5 and got["flip_rate"] == pytest.approx(1 / 3)
+    assert got["matrix"] == [[0, 0, 0, 0], [0, 0, 0, 0], [0, 5, 10, 0], [0, 0, 0, 0]]
+    moved = got["answers"]["Lung_Opacity"]
+    assert (moved["became"], moved["ceased"]) == (5, 0)
+    assert moved["p"] == pytest.approx(2 * 0.5**5)  # five of five
+    assert got["accuracy"] == {"originals": 1.0, "twins": pytest.approx(2 / 3)}
+    assert got["from_class"]["Normal"]["twins"]["Lung_Opacity"] == 5
+    text = " ".join(explain(report))
+    assert "5 (33.3 %) are answered differently, towards no class beyond chance" in text
+    got["answers"]["Lung_Opacity"]["p"] = 0.01
+    assert "5 become Lung_Opacity, 0 cease to be it" in " ".join(explain(report))
+
+
+def test_twins_must_fit_images_that_were_not_trained_on(marked, tmp_path):
+    data, training = marked
+    blank = np.zeros((SIZE, SIZE), np.uint8)
+    seen = _twin_folder(tmp_path / "a", [training.rows[0].file], lambda _: blank)
+    with pytest.raises(UserError, match="no twin of a scored image"):
+        find_twins([*training.rows, *data.rows], seen)
+    double = data.rows[0].file
+    again = double.replace("images/", "images/more/")
+    two = _twin_folder(tmp_path / "b", [double, again], lambda _: blank)
+    with pytest.raises(UserError, match="two twins named"):
+        find_twins(data.rows, two)
+    one = _twin_folder(tmp_path / "c", [double], lambda _: blank)
+    copies = [data.rows[0], dataclasses.replace(data.rows[0], file=again)]
+    with pytest.raises(UserError, match="fits several images"):
+        find_twins(copies, one)
+
+
+# Sources.
+
+
+def test_the_source_is_told_where_it_shows_and_not_where_it_does_not():
+    rng = np.random.default_rng(9)
+    n = 200
+    sources = ["a" if i % 2 else "b" for i in range(n)]
+    labels = ["COVID"] * n
+    clusters = np.arange(n) // 2 * 2 + np.arange(n) % 2
+    shows = rng.normal(0, 1, (n, 3))
+    hides = shows.copy()
+    shows[:, 1] += np.array([2.0 * (s == "a") for s in sources])
+    got = source_probe.probe_classes(labels, sources, clusters, {"x": shows, "y": hides})["COVID"]
+    assert got["x"]["sources"] == {"a": 100, "b": 100} and got["x"]["chance"] == 0.5
+    # Two normals two deviations apart: the best threshold gets 84 %.
+    assert abs(got["x"]["balanced_accuracy"] - 0.84) < 0.06
+    assert got["x"]["interval"][0] > 0.5
+    assert abs(got["y"]["balanced_accuracy"] - 0.5) < 0.12
+
+
+def test_a_probe_cannot_know_a_group_again():
+    """Features that name the group, not the source: only a leak between folds would help."""
+    rng = np.random.default_rng(10)
+    clusters = np.repeat(np.arange(20), 20)
+    group_features = rng.normal(0, 1, (20, 40))
+    features = group_features[clusters] + rng.normal(0, 0.01, (400, 40))
+    sources = ["a" if c % 2 else "b" for c in clusters]
+    got = source_probe.probe(features, sources, clusters)
+    assert got["balanced_accuracy"] < 0.85
+    alone = source_probe.probe(features, sources, np.arange(400))
+    assert alone["balanced_accuracy"] > 0.99
+
+
+def test_only_classes_of_two_well_filled_sources_are_probed():
+    labels = ["A"] * 60 + ["B"] * 60 + ["C"] * 60
+    sources = ["x"] * 30 + ["y"] * 30 + ["x"] * 55 + ["y"] * 5 + ["x"] * 30 + ["y"] * 30
+    clusters = np.arange(180)
+    clusters[150:] = 150  # all of C's second source is one group
+    assert source_probe.probed_sources(labels, sources, clusters) == {"A": ["x", "y"]}
+
+
+def test_the_source_alone():
+    others = [("A", "x")] * 9 + [("B", "x")] + [("B", "y")] * 5
+    scored = [("A", "x"), ("B", "x"), ("B", "y"), ("A", "new"), ("B", "")]
+    got = source_probe.source_only(scored, others)
+    # x says A, y says B, an unknown source the commonest class, A.
+    assert got == {
+        "num_examples": 4,
+        "num_sources": 3,
+        "accuracy": 0.75,
+        "majority": 0.5,
+        "learned_from": "other images",
+    }
+    assert source_probe.source_only([("A", "")], others) is None
+    assert source_probe.source_only(scored, [])["learned_from"] == "the same images"
+
+
+# The command over a real, tiny run.
+
+
+def test_a_run_s_controls_are_written_and_agree_with_its_evaluation(make_tiny_config, tmp_path):
+    c = make_tiny_config()
+    c.data.split = "grouped"
+    c.data.test_fraction = 0.25
+    c.train.epochs = 1
+    c.eval.batch_size = 12
+    workdir = tmp_path / "run"
+    train(setup(c, workdir))
+    rows = [row for row in read_split_csv(workdir / "split.csv") if row.label == "Normal"]
+    root = Path(json.loads((workdir / "config.json").read_text())["data"]["root"])
+    originals = {row.file: np.asarray(Image.open(root / row.file)) for row in rows}
+    _twin_folder(tmp_path / "pairs", list(originals), originals.__getitem__)
+
+    report = controls.run_controls(workdir, pairs=str(tmp_path / "pairs"))
+    written = json.loads((workdir / "controls/test/controls.json").read_text())
+    assert written == json.loads(json.dumps(report))
+    again = controls.run_controls(workdir, pairs=str(tmp_path / "pairs"), output=tmp_path / "again")
+    assert again == report  # to the last digit
+    # The twins are the same pixels, so nothing may move.
+    held = [row for row in rows if row.split != "train"]
+    assert report["split"] == "test"
+    assert report["pairs"]["num_pairs"] == sum(row.split == "test" for row in held)
+    assert report["pairs"]["flipped"] == 0
+
+    from covid_flax.evaluate import evaluate
+
+    whole = report["conditions"][0]
+    evaluated = evaluate(workdir, split="test")
+    assert whole["accuracy"] == evaluated["accuracy"]
+    assert whole["confusion_matrix"] == evaluated["confusion_matrix"]
+    page = (workdir / "controls/test/controls.html").read_text()
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    for condition in report["conditions"]:
+        assert condition["title"].replace("'", "&#39;") in page
+    with pytest.raises(UserError, match="no twin"):
+        controls.run_controls(workdir, split="train", pairs=str(tmp_path / "pairs"))
+    with pytest.raises(UserError, match="--pairs=.*does not exist"):
+        controls.run_controls(workdir, pairs=str(tmp_path / "nothing"))
