@@ -31,10 +31,10 @@ from covid_flax.data.pipeline import eval_batches
 from covid_flax.data.splits import write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import print_report
+from covid_flax.evaluation.predictions import Predictions
+from covid_flax.evaluation.trained import open_data, saved_run
 from covid_flax.files import write_atomically
-from covid_flax.predictions import Predictions
 from covid_flax.report.console import say
-from covid_flax.trained import open_data, saved_run
 
 SIDE = 28  # of a thumbnail, pixels
 COMPONENTS = 64  # 95 % of the variance of chest X-rays
@@ -121,7 +121,7 @@ def baselines(
       UserError: no run, unknown classifiers, or images that are missing or unreadable.
     """
     # Slow to import, and a wrong flag need not wait for it.
-    from covid_flax.assess import assess
+    from covid_flax.evaluation.assess import assess
     from covid_flax.report.write import write_evaluation
 
     unknown = [name for name in models if name not in GRIDS]

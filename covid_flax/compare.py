@@ -22,10 +22,10 @@ from absl import flags
 from covid_flax.command import run_command
 from covid_flax.data.splits import read_split_csv
 from covid_flax.errors import UserError
+from covid_flax.evaluation.intervals import LEVEL, percentile_interval
+from covid_flax.evaluation.metrics import classification_report, resampled_figures
+from covid_flax.evaluation.predictions import Predictions, read_predictions
 from covid_flax.files import write_atomically
-from covid_flax.intervals import LEVEL, percentile_interval
-from covid_flax.metrics import classification_report, resampled_figures
-from covid_flax.predictions import Predictions, read_predictions
 
 SPLITS = ("test", "val")
 # Where `classification_report` keeps each figure.
@@ -126,7 +126,7 @@ def compare(
       split, level, resamples, seed; runs, with figures (`{"value", "interval"}` by the names of
       `FIGURES`, and recall by class); against_first, the first with each other; and pairs, any
       two. Those hold first and second (names), difference, and mcnemar, in which p_holm is
-      Holm's p among its list (Holm 1979); and cautions, as `covid_flax.alarms.Alarm`.
+      Holm's p among its list (Holm 1979); and cautions, as `covid_flax.evaluation.alarms.Alarm`.
     """
     p = evaluations[0].predictions
     clusters = len(np.unique(p.clusters))

@@ -33,18 +33,18 @@ from covid_flax.data.masks import LungMasks, find_masks
 from covid_flax.data.pipeline import Element, ImageSource, Source
 from covid_flax.data.splits import Row
 from covid_flax.errors import UserError
-from covid_flax.files import write_atomically
-from covid_flax.intervals import (
+from covid_flax.evaluation.intervals import (
     LEVEL,
     cluster_weights,
     percentile_interval,
     wilson_interval,
 )
-from covid_flax.predictions import Predictions
+from covid_flax.evaluation.predictions import Predictions
+from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sources, source_only
+from covid_flax.evaluation.trained import TrainedRun, open_data, open_run, saved_run
+from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
+from covid_flax.files import write_atomically
 from covid_flax.report.console import say
-from covid_flax.source_probe import learn, probe_classes, probed_sources, source_only
-from covid_flax.trained import TrainedRun, open_data, open_run, saved_run
-from covid_flax.twins import FileRecords, count_answers, find_twins, twin_figures
 
 SPLITS = ("test", "val", "train", "all")
 RESAMPLES = 2000

@@ -22,10 +22,10 @@ from absl import flags
 from covid_flax.command import run_command
 from covid_flax.data.dataset import Dataset
 from covid_flax.errors import UserError
+from covid_flax.evaluation.predictions import Predictions
+from covid_flax.evaluation.trained import open_data, open_run, own_images, saved_run
 from covid_flax.files import write_atomically
-from covid_flax.predictions import Predictions
 from covid_flax.report.console import say
-from covid_flax.trained import open_data, open_run, own_images, saved_run
 
 SPLITS = ("val", "test", "train", "all")
 
@@ -88,7 +88,7 @@ def evaluate(
         calibration = _fit_calibration(workdir, run.step, predictions)
 
     # Slow to import, and training's first step need not wait for it.
-    from covid_flax.assess import assess
+    from covid_flax.evaluation.assess import assess
     from covid_flax.report.write import write_evaluation
 
     report, predictions = assess(
@@ -135,7 +135,7 @@ def _read_calibrations(path: Path) -> dict[str, Any]:
 
 
 def _fit_calibration(workdir: Path, step: int, predictions: Predictions) -> dict[str, Any]:
-    from covid_flax.calibration import fit_calibration
+    from covid_flax.evaluation.calibration import fit_calibration
 
     path = workdir / "calibration.json"
     fitted = {"split": "val"} | fit_calibration(predictions.labels, predictions.probabilities)

@@ -1,8 +1,8 @@
 """A model card from a run's own files: `python -m covid_flax.model_card --workdir=RUN`.
 
 Follows Mitchell et al. 2019 ("Model cards for model reporting"), and answers the items of CLAIM
-and TRIPOD+AI (`covid_flax.checklists`) as far as the files tell. What they do not tell is listed
-as not known; what only the authors can tell comes from a file of theirs, and is marked so.
+and TRIPOD+AI (`covid_flax.report.checklists`) as far as the files tell. What they do not tell is
+listed as not known; what only the authors can tell comes from a file of theirs, and is marked so.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 from absl import flags
 from markupsafe import Markup, escape
 
-from covid_flax.artefacts import Artefacts, read_artefacts
-from covid_flax.checklists import CLAIM, TRIPOD_AI, Item
 from covid_flax.command import run_command
 from covid_flax.errors import UserError
 from covid_flax.files import write_atomically
-from covid_flax.statements import (
+from covid_flax.report.artefacts import Artefacts, read_artefacts
+from covid_flax.report.checklists import CLAIM, TRIPOD_AI, Item
+from covid_flax.report.statements import (
     NOT_KNOWN,
     alarm_text,
     at,

@@ -2,8 +2,8 @@
 
 Sun, S. (2024), "Pretrained-ResNet-based COVID-19 CT image classification", Theoretical and
 Natural Science 62, 190-196. Prints what the paper claims, what its own numbers give, and the
-alarms of `covid_flax.alarms` that they raise. With `--workdir=RUN` it also repeats, on a run's
-predictions, the fault that would explain the paper's confusion matrix.
+alarms of `covid_flax.evaluation.alarms` that they raise. With `--workdir=RUN` it also repeats, on
+a run's predictions, the fault that would explain the paper's confusion matrix.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from covid_flax.alarms import (
+from covid_flax.command import run_command
+from covid_flax.evaluation.alarms import (
     CHECKS,
     LEVEL,
     Alarm,
@@ -30,11 +31,10 @@ from covid_flax.alarms import (
     independence,
     kappa,
 )
-from covid_flax.command import run_command
+from covid_flax.evaluation.intervals import wilson
+from covid_flax.evaluation.predictions import Predictions, read_predictions
 from covid_flax.files import write_atomically
-from covid_flax.intervals import wilson
 from covid_flax.models import create_model
-from covid_flax.predictions import Predictions, read_predictions
 from ml_collections_configs import base
 
 CLASSES = ("COVID", "Lung Opacity", "Normal", "Viral Pneumonia")
@@ -100,7 +100,7 @@ def paper_findings() -> list[Finding]:
 
 
 def paper_evidence() -> Evidence:
-    """The paper's numbers as `covid_flax.alarms` takes them.
+    """The paper's numbers as `covid_flax.evaluation.alarms` takes them.
 
     The images that stop training are taken to be the 20 %: the paper names no other held-out
     images, and calls them validation and test set by turns.

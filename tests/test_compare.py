@@ -13,7 +13,6 @@ from report.browser import chromium, visit
 from scipy.stats import binom
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 
-from covid_flax.assess import assess
 from covid_flax.compare import (
     Evaluation,
     compare,
@@ -24,8 +23,9 @@ from covid_flax.compare import (
 )
 from covid_flax.data.splits import Row, write_split_csv
 from covid_flax.errors import UserError
+from covid_flax.evaluation.assess import assess
+from covid_flax.evaluation.predictions import Predictions, predictions_csv
 from covid_flax.files import write_atomically
-from covid_flax.predictions import Predictions, predictions_csv
 
 NAMES = ("COVID", "Normal", "Viral Pneumonia")
 

@@ -12,7 +12,7 @@ import skimage.exposure
 import sklearn.metrics
 from PIL import Image
 
-from covid_flax import controls, source_probe
+from covid_flax import controls
 from covid_flax.data import phantoms
 from covid_flax.data.conditions import (
     CENTRE,
@@ -31,11 +31,12 @@ from covid_flax.data.masks import find_masks
 from covid_flax.data.pipeline import ArraySource
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
-from covid_flax.metrics import classification_report
+from covid_flax.evaluation import source_probe
+from covid_flax.evaluation.metrics import classification_report
+from covid_flax.evaluation.twins import find_twins
 from covid_flax.report.controls_page import explain, verdict
 from covid_flax.run import setup
 from covid_flax.train import train
-from covid_flax.twins import find_twins
 
 NAMES = phantoms.CLASSES
 SIZE = 40

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from report.browser import chromium, visit
 
-from covid_flax.artefacts import read_artefacts
-from covid_flax.assess import assess
-from covid_flax.checklists import CLAIM, TRIPOD_AI
 from covid_flax.data.splits import Row, write_split_csv
 from covid_flax.errors import UserError
-from covid_flax.metrics import classification_report
+from covid_flax.evaluation.assess import assess
+from covid_flax.evaluation.metrics import classification_report
+from covid_flax.evaluation.predictions import Predictions
 from covid_flax.model_card import card, markdown, read_facts, write_card
-from covid_flax.predictions import Predictions
-from covid_flax.statements import statements
+from covid_flax.report.artefacts import read_artefacts
+from covid_flax.report.checklists import CLAIM, TRIPOD_AI
+from covid_flax.report.statements import statements
 
 NAMES = ["COVID", "Normal"]
 CONFIG = {

@@ -18,7 +18,8 @@ import sklearn.model_selection
 from keras.src.legacy.preprocessing.image import ImageDataGenerator
 from PIL import Image
 
-from covid_flax.alarms import LEVEL, find_alarms, independence
+from covid_flax.evaluation.alarms import LEVEL, find_alarms, independence
+from covid_flax.evaluation.predictions import Predictions, predictions_csv
 from covid_flax.paper_audit import (
     CLASS_COUNTS,
     CLASSES,
@@ -29,7 +30,6 @@ from covid_flax.paper_audit import (
     paper_findings,
     shuffle_predictions,
 )
-from covid_flax.predictions import Predictions, predictions_csv
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("COVID_FLAX_SHARED", ROOT.parent / "shared"))

@@ -17,9 +17,9 @@ import jinja2
 from markupsafe import Markup
 
 from covid_flax import __version__
-from covid_flax.alarms import CHECKS
+from covid_flax.evaluation.alarms import CHECKS
+from covid_flax.evaluation.predictions import Predictions
 from covid_flax.files import write_atomically
-from covid_flax.predictions import Predictions
 from covid_flax.report import pictures
 from covid_flax.report.pictures import picture as picture  # the other pages' way in
 

@@ -19,8 +19,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from covid_flax import curves
-from covid_flax.predictions import Predictions
+from covid_flax.evaluation import curves
+from covid_flax.evaluation.predictions import Predictions
 from covid_flax.report.plots import confusion_matrix_figure
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision; the line styles differ
@@ -82,7 +82,7 @@ def evaluation_pictures(report: Mapping[str, Any], predictions: Predictions) -> 
     risk_coverage, decision.
 
     Args:
-      report: of covid_flax.metrics.classification_report, perhaps with `abstain`.
+      report: of covid_flax.evaluation.metrics.classification_report, perhaps with `abstain`.
       predictions: of the same images.
     """
     names = _short_names(report["class_names"])

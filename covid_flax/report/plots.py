@@ -78,7 +78,7 @@ def read_metrics(metrics_jsonl: Path) -> list[dict[str, Any]]:
 
 
 def confusion_matrix_figure(report: Mapping[str, Any], title: str = "Confusion matrix") -> Figure:
-    """Counts and row percentages of a report (see covid_flax.metrics.classification_report).
+    """Counts and row percentages of a report (of `metrics.classification_report`).
 
     Rows are the true classes and columns the predicted ones, as the axes say; the percentage is
     of the images of that true class, and the shade follows it. A class without images has none.

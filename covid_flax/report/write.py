@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from covid_flax.evaluation.predictions import Predictions, predictions_csv
 from covid_flax.files import write_atomically
-from covid_flax.predictions import Predictions, predictions_csv
 
 
 def write_evaluation(
@@ -25,7 +25,7 @@ def write_evaluation(
 
     Args:
       output: the folder.
-      report: of covid_flax.assess.assess.
+      report: of covid_flax.evaluation.assess.assess.
       predictions: of the same images.
       title: of the picture and the page.
       run: config.json of the run, for the page.

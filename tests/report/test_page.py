@@ -11,8 +11,8 @@ from markupsafe import Markup
 from report.browser import chromium, visit
 
 from covid_flax.errors import UserError
-from covid_flax.metrics import classification_report
-from covid_flax.predictions import Predictions
+from covid_flax.evaluation.metrics import classification_report
+from covid_flax.evaluation.predictions import Predictions
 from covid_flax.report import pictures
 from covid_flax.report.page import (
     figure3,

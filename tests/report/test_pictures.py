@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
-from covid_flax.metrics import classification_report
-from covid_flax.predictions import Predictions
+from covid_flax.evaluation.metrics import classification_report
+from covid_flax.evaluation.predictions import Predictions
 from covid_flax.report.pictures import (
     decision_figure,
     evaluation_pictures,

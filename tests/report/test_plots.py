@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from covid_flax.errors import UserError
-from covid_flax.metrics import classification_report
+from covid_flax.evaluation.metrics import classification_report
 from covid_flax.report.plots import (
     confusion_matrix_figure,
     curves_figure,

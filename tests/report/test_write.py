@@ -9,9 +9,9 @@ from PIL import Image
 
 from covid_flax.data.splits import Row
 from covid_flax.errors import UserError
+from covid_flax.evaluation.metrics import classification_report
+from covid_flax.evaluation.predictions import Predictions, read_predictions
 from covid_flax.files import write_atomically
-from covid_flax.metrics import classification_report
-from covid_flax.predictions import Predictions, read_predictions
 from covid_flax.report.write import write_evaluation
 
 NAMES = ['Lung, "opaque"', "Größe 肺", "plain"]

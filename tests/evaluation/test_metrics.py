@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from covid_flax.errors import UserError
-from covid_flax.intervals import cluster_weights
-from covid_flax.metrics import classification_report, resampled_figures
+from covid_flax.evaluation.intervals import cluster_weights
+from covid_flax.evaluation.metrics import classification_report, resampled_figures
 
 sklearn = pytest.importorskip("sklearn.metrics")
 

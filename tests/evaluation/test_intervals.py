@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 
-from covid_flax.intervals import cluster_weights, percentile_interval, wilson, wilson_interval
+from covid_flax.evaluation.intervals import (
+    cluster_weights,
+    percentile_interval,
+    wilson,
+    wilson_interval,
+)
 
 
 def _all(clusters, resamples, seed=0):

@@ -13,7 +13,7 @@ import numpy as np
 from covid_flax.data.folder import DataFolder
 from covid_flax.data.splits import Row
 from covid_flax.errors import UserError
-from covid_flax.intervals import wilson_interval
+from covid_flax.evaluation.intervals import wilson_interval
 
 
 def find_twins(rows: Sequence[Row], pairs: DataFolder) -> list[tuple[Row, str]]:

@@ -10,7 +10,9 @@ import pytest
 import scipy.stats
 import sklearn.metrics
 
-from covid_flax.alarms import (
+from covid_flax.data.folder import open_folder
+from covid_flax.data.splits import Row, make_split
+from covid_flax.evaluation.alarms import (
     CHECKS,
     Evidence,
     chance_accuracy,
@@ -20,8 +22,6 @@ from covid_flax.alarms import (
     independence,
     kappa,
 )
-from covid_flax.data.folder import open_folder
-from covid_flax.data.splits import Row, make_split
 
 NAMES = ("a", "b", "c", "d")
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from covid_flax.data.splits import Row
-from covid_flax.intervals import wilson_interval
+from covid_flax.evaluation.intervals import wilson_interval
 
 CHECKS = {
     "independent-predictions": "predictions depend on the labels (chi-squared)",

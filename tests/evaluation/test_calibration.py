@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from covid_flax.calibration import (
+from covid_flax.evaluation.calibration import (
     abstain_threshold,
     fit_calibration,
     fit_temperature,

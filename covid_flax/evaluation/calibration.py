@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from covid_flax.metrics import expected_calibration_error, negative_log_likelihood
+from covid_flax.evaluation.metrics import expected_calibration_error, negative_log_likelihood
 
 _BOUNDS = (0.05, 20.0)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from covid_flax.intervals import LEVEL, cluster_weights, percentile_interval
+from covid_flax.evaluation.intervals import LEVEL, cluster_weights, percentile_interval
 
 FOLDS = 5
 # A source with fewer images, or in fewer groups, of a class is left out of that class's probe.

@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from covid_flax.curves import decision_curve, precision_recall, reliability, risk_coverage, roc
-from covid_flax.metrics import classification_report, expected_calibration_error
+from covid_flax.evaluation.curves import (
+    decision_curve,
+    precision_recall,
+    reliability,
+    risk_coverage,
+    roc,
+)
+from covid_flax.evaluation.metrics import classification_report, expected_calibration_error
 
 metrics = pytest.importorskip("sklearn.metrics")
 calibration = pytest.importorskip("sklearn.calibration")

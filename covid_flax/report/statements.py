@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from covid_flax.artefacts import Artefacts
 from covid_flax.early_stopping import EarlyStopping
+from covid_flax.report.artefacts import Artefacts
 
 NOT_KNOWN = "not known"
 _PARTS = ("train", "val", "test")
@@ -16,7 +16,7 @@ _NBSP = "\N{NO-BREAK SPACE}"
 
 
 def statements(a: Artefacts) -> dict[str, str | None]:
-    """What the artefacts say, by the key that `covid_flax.checklists` gives it; None: nothing."""
+    """What the artefacts say, by the key that `checklists` gives it; None: nothing."""
     return {
         "technique": _technique(a),
         "data": _data(a),

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from covid_flax.intervals import wilson
-from covid_flax.metrics import BINS, confidence_bins
+from covid_flax.evaluation.intervals import wilson
+from covid_flax.evaluation.metrics import BINS, confidence_bins
 
 
 @dataclasses.dataclass(frozen=True)

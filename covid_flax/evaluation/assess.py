@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from covid_flax.alarms import (
+from covid_flax.data.folder import DataFolder
+from covid_flax.data.splits import Row
+from covid_flax.evaluation.alarms import (
     Alarm,
     Evidence,
     checks_made,
@@ -18,12 +20,10 @@ from covid_flax.alarms import (
     duplicate_leak,
     find_alarms,
 )
-from covid_flax.calibration import temperature_scale
-from covid_flax.data.folder import DataFolder
-from covid_flax.data.splits import Row
-from covid_flax.intervals import wilson_interval
-from covid_flax.metrics import classification_report
-from covid_flax.predictions import Predictions
+from covid_flax.evaluation.calibration import temperature_scale
+from covid_flax.evaluation.intervals import wilson_interval
+from covid_flax.evaluation.metrics import classification_report
+from covid_flax.evaluation.predictions import Predictions
 
 
 def assess(

@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 
 from covid_flax.errors import UserError
-from covid_flax.intervals import LEVEL, cluster_weights, percentile_interval, wilson_interval
+from covid_flax.evaluation.intervals import (
+    LEVEL,
+    cluster_weights,
+    percentile_interval,
+    wilson_interval,
+)
 
 BINS = 15
 PREVALENCE = 0.05
@@ -135,7 +140,7 @@ def resampled_figures(
     """The figures in each resample of the cluster bootstrap.
 
     Two models' figures on the same images, clusters and seed come from the same resamples, so
-    that their differences give a paired interval (`covid_flax.intervals.percentile_interval`).
+    that their differences give a paired interval (`intervals.percentile_interval`).
 
     Args:
       All as for `classification_report`.
