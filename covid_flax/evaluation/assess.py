@@ -22,7 +22,11 @@ from covid_flax.evaluation.alarms import (
 )
 from covid_flax.evaluation.calibration import temperature_scale
 from covid_flax.evaluation.intervals import wilson_interval
-from covid_flax.evaluation.metrics import classification_report
+from covid_flax.evaluation.metrics import (
+    classification_report,
+    expected_calibration_error,
+    negative_log_likelihood,
+)
 from covid_flax.evaluation.predictions import Predictions
 
 
@@ -75,12 +79,19 @@ def assess(
     report["split"] = split
     report["calibration"] = report["abstain"] = None
     if calibration is not None:
+        both = {"before": before, "after": after}
         report["calibration"] = {
             "applied": calibrated,
             "temperature": calibration["temperature"],
             "fitted_on": calibration["split"],
-            "ece": {"before": _ece(before), "after": _ece(after)},
-            "nll": {"before": _log_loss(before), "after": _log_loss(after)},
+            "ece": {
+                when: expected_calibration_error(p.labels, p.probabilities)
+                for when, p in both.items()
+            },
+            "nll": {
+                when: float(negative_log_likelihood(p.labels, p.probabilities).mean())
+                for when, p in both.items()
+            },
         }
         report["abstain"] = _abstain(after, calibration["abstain"])
 
@@ -98,13 +109,6 @@ def _log_loss(predictions: Predictions) -> float:
     """Mean categorical cross-entropy; a probability of 0 counts as the smallest float."""
     p = predictions.probabilities[np.arange(len(predictions.labels)), predictions.labels]
     return float(-np.log(np.maximum(p, np.finfo(np.float64).tiny)).mean())
-
-
-def _ece(predictions: Predictions) -> float:
-    report = classification_report(
-        predictions.labels, predictions.probabilities, predictions.class_names, resamples=0
-    )
-    return report["ece"]
 
 
 def _abstain(predictions: Predictions, chosen: Mapping[str, Any]) -> dict[str, Any]:
