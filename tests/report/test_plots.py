@@ -26,7 +26,7 @@ def _report(names, matrix):
             labels += [i] * count
             predicted += [j] * count
     probabilities = np.eye(len(names))[predicted]
-    return classification_report(np.array(labels), probabilities, names)
+    return classification_report(np.array(labels), probabilities, names, resamples=0)
 
 
 def _records(epochs, val_loss=None):
