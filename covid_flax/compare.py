@@ -12,6 +12,7 @@ import dataclasses
 import io
 import itertools
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,14 @@ import numpy as np
 from absl import flags
 
 from covid_flax.command import run_command
-from covid_flax.data.splits import read_split_csv
+from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
-from covid_flax.evaluation.intervals import LEVEL, percentile_interval
+from covid_flax.evaluation.alarms import Evidence, checks_made, find_alarms
+from covid_flax.evaluation.intervals import LEVEL, percentile_interval, wilson_interval
 from covid_flax.evaluation.metrics import classification_report, resampled_figures
 from covid_flax.evaluation.predictions import Predictions, read_predictions
 from covid_flax.files import write_atomically
+from covid_flax.report.artefacts import EVALUATION, RUN, read_object
 
 SPLITS = ("test", "val")
 # Where `classification_report` keeps each figure.
@@ -38,6 +41,8 @@ FIGURES = {
     "nll": ("nll",),
 }
 DIFFERENCES = ("accuracy", "balanced_accuracy", "macro_auroc")
+# Alarms that take the images themselves, or the folder's own groups: only the report knows them.
+_OF_THE_FOLDER = {"duplicate-leak", "group-leak", "source-confounded"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Evaluation:
       predictions: with the groups of the run's split.csv, where it has one.
       report: its report.json; empty where there is none.
       about: its run's config.json; empty where there is none.
+      rows: its run's split.csv; empty where there is none.
     """
 
     name: str
@@ -57,6 +63,7 @@ class Evaluation:
     predictions: Predictions
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    rows: Sequence[Row] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +93,7 @@ def read_evaluations(folders: Sequence[Path], split: str = "") -> list[Evaluatio
 
     Returns:
       In the order given: images and classes in the order of the first, and all with the groups
-      of the first that knows any.
+      of the first that knows any; a run's own rows keep what groups they have.
 
     Raises:
       UserError: fewer than two, one given twice, a file is missing or damaged, or they did not
@@ -102,8 +109,14 @@ def read_evaluations(folders: Sequence[Path], split: str = "") -> list[Evaluatio
         _refuse_other_images(first, other)
     aligned = [dataclasses.replace(e, predictions=_align(e, first)) for e in found]
     groups = next((e.predictions.groups for e in aligned if e.predictions.groups), ())
+    known = next((e.rows for e in aligned if e.predictions.groups), ())
+    group = {row.file: row.group for row in known}
     return [
-        dataclasses.replace(e, predictions=dataclasses.replace(e.predictions, groups=groups))
+        dataclasses.replace(
+            e,
+            predictions=dataclasses.replace(e.predictions, groups=groups),
+            rows=[dataclasses.replace(r, group=r.group or group.get(r.file, "")) for r in e.rows],
+        )
         for e in aligned
     ]
 
@@ -114,7 +127,9 @@ def compare(
     """Figures of each, and of each pair the differences.
 
     A difference is the second's figure less the first's. Its interval is the percentiles of the
-    differences within each resample of the cluster bootstrap (Davison & Hinkley 1997).
+    differences within each resample of the cluster bootstrap (Davison & Hinkley 1997). Resamples
+    that all give the same figure know nothing of its spread: an accuracy or recall then has
+    Wilson's interval, any other figure none.
 
     Args:
       evaluations: of `read_evaluations`.
@@ -134,7 +149,16 @@ def compare(
 
     def interval(values: np.ndarray) -> list[float] | None:
         # One group, drawn again and again, says nothing of how groups differ.
-        return percentile_interval(values) if clusters > 1 else None
+        found = percentile_interval(values) if clusters > 1 else None
+        return found if found and found[1] - found[0] > 1e-9 else None
+
+    def wilson(e: Evaluation, key: tuple[str, ...]) -> list[float] | None:
+        if clusters == 1 or key[0] not in ("accuracy", "recall"):
+            return None
+        right, of = e.predictions.predicted == p.labels, np.full(len(p.labels), True)
+        if key[0] == "recall":
+            of = p.labels == p.class_names.index(key[1])
+        return wilson_interval(int(right[of].sum()), int(of.sum()))
 
     runs = []
     for e, (values, drawn) in zip(evaluations, scored, strict=True):
@@ -142,7 +166,7 @@ def compare(
         for key, value in values.items():
             figure = {
                 "value": value,
-                "interval": interval(drawn[key]) if value is not None else None,
+                "interval": (interval(drawn[key]) or wilson(e, key)) if value is not None else None,
             }
             if len(key) == 2:
                 figures["recall"][key[1]] = figure
@@ -280,22 +304,9 @@ def _read(name: str, place: Path) -> Evaluation:
     seen = set(predictions.files)
     if len(seen) < len(predictions.files):
         raise UserError(f"{place}/predictions.csv names an image twice: evaluate the run anew")
-    report = _read_json(place / "report.json")
-    about = _read_json(run / "config.json") if run is not None else {}
-    return Evaluation(name, place, predictions, report, about)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """An object; empty where there is no such file. Raises UserError."""
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path} is damaged: evaluate the run anew") from e
-    return found
+    report = read_object(place / "report.json", EVALUATION, "evaluate the run anew")
+    about = read_object(run / "config.json", RUN, "train the run anew") if run is not None else {}
+    return Evaluation(name, place, predictions, report, about, rows)
 
 
 def _refuse_other_images(first: Evaluation, other: Evaluation) -> None:
@@ -394,14 +405,16 @@ def _cautions(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """What weakens the comparison: the alarms of all, equal ones once, and what the pair adds."""
     said: dict[tuple[str, str, str], list[str]] = {}
     for e in evaluations:
-        alarms = list(e.report.get("alarms") or ())
-        raised = {alarm["name"] for alarm in alarms}
-        if e.report.get("split") == "val" and "stopping-split-scored" not in raised:
-            text = "The images scored also chose the epoch or setting: the figures are optimistic."
-            alarms.append({"name": "stopping-split-scored", "level": "caution", "text": text})
-        for alarm in alarms:
-            said.setdefault((alarm["level"], alarm["name"], alarm["text"]), []).append(e.name)
+        for level, name, text in _alarms(e):
+            said.setdefault((level, name, text), []).append(e.name)
     everyone = [e.name for e in evaluations]
+    folders = {e.name: e.report["data_dir"] for e in evaluations if e.report.get("data_dir")}
+    if len(set(map(os.path.realpath, folders.values()))) > 1:
+        listed = "; ".join(f"{name} in {folder}" for name, folder in folders.items())
+        text = f"Scored in different folders: {listed}. The files have the same names; whether "
+        said["caution", "folders-differ", text + "they are the same images is not known."] = list(
+            folders
+        )
     calibrated = [e.name for e in evaluations if _about(e)["calibrated"]]
     if calibrated and calibrated != everyone:
         text = "Probabilities are scaled by a temperature here, not in the others: ECE and NLL "
@@ -414,6 +427,39 @@ def _cautions(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         for (level, name, text), runs in said.items()
     ]
     return sorted(found, key=lambda item: item["level"] != "alarm")
+
+
+def _alarms(e: Evaluation) -> list[tuple[str, str, str]]:
+    """Level, name and text of each alarm that the predictions as they are now raise.
+
+    The report's own are of the predictions as they were: of those only such as cannot be found
+    from predictions and split.csv.
+    """
+    p = e.predictions
+    k = len(p.class_names)
+    split = e.report.get("split") or e.folder.name
+    elsewhere = split == "all" and not _same_folder(e)
+    evidence = Evidence(
+        matrix=np.bincount(p.labels * k + p.predicted, minlength=k * k).reshape(k, k),
+        class_names=p.class_names,
+        stated_accuracy=e.report.get("accuracy"),
+        rows=() if elsewhere else e.rows,
+        scored=split if split in ("train", *SPLITS, "all") and not elsewhere else None,
+        stopped_on="val",
+        files=p.files,
+    )
+    found = [(alarm.level, alarm.name, alarm.text) for alarm in find_alarms(evidence)]
+    raised, made = {name for _, name, _ in found}, set(checks_made(evidence)) - _OF_THE_FOLDER
+    kept = [a for a in e.report.get("alarms") or () if a["name"] not in raised | made]
+    return found + [(a["level"], a["name"], a["text"]) for a in kept]
+
+
+def _same_folder(e: Evaluation) -> bool:
+    """Whether the folder scored is the one that trained."""
+    root, scored = (e.about.get("data") or {}).get("root"), e.report.get("data_dir")
+    if not root or not scored:
+        return False
+    return os.path.realpath(root) == os.path.realpath(scored)
 
 
 def _csv(comparison: Mapping[str, Any]) -> bytes:

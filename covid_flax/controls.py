@@ -4,8 +4,8 @@ Scores the same images whole and with something taken away (the centre, the lung
 border, brightness and contrast, all detail), twins that went through another export, and asks how
 much the source of an image gives away. Writes `controls.json` and `controls.html`.
 
-Images changed so are unlike any the network was trained on. A low score on them therefore proves
-little; a score well above a fixed answer where no lung is shown proves that the run uses a
+Images changed so are unlike any the network was trained on. A low score on them therefore shows
+little; a score well above a fixed answer where no lung is shown shows that the run uses a
 shortcut (Maguolo & Nanni 2021; DeGrave et al. 2021). Whether the images offer one at all is asked
 of a simple model that is trained on images changed the same way.
 """
@@ -51,8 +51,12 @@ RESAMPLES = 2000
 SEED = 0
 # Training images that give the histogram to match, and that the simple models learn from.
 TRAINING_IMAGES = 2000
-# A balanced accuracy this much above chance, beyond its interval, counts as a finding.
+# What counts as a finding: a balanced accuracy this much above chance, of so many groups of each
+# class, unless chance alone makes any such finding of the whole report in more than this share.
 LEAST_SURPLUS = 0.05
+LEAST_GROUPS = 10
+FALSE_FINDINGS = 0.05
+PERMUTATIONS = 2000
 THUMBNAIL_SIDE = 28
 
 _OF_SIMPLE_MODEL = (
@@ -60,6 +64,7 @@ _OF_SIMPLE_MODEL = (
     "accuracy_interval",
     "balanced_accuracy",
     "balanced_accuracy_interval",
+    "p",
     "above_chance",
 )
 
@@ -191,17 +196,18 @@ def score_conditions(
     answers = joined.split(run.probabilities(joined, "controls"))
 
     clusters, names = _clusters(chosen), run.class_names
+    tests = len(todo) * (1 if learned is None else 2)
     found = []
     for part, probabilities in zip(_bar(changed), answers, strict=False):
         i, c = part.index, part.condition
         scored_part = (labels[i], answers[0][i], names, clusters[i])
         row = {"name": c.name, "title": c.title, "what": c.what, "shows": c.shows}
-        row |= condition_figures(probabilities, *scored_part) | {"simple_model": None}
+        row |= condition_figures(probabilities, *scored_part, tests) | {"simple_model": None}
         if learned is not None:
             lessons = _changed(known, [r.file for r in learned.rows], c, masks)
             simple = simple_model(lessons, learned.labels("all"), part, len(names))
             if simple is not None:
-                figures = condition_figures(simple, *scored_part)
+                figures = condition_figures(simple, *scored_part, tests)
                 row["simple_model"] = {key: figures[key] for key in _OF_SIMPLE_MODEL}
                 row["simple_model"]["num_training"] = len(lessons)
         found.append(row)
@@ -216,6 +222,13 @@ def score_conditions(
             "resamples": RESAMPLES,
             "seed": SEED,
             "clusters": int(clusters.max()) + 1,
+        },
+        "tests": {
+            "count": tests,
+            "false_findings": FALSE_FINDINGS,
+            "least_groups": LEAST_GROUPS,
+            "least_surplus": LEAST_SURPLUS,
+            "permutations": PERMUTATIONS,
         },
         "references": _references(labels, names),
         "conditions": found,
@@ -293,6 +306,7 @@ def condition_figures(
     whole: np.ndarray,
     class_names: Sequence[str],
     clusters: np.ndarray,
+    tests: int = 1,
 ) -> dict[str, Any]:
     """The table's row of one condition.
 
@@ -302,6 +316,8 @@ def condition_figures(
       whole: the same of the whole images.
       class_names: K.
       clusters: group numbers `[N]`.
+      tests: how many figures the report tests in all; each must pass at its share of
+        `FALSE_FINDINGS` (Bonferroni).
 
     Returns:
       `num_examples`, `accuracy`, `balanced_accuracy` (over the classes that have images) and
@@ -310,8 +326,9 @@ def condition_figures(
       (Wilson; None without images), `predicted` by class, `confidence` (mean top probability),
       `confusion_matrix` (rows true), `majority` (accuracy of always answering the commonest
       class), `chance` (balanced accuracy of any fixed answer), `kept` (of the whole images'
-      balanced accuracy above chance, the share that is left; None where there was none) and
-      `above_chance`, whether the figures show more than a fixed answer.
+      balanced accuracy above chance, the share that is left; None where there was none), `p` (of
+      `chance_p_value`, not corrected), `fewest_groups` (of any class that has images) and
+      `above_chance`, whether all that shows more than a fixed answer.
     """
     count = len(class_names)
     answers, before = probabilities.argmax(1), whole.argmax(1)
@@ -340,8 +357,8 @@ def condition_figures(
     accuracy = float(hits.sum() / len(labels))
     matrix = np.zeros((count, count), np.int64)
     np.add.at(matrix, (labels, answers), 1)
-    low = {name: (bounds or [0.0])[0] for name, bounds in intervals.items()}
-    surplus = low["balanced_accuracy"] > chance and balanced - chance >= LEAST_SURPLUS
+    p = chance_p_value(answers, labels, clusters, count)
+    fewest = min(len(np.unique(clusters[labels == k])) for k in np.flatnonzero(present))
     return {
         "num_examples": len(labels),
         "accuracy": accuracy,
@@ -366,8 +383,56 @@ def condition_figures(
         "kept": (
             (balanced - chance) / (whole_balanced - chance) if whole_balanced > chance else None
         ),
-        "above_chance": bool(present.sum() > 1 and (surplus or low["accuracy"] > majority)),
+        "p": p,
+        "fewest_groups": fewest,
+        "above_chance": bool(
+            p is not None
+            and p * tests <= FALSE_FINDINGS
+            and fewest >= LEAST_GROUPS
+            and balanced - chance >= LEAST_SURPLUS
+        ),
     }
+
+
+def chance_p_value(
+    answers: np.ndarray, labels: np.ndarray, clusters: np.ndarray, count: int
+) -> float | None:
+    """How often answers that know nothing of the classes reach this balanced accuracy.
+
+    A permutation test, one-sided (Phipson & Smyth 2010: the data count as one permutation). The
+    classes of a group's images move together, and only to a group of as many images, so that every
+    class keeps its size and the test is exact whatever the sizes; a group of several classes
+    counts as one for each. Of two classes without groups it is Fisher's exact test.
+
+    Args:
+      answers: class indices, integers `[N]`.
+      labels: the true ones, `[N]`.
+      clusters: group numbers `[N]`.
+      count: K, of classes.
+
+    Returns:
+      The share of `PERMUTATIONS`; None where the images are of fewer than two classes.
+    """
+    support = np.bincount(labels, minlength=count)
+    if (support > 0).sum() < 2:
+        return None
+    groups, group = np.unique(np.stack([clusters, labels], 1), axis=0, return_inverse=True)
+    answered = np.zeros((len(groups), count))
+    np.add.at(answered, (group.ravel(), answers), 1)
+    classes, sizes = groups[:, 1], answered.sum(1)
+    # What a group adds to the sum of the recalls if its class is k.
+    worth = answered / np.maximum(support, 1)
+    observed = worth[np.arange(len(groups)), classes].sum()
+    rng = np.random.default_rng(SEED)
+    reached = np.zeros(PERMUTATIONS)
+    for size in np.unique(sizes):
+        (alike,) = np.nonzero(sizes == size)
+        rows = max(1, 2**18 // len(alike))
+        for start in range(0, PERMUTATIONS, rows):
+            r = min(rows, PERMUTATIONS - start)
+            moved = rng.permuted(np.tile(classes[alike], (r, 1)), axis=1)
+            reached[start : start + r] += worth[alike, moved].sum(1)
+    return float((1 + (reached >= observed - 1e-9).sum()) / (1 + PERMUTATIONS))
 
 
 def _row_means(values: np.ndarray) -> np.ndarray:

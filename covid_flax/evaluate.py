@@ -12,6 +12,7 @@ if __name__ == "__main__":
     restart_with_huge_pages()
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def evaluate(
         data = open_data(workdir, saved, split, data_dir, class_map)
     run = open_run(workdir, checkpoint)
     calibration = _stored_calibration(workdir, run.step)
+    output = output or workdir / "eval" / split
+    _refuse_unwritable(output)
     if calibrated and calibration is None:
         raise UserError(
             f"{workdir} has no temperature for step {run.step}: score its validation split "
@@ -84,8 +87,8 @@ def evaluate(
         groups=tuple(row.group for row in files) if any(row.group for row in files) else (),
     )
     elsewhere = bool(data_dir) and split == "all"
-    if split == "val" and not elsewhere:
-        calibration = _fit_calibration(workdir, run.step, predictions)
+    if split == "val" and not data_dir:
+        calibration = _fit_calibration(predictions)
 
     # Slow to import, and training's first step need not wait for it.
     from covid_flax.evaluation.assess import assess
@@ -106,14 +109,15 @@ def evaluate(
     report["data_dir"] = str(Path(data.folder.root).absolute())
     if class_map:
         report["class_map"] = dict(class_map)
-    if split == "val" and not data_dir:
+    if split == "val":
         report["note"] = (
             "These images chose the epoch, so the figures are optimistic; "
             "a test split (data.nested_test, or grouped with data.test_fraction) is not."
         )
-    output = output or workdir / "eval" / split
     title = f"{split} images of {workdir.name}"
     write_evaluation(output, report, predictions, title=title, run=saved | {"name": workdir.name})
+    if split == "val" and not data_dir:
+        _store_calibration(workdir, run.step, calibration)
     print_report(report, output)
     return report
 
@@ -128,20 +132,40 @@ def _read_calibrations(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         for entry in found.values():
-            entry["temperature"], entry["split"], entry["abstain"]["threshold"]
+            threshold = entry["abstain"]["threshold"]
+            if not (
+                entry["temperature"] > 0
+                and isinstance(entry["split"], str)
+                and (threshold is None or 0 <= threshold <= 1)
+            ):
+                raise ValueError(entry)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is damaged: remove it, and score the validation split") from None
     return found
 
 
-def _fit_calibration(workdir: Path, step: int, predictions: Predictions) -> dict[str, Any]:
+def _fit_calibration(predictions: Predictions) -> dict[str, Any]:
     from covid_flax.evaluation.calibration import fit_calibration
 
+    return {"split": "val"} | fit_calibration(predictions.labels, predictions.probabilities)
+
+
+def _store_calibration(workdir: Path, step: int, calibration: Mapping[str, Any] | None) -> None:
     path = workdir / "calibration.json"
-    fitted = {"split": "val"} | fit_calibration(predictions.labels, predictions.probabilities)
-    text = json.dumps(_read_calibrations(path) | {str(step): fitted}, indent=2)
+    text = json.dumps(_read_calibrations(path) | {str(step): calibration}, indent=2)
     write_atomically(path, f"{text}\n".encode())
-    return fitted
+
+
+def _refuse_unwritable(output: Path) -> None:
+    """Before any image is scored."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as e:
+        raise UserError(
+            f"cannot write {output} ({e.strerror}): free the place or name another folder"
+        ) from e
 
 
 def print_report(report: Mapping[str, Any], output: Path) -> None:
@@ -184,11 +208,15 @@ def _with_interval(x: float, interval: list[float] | None) -> str:
 
 def parse_class_map(text: list[str]) -> dict[str, str]:
     """`THEIRS=OURS` of each; UserError for anything else."""
-    pairs = [part.partition("=") for part in text]
-    for part, (theirs, _, ours) in zip(text, pairs, strict=True):
+    found: dict[str, str] = {}
+    for part in text:
+        theirs, _, ours = (word.strip() for word in part.rpartition("="))
         if not theirs or not ours:
             raise UserError(f"--class_map={part}: give THEIRS=OURS,... (THEIRS=- leaves one out)")
-    return {theirs.strip(): ours.strip() for theirs, _, ours in pairs}
+        if theirs in found:
+            raise UserError(f"--class_map names {theirs} twice: say once what it is")
+        found[theirs] = ours
+    return found
 
 
 def parse_prevalence(text: list[str], class_names: list[str]) -> dict[str, float] | None:
@@ -197,7 +225,10 @@ def parse_prevalence(text: list[str], class_names: list[str]) -> dict[str, float
         if len(text) == 1 and "=" not in text[0]:
             return {name: float(text[0]) for name in class_names}
         pairs = [part.rpartition("=") for part in text]
-        return {name.strip(): float(share) for name, _, share in pairs} or None
+        shares = {name.strip(): float(share) for name, _, share in pairs}
+        if len(shares) < len(pairs) or sum(shares.values()) > 1:
+            raise UserError(f"--prevalence={','.join(text)}: name a class once; together at most 1")
+        return shares or None
     except ValueError:
         raise UserError(
             f"--prevalence={','.join(text)}: give a share for every class, or CLASS=SHARE,..."
@@ -219,7 +250,10 @@ def _define_flags() -> None:
     flags.DEFINE_enum("split", "val", SPLITS, "which images")
     flags.DEFINE_string("data_dir", "", "another place of the run's images, or another folder")
     flags.DEFINE_list(
-        "class_map", [], "for another folder: THEIRS=OURS,...; THEIRS=- leaves a class out"
+        "class_map",
+        [],
+        "for another folder: THEIRS=OURS,...; THEIRS=- leaves a class out; "
+        """quote what has a comma: '"a, b=Normal"'""",
     )
     flags.DEFINE_bool("calibrated", False, "scale probabilities by the temperature fitted on val")
     flags.DEFINE_list(

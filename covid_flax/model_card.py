@@ -25,6 +25,7 @@ from covid_flax.files import write_atomically
 from covid_flax.report.artefacts import Artefacts, read_artefacts
 from covid_flax.report.checklists import CLAIM, TRIPOD_AI, Item
 from covid_flax.report.statements import (
+    ECE_NOTE,
     NOT_KNOWN,
     alarm_text,
     at,
@@ -42,6 +43,7 @@ from covid_flax.report.statements import (
 )
 
 GUIDELINES = {"claim": ("CLAIM 2024", CLAIM), "tripod": ("TRIPOD+AI", TRIPOD_AI)}
+_SCALED = "temperature applied"
 _STATUSES = ("reported", "partly", "stated by the authors", NOT_KNOWN)
 
 
@@ -112,7 +114,11 @@ def card(a: Artefacts, facts: Mapping[str, Mapping[str, str]] | None = None) -> 
     sections = [
         Section(
             "Summary",
-            paragraphs=[say("technique"), f"Performance: {say('performance')}"],
+            paragraphs=[
+                say("technique"),
+                f"Performance: {say('performance')}",
+                *_notes(a),
+            ],
             tables=_evaluation_tables(a),
         ),
         Section("Limits", bullets=limits(a)),
@@ -145,7 +151,10 @@ def card(a: Artefacts, facts: Mapping[str, Mapping[str, str]] | None = None) -> 
             facts=[
                 ("Patients (age, sex, severity, ethnicity)", NOT_KNOWN),
                 ("Devices and acquisition", NOT_KNOWN),
-                ("Sources", alarm_text(a, "source-confounded") or NOT_KNOWN),
+                (
+                    "Sources, as the data folder names them",
+                    alarm_text(a, "source-confounded") or NOT_KNOWN,
+                ),
             ],
         ),
         Section(
@@ -218,29 +227,63 @@ def _answer(
     return text or NOT_KNOWN, status
 
 
+def _notes(a: Artefacts) -> list[str]:
+    """What the table of evaluations must not be read without."""
+    reports = [*a.reports.values(), *a.baselines.values()]
+    said = []
+    if any(map(_scaled, reports)):
+        said.append(
+            f"Rows marked '{_SCALED}': probabilities scaled by the temperature. AUROC and ECE of "
+            "the other rows are of probabilities as the model gave them."
+        )
+    if any(bootstrap(report, "ece") for report in reports):
+        said.append(ECE_NOTE)
+    return said
+
+
+def _scaled(report: Mapping[str, Any]) -> bool:
+    return bool(at(report, "calibration", "applied"))
+
+
 def _evaluation_tables(a: Artefacts) -> list[Table]:
     head = ["Scored", "Images", "Accuracy", "Balanced accuracy", "AUROC", "ECE", "Those images"]
     roles = {
-        "": "of another folder",
         "test": "neither trained nor chose",
         "val": "chose the epoch or setting",
         "train": "trained",
         "all": "trained, chose and neither",
     }
 
-    def row(name: str, report: Mapping[str, Any]) -> list[str]:
+    origins = {
+        "external": "of another folder",
+        "alike": "of another folder, may be copies of the training images",
+        "seen": "of another folder, with training images",
+    }
+
+    def role(report: Mapping[str, Any], name: str = "") -> str:
+        origin = a.origin(name) if name else ""
+        if origin in origins:
+            return origins[origin]
+        if report.get("split") == "all" and origin == "unknown":
+            return NOT_KNOWN
+        known = roles.get(str(report.get("split")), NOT_KNOWN)
+        # The files of the split in another folder: it may be the same one, moved.
+        moved = a.own_folder(report) is False
+        return f"{known}, if the folder holds the images of the run" if moved else known
+
+    def row(name: str, report: Mapping[str, Any], role: str) -> list[str]:
         return [
-            name,
+            f"{name} ({_SCALED})" if _scaled(report) else name,
             f"{report['num_examples']:,}",
             share_of(report, "accuracy"),
             share_of(report, "balanced_accuracy"),
             number(at(report, "macro", "auroc"), bootstrap(report, "macro", "auroc")),
             number(report.get("ece"), bootstrap(report, "ece")),
-            roles.get("" if name in a.external else str(report.get("split")), NOT_KNOWN),
+            role,
         ]
 
-    rows = [row(name, report) for name, report in a.reports.items()]
-    rows += [row(f"{n}, {split} (baseline)", r) for (n, split), r in a.baselines.items()]
+    rows = [row(name, report, role(report, name)) for name, report in a.reports.items()]
+    rows += [row(f"{n}, {split} (baseline)", r, role(r)) for (n, split), r in a.baselines.items()]
     return [Table("Evaluations", head, rows)] if rows else []
 
 
@@ -293,6 +336,8 @@ def _evaluation(a: Artefacts, name: str) -> Section:
             f"{checkpoint.get('which')} checkpoint, step {step}, images of "
             f"{report.get('data_dir') or NOT_KNOWN}."
         )
+    if _scaled(report):
+        paragraphs.append("The probabilities are scaled by the temperature.")
     alarms = report.get("alarms")
     if alarms is None:
         paragraphs.append("The checks that raise alarms were not run.")

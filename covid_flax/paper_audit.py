@@ -359,13 +359,17 @@ def _print_shuffled(run: ShuffledRun, names: Sequence[str], title: str) -> None:
         for name, row in zip([*names, "sum"], rows, strict=True):
             print(f"  {name:<{width}} " + " ".join(f"{n:>7,}" for n in [*row, sum(row)]))
         print()
-    raised = [a.name for a in find_alarms(Evidence(run.after, names)) if a.level == "alarm"]
+    as_it_is, raised = (
+        [f"{a.name} ({a.level})" for a in find_alarms(Evidence(matrix, names))]
+        for matrix in (run.before, run.after)
+    )
     low, high = run.accuracies
     print(
         textwrap.fill(
             f"The margins stay, the pairs are chance: accuracy lies from {_percent(low)} to "
-            f"{_percent(high)} over {run.orders} shuffled orders. Alarms on the shuffled matrix: "
-            f"{_join(raised) or 'none'}. The paper's Figure 2 has this signature: the margin of "
+            f"{_percent(high)} over {run.orders} shuffled orders. Raised by the matrix as it is: "
+            f"{_join(as_it_is) or 'nothing'}; by the shuffled one: {_join(raised) or 'nothing'}. "
+            "The paper's Figure 2 has this signature: the margin of "
             "the truth is exact, the other is near it, and the two are independent.",
             100,
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from report.browser import chromium, visit
-from scipy.stats import binom
+from scipy.stats import binom, norm
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 
 from covid_flax.compare import (
@@ -21,7 +21,7 @@ from covid_flax.compare import (
     read_evaluations,
     write_comparison,
 )
-from covid_flax.data.splits import Row, write_split_csv
+from covid_flax.data.splits import Row, read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation.assess import assess
 from covid_flax.evaluation.predictions import Predictions, predictions_csv
@@ -142,7 +142,7 @@ def test_a_model_against_itself_shows_nothing():
     for entry in found["pairs"]:
         assert entry["mcnemar"] == {"only_first": 0, "only_second": 0, "p": 1.0, "p_holm": 1.0}
         for difference in entry["difference"].values():
-            assert difference == {"value": 0.0, "interval": [0.0, 0.0]}
+            assert difference == {"value": 0.0, "interval": None}  # resamples that are all alike
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (5, 5), (3, 11), (40, 21), (0, 30)])
@@ -205,7 +205,7 @@ def test_groups_come_from_whichever_run_knows_them(tmp_path):
     bare = [dataclasses.replace(e.predictions, groups=()) for e in read_evaluations([a, b])]
     found = compare([Evaluation(n, a, p) for n, p in zip("ab", bare, strict=True)], resamples=10)
     assert not found["groups_known"] and found["clusters"] == 60
-    assert [c["runs"] for c in found["cautions"]] == [["a", "b"]]
+    assert cautions(found, "groups-unknown") == [("caution", "groups-unknown", ["a", "b"])]
 
 
 def test_what_cannot_be_compared_is_refused_in_a_line(tmp_path):
@@ -248,10 +248,7 @@ def test_the_split_is_test_where_every_run_has_it_else_val(tmp_path):
     write_run(folders[0], labels, predict(labels, 1, 5), split="test")
     found = compare(read_evaluations(folders), resamples=5)
     assert found["split"] == "val"
-    assert [(c["name"], c["runs"]) for c in found["cautions"]] == [
-        ("stopping-split-scored", ["a", "b"]),
-        ("groups-unknown", ["a", "b"]),
-    ]
+    assert cautions(found)[0] == ("alarm", "stopping-split-scored", ["a", "b"])
     with pytest.raises(UserError, match="b has no eval/test/predictions.csv.*or compare on val"):
         read_evaluations(folders, "test")
     write_run(folders[1], labels, predict(labels, 1, 6), split="test")
@@ -291,10 +288,124 @@ def test_alarms_of_the_runs_are_told_once_and_mixed_scaling_too():
         ],
         resamples=5,
     )
-    assert [(c["level"], c["name"], c["runs"]) for c in found["cautions"]] == [
+    assert cautions(found) == [
         ("alarm", "group-leak", ["a", "b"]),
         ("caution", "calibration-differs", ["a"]),
     ]
+
+
+def cautions(found, *names):
+    """Level, name and runs of those names, or of all but what so few images always raise."""
+    return [
+        (c["level"], c["name"], c["runs"])
+        for c in found["cautions"]
+        if (c["name"] in names if names else c["name"] != "small-class")
+    ]
+
+
+def test_predictions_that_left_their_labels_are_caught_though_the_report_is_silent(tmp_path):
+    # The paper's own fault: the images in another order than their labels.
+    labels, groups = images(600)
+    p = predict(labels, 3.0, 1)
+    folders = [write_run(tmp_path / name, labels, p, groups) for name in ("a", "b")]
+    order = np.random.default_rng(0).permutation(600)
+    shuffled = Predictions(
+        NAMES, tuple(f"{NAMES[k]}/{i}.png" for i, k in enumerate(labels)), labels, p[order]
+    )
+    place = folders[1] / "eval/test"
+    for folder in folders:  # both reports are of the predictions before that
+        accuracy = float((p.argmax(1) == labels).mean())
+        stale = {"name": "below-majority", "level": "alarm", "text": "As it was once."}
+        leak = {"name": "duplicate-leak", "level": "alarm", "text": "2 identical files."}
+        report = {"split": "test", "accuracy": accuracy, "alarms": [stale, leak]}
+        (folder / "eval/test/report.json").write_text(json.dumps(report))
+    write_atomically(place / "predictions.csv", predictions_csv(shuffled))
+    found = compare(read_evaluations(folders), resamples=5)
+    raised = {(name, *runs) for level, name, runs in cautions(found) if level == "alarm"}
+    assert raised >= {
+        ("independent-predictions", "b"),
+        ("accuracy-mismatch", "b"),
+        ("duplicate-leak", "a", "b"),
+    }
+    assert not any("a" in runs for name, *runs in raised if name != "duplicate-leak")
+    assert "As it was once." not in [c["text"] for c in found["cautions"]]
+
+
+def test_a_group_on_both_sides_is_found_with_the_groups_of_another_run(tmp_path):
+    labels, groups = images(60)
+    p = predict(labels, 3.0, 1)
+    folders = [write_run(tmp_path / "a", labels, p), write_run(tmp_path / "b", labels, p, groups)]
+    for folder, group in ((folders[0], ""), (folders[1], "g0")):
+        rows = read_split_csv(folder / "split.csv")
+        write_split_csv(folder / "split.csv", [*rows, Row("COVID/t.png", "COVID", "train", group)])
+    found = compare(read_evaluations(folders), resamples=5)
+    assert cautions(found, "group-leak") == [("alarm", "group-leak", ["a", "b"])]
+
+
+def test_another_folder_of_the_same_names_is_told(tmp_path):
+    labels, groups = images(60)
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "x")
+
+    def scored_in(*folders):
+        reports = [{"split": "test", "data_dir": str(tmp_path / f)} for f in folders]
+        models = [
+            evaluation(n, labels, predict(labels, 3, i), groups, report=report)
+            for i, (n, report) in enumerate(zip("ab", reports, strict=True))
+        ]
+        return cautions(compare(models, resamples=2), "folders-differ")
+
+    assert scored_in("x", "link") == scored_in("x", "x") == []
+    assert scored_in("x", "y") == [("caution", "folders-differ", ["a", "b"])]
+
+
+def test_a_figure_that_no_resample_changes_has_wilsons_interval_or_none(tmp_path):
+    labels, groups = images(60)
+    sure = np.eye(3)[labels] * 0.7 + 0.1
+    models = [evaluation("a", labels, sure, groups), evaluation("b", labels, sure, groups)]
+    found = compare(models, resamples=50)
+    low, high = wilson_by_roots(60, 60)
+    figures = found["runs"][0]["figures"]
+    assert figures["accuracy"]["interval"] == pytest.approx([low, high])
+    covid = int((labels == 0).sum())
+    assert figures["recall"]["COVID"]["interval"] == pytest.approx(wilson_by_roots(covid, covid))
+    assert figures["balanced_accuracy"] == {"value": 1.0, "interval": None}
+    assert figures["macro_auroc"]["interval"] is None
+    write_comparison(tmp_path, found)
+    page = " ".join((tmp_path / "compare.html").read_text().split())
+    assert f"({100 * low:.1f}–100.0)" in page
+    assert "(100.0–100.0)" not in page and "+0.0 to +0.0" not in page
+    assert "right and wrong on the same images" in page
+
+
+def wilson_by_roots(hits, n):
+    """Wilson's bounds by the solver: the shares p with |hits/n - p| = z sqrt(p (1 - p) / n)."""
+    z, share = norm.ppf(0.975), hits / n
+    roots = np.roots([1 + z**2 / n, -(2 * share + z**2 / n), share**2])
+    return sorted(roots.real)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("eval/test/report.json", {"alarms": 5}),
+        ("eval/test/report.json", {"alarms": [{"name": "x"}]}),
+        ("eval/test/report.json", {"accuracy": "high"}),
+        ("eval/test/report.json", {"checkpoint": 3}),
+        ("eval/test/report.json", {"calibration": [1]}),
+        ("eval/test/report.json", [1]),
+        ("config.json", {"config": 1}),
+        ("config.json", {"config": {"model": []}}),
+        ("config.json", {"data": {"root": 3}}),
+    ],
+)
+def test_a_damaged_file_is_named_in_a_line(tmp_path, file, content):
+    labels, _ = images(12)
+    folders = [write_run(tmp_path / n, labels, predict(labels, 1, 1)) for n in "ab"]
+    (folders[1] / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"b/{file} is damaged .*: .* the run anew"):
+        read_evaluations(folders)
 
 
 def test_a_class_without_images_and_a_single_group_leave_figures_undefined():
@@ -375,7 +486,8 @@ def test_the_command_takes_folders_and_flags_in_any_order(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert f"b  {report['accuracy']:.4f} (" in done.stdout
-    assert max(map(len, done.stdout.splitlines()[:-1])) <= 100
+    tables = [line for line in done.stdout.splitlines() if not line.startswith(("caution", "w"))]
+    assert max(map(len, tables)) <= 100
     assert "written: compare-test/compare.html" in done.stdout
     found = json.loads((tmp_path / "compare-test/compare.json").read_text())
     # The same draws as the run's own report.

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import sklearn.metrics
+from PIL import Image
 
 from covid_flax.errors import UserError
 from covid_flax.evaluate import (
@@ -86,7 +87,7 @@ def test_validation_is_called_optimistic_and_test_is_not(trained, tmp_path):
     }
 
 
-def test_the_temperature_of_validation_is_applied_when_asked(trained, tmp_path):
+def test_the_temperature_of_validation_is_applied_when_asked(trained, phantom_dir, tmp_path):
     """Also: at a stated prevalence, and the probabilities written are those reported."""
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
@@ -114,9 +115,42 @@ def test_the_temperature_of_validation_is_applied_when_asked(trained, tmp_path):
     assert plain["prevalence"]["COVID"] == 0.01
     with pytest.raises(UserError, match="Flu"):
         evaluate(copy, split="test", prevalence={"Flu": 0.1})
-    (copy / "calibration.json").write_text("{")
-    with pytest.raises(UserError, match=r"calibration\.json is damaged"):
+    # Images from elsewhere, and a command that is refused, leave what was fitted alone.
+    before = (copy / "calibration.json").read_bytes()
+    darker = tmp_path / "darker"
+    shutil.copytree(phantom_dir, darker)
+    for image in darker.rglob("*.png"):
+        with Image.open(image) as opened:
+            opened.point(lambda value: value // 3).save(image)
+    evaluate(copy, split="val", data_dir=str(darker), output=tmp_path / "out")
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(UserError, match="cannot write"):
+        evaluate(copy, split="val", output=tmp_path / "file")
+    assert (copy / "calibration.json").read_bytes() == before
+    for damage in (
+        "{",
+        '{"3": {"temperature": "x"}}',
+        before.decode().replace('ature": ', 'ature": -'),
+    ):
+        (copy / "calibration.json").write_text(damage)
+        with pytest.raises(UserError, match=r"calibration\.json is damaged"):
+            evaluate(copy, split="test")
+    split = (copy / "split.csv").read_text()
+    (copy / "split.csv").write_text(split.replace(",Normal,", ",Martian,", 1))
+    with pytest.raises(UserError, match="Martian"):
         evaluate(copy, split="test")
+
+
+def test_groups_that_the_folder_names_later_count(trained, phantom_dir, tmp_path):
+    """As those of the audit, written after training."""
+    other = tmp_path / "data"
+    shutil.copytree(phantom_dir, other)
+    with open(trained / "split.csv", newline="") as f:
+        first = {row["split"]: row["file"] for row in csv.DictReader(f)}
+    (other / "groups.csv").write_text(f"file,group\n{first['train']},g\n{first['test']},g\n")
+    report = evaluate(trained, split="test", data_dir=str(other), output=tmp_path / "out")
+    leak = {alarm["name"]: alarm["figures"] for alarm in report["alarms"]}["group-leak"]
+    assert (leak["crossing"], leak["images"]) == (1, 1)
 
 
 def _rows(workdir):
@@ -159,7 +193,10 @@ def test_a_folder_that_names_its_classes_otherwise(trained, phantom_dir, tmp_pat
         evaluate(trained, class_map=kinds)
 
 
-@pytest.mark.parametrize(("text", "word"), [(["a"], "a"), (["=b"], "=b"), (["a=b", "c="], "c=")])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [(["a"], "a"), (["=b"], "=b"), (["a=b", "c="], "c="), (["a=b", "a=c"], "twice")],
+)
 def test_class_maps_said_wrong(text, word):
     with pytest.raises(UserError, match=word):
         parse_class_map(text)
@@ -170,7 +207,7 @@ def test_class_map_and_prevalence_as_said_on_the_command_line():
     assert parse_prevalence([], ["a", "b"]) is None
     assert parse_prevalence(["0.1"], ["a", "b"]) == {"a": 0.1, "b": 0.1}
     assert parse_prevalence(["a=b=0.1"], ["a=b", "c"]) == {"a=b": 0.1}
-    for wrong in (["x"], ["a"], ["a=x"], ["0.1", "a=0.2"]):
+    for wrong in (["x"], ["a"], ["a=x"], ["0.1", "a=0.2"], ["a=0.1", "a=0.1"], ["a=0.6", "b=0.6"]):
         with pytest.raises(UserError, match="prevalence"):
             check_prevalence(parse_prevalence(wrong, ["a", "b"]), ["a", "b"])
     for share in (0.0, 1.0, float("nan")):

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from report.browser import chromium, visit
+from scipy.stats import norm
 
 from covid_flax.data.splits import Row, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation.assess import assess
 from covid_flax.evaluation.metrics import classification_report
-from covid_flax.evaluation.predictions import Predictions
+from covid_flax.evaluation.predictions import Predictions, predictions_csv
 from covid_flax.model_card import card, markdown, read_facts, write_card
 from covid_flax.report.artefacts import read_artefacts
 from covid_flax.report.checklists import CLAIM, TRIPOD_AI
@@ -208,8 +209,105 @@ def test_another_value_in_a_file_is_another_on_the_card(tmp_path, file, path, va
 
 
 def test_a_leak_of_groups_is_told(tmp_path):
-    text = text_of(write_run(tmp_path / "run", leak=True))
+    folder = write_run(tmp_path / "run", leak=True)
+    change(folder / "eval/test/report.json", alarms=None)  # as reports were before they had any
+    text = text_of(folder)
     assert "20 groups, 1 are in more than one split" in text
+    said = "By split.csv 1 of 20 groups (patients, near-duplicates) are in more than one split"
+    assert said in section(text, "Limits")
+    (folder / "split.csv").unlink()
+    assert "By split.csv" not in text_of(folder)
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def section(text, title):
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def item(text, name):
+    """What is known of an item of a guideline, and its status."""
+    return next(re.finditer(rf"^\| {re.escape(name)} \| (.*) \| ([^|]+) \|$", text, re.M)).groups()
+
+
+def test_a_split_scored_in_another_folder_is_called_neither_the_same_nor_external(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "eval/elsewhere").rename(tmp_path / "away")
+    change(folder / "eval/test/report.json", data_dir="/data/darkened")
+    text = text_of(folder)
+    both = "scored in the folder /data/darkened, trained in the folder /data/xrays"
+    assert both in section(text, "Summary") and both in section(text, "Limits")
+    assert "val: images of the same folder as the training images; test:" in text
+    assert item(text, "33 Testing on external data") == ("not known", "not known")
+    assert item(text, "32 Evaluation on internal data")[1] == "partly"
+    assert "No evaluation on images of another folder is" not in text
+    assert "| neither trained nor chose, if the folder holds the images of the run |" in text
+
+
+def test_a_link_to_the_training_images_is_the_same_folder(tmp_path):
+    folder, own, link = write_run(tmp_path / "run"), tmp_path / "own", tmp_path / "link"
+    own.mkdir()
+    link.symlink_to(own)
+    change(folder / "config.json", data={"root": str(own)})
+    for name in ("val", "test", "elsewhere"):
+        change(folder / f"eval/{name}/report.json", data_dir=str(link))
+    text = text_of(folder)
+    assert item(text, "33 Testing on external data") == ("not known", "not known")
+    assert "No evaluation on images of another folder is among" in section(text, "Limits")
+    assert "elsewhere, test, val: images of the same folder" in text
+    assert "scored in the folder" not in text
+
+
+@pytest.mark.parametrize("name", ["duplicate-leak", "training-images-scored"])
+def test_a_copy_of_the_training_images_is_no_external_test(tmp_path, name):
+    folder = write_run(tmp_path / "run")
+    alarm = {"name": name, "level": "alarm", "text": "60 identical files."}
+    change(folder / "eval/elsewhere/report.json", alarms=[alarm])
+    text = text_of(folder)
+    assert item(text, "33 Testing on external data") == ("not known", "not known")
+    assert "No evaluation on images of another folder is among" in section(text, "Limits")
+    assert "elsewhere: another folder, but with images of the run" in section(text, "Limits")
+
+
+def test_another_folder_with_the_names_of_the_training_images_is_doubted(tmp_path):
+    folder = write_run(tmp_path / "run")
+    train = [f"there/{k}/{g}.png" for g in range(10) for k in (0, 1)]
+
+    def status(files):
+        n = len(files)
+        predictions = Predictions(tuple(NAMES), tuple(files), np.zeros(n, int), np.eye(2)[[0] * n])
+        (folder / "eval/elsewhere/predictions.csv").write_bytes(predictions_csv(predictions))
+        text = text_of(folder)
+        return item(text, "33 Testing on external data")[1], "may be copies" in text
+
+    assert status([f"x{i}.png" for i in range(20)] + train[:4]) == ("reported", False)
+    assert status(["other.png", *train]) == ("partly", True)
+
+
+def test_an_interval_without_width_is_wilsons_or_left_out(tmp_path):
+    folder = write_run(tmp_path / "run")
+    labels = np.arange(80) % 2
+    report = classification_report(labels, np.eye(2)[labels] * 0.8 + 0.1, tuple(NAMES), loss=0.5)
+    (folder / "eval/test/report.json").write_text(json.dumps(report))
+    assert report["intervals"]["bootstrap"]["accuracy"] == [1, 1]
+    text = text_of(folder).replace("\N{NO-BREAK SPACE}", " ")
+    z2 = norm.ppf(0.975) ** 2
+    assert f"accuracy 100.0 % ({100 * 80 / (80 + z2):.1f} to 100.0)" in text
+    assert "balanced accuracy 100.0 %." in text
+    assert "(100.0 to 100.0)" not in text and "(1.000 to 1.000)" not in text
+
+
+def test_scaled_figures_are_marked_and_the_bias_of_the_calibration_errors_interval_told(tmp_path):
+    folder = write_run(tmp_path / "run")
+    assert "temperature applied" not in text_of(folder)
+    assert "The interval of the calibration error (ECE) lies high" in text_of(folder)
+    path = folder / "eval/test/report.json"
+    change(path, calibration=json.loads(path.read_text())["calibration"] | {"applied": True})
+    text = section(text_of(folder), "Summary")
+    assert "| test (temperature applied) | 80 |" in text and "| val | 80 |" in text
+    assert "Rows marked 'temperature applied'" in text
 
 
 OPTIONAL = {
@@ -319,6 +417,36 @@ def test_a_damaged_file_is_named_in_a_line(tmp_path):
         read_artefacts(folder)
     with pytest.raises(UserError, match="holds no run"):
         read_artefacts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "named"),
+    [
+        ("eval/test/report.json", {"per_class": {}}, "per_class.COVID is missing"),
+        ("eval/test/report.json", {"per_class": {"COVID": 1}}, "per_class.COVID is no object"),
+        ("eval/test/report.json", {"alarms": 5}, "alarms is no list"),
+        ("eval/test/report.json", {"alarms": [{"name": "a"}]}, r"alarms\[0\].level is missing"),
+        ("eval/test/report.json", {"accuracy": "high"}, "accuracy is 'high'"),
+        ("eval/test/report.json", {"accuracy": None}, "accuracy is missing"),
+        ("eval/test/report.json", {"confusion_matrix": [[1]]}, "does not fit class_names"),
+        ("eval/test/report.json", {"intervals": {"level": 0.95, "bootstrap": {"ece": 1}}}, "ece"),
+        ("eval/test/report.json", {"calibration": {"ece": {}}}, "ece.before is missing"),
+        ("eval/test/report.json", {"checkpoint": 7}, "checkpoint is no object"),
+        ("baselines/svm/eval/test/report.json", {"per_class": {}}, "per_class.COVID is missing"),
+        ("controls/test/controls.json", {"conditions": [1]}, r"conditions\[0\] is no object"),
+        ("controls/test/controls.json", {"text": [4]}, "text"),
+        ("calibration.json", {"4321": 2}, "4321 is no object"),
+        ("calibration.json", {"4321": {"temperature": "x"}}, "4321.temperature is 'x'"),
+        ("config.json", {"config": 5}, "config is no object"),
+        ("config.json", {"config": {"data": 5}}, "config.data is no object"),
+        ("config.json", {"class_names": "COVID"}, "class_names is no list"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named_in_a_line(tmp_path, file, values, named):
+    folder = write_run(tmp_path / "run")
+    change(folder / file, **values)
+    with pytest.raises(UserError, match=rf"{file} is damaged \(.*{named}.*\): remove it, or"):
+        read_artefacts(folder)
 
 
 class _Page(HTMLParser):

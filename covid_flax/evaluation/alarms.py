@@ -19,18 +19,18 @@ from covid_flax.evaluation.intervals import wilson_interval
 
 CHECKS = {
     "independent-predictions": "predictions depend on the labels (chi-squared)",
-    "below-majority": "accuracy is above always naming the commonest class",
-    "class-never-predicted": "every class is predicted at least once",
+    "below-majority": "always naming the commonest class would not be right more often",
+    "class-never-predicted": "every class with images is predicted at least once",
     "swapped-axes": "the rows, not the columns, have the true class counts",
     "accuracy-mismatch": "the stated accuracy is the matrix's",
     "scored-counts": "every image that should be scored is, once",
     "stopping-split-scored": "the images scored did not choose when to stop",
     "training-images-scored": "the images scored were not trained on",
-    "group-leak": "no group (patient, near-duplicates) is both trained on and scored",
+    "group-leak": "no known group (patient, near-duplicates) is both trained on and scored",
     "duplicate-leak": "no identical file is both trained on and scored",
-    "groups-unknown": "the images' groups are known",
+    "groups-unknown": "most images share a known group with another, as a patient's images do",
     "small-class": "every class has at least 50 scored images",
-    "source-confounded": "the image's source does not give its class away",
+    "source-confounded": "an image's source, as the data name it, does not give its class away",
 }
 """Every check by the name of its alarm, with what its silence says."""
 
@@ -129,11 +129,12 @@ def _check_all(e: Evidence) -> dict[str, Alarm | None]:
         class_counts = collections.Counter(row.label for row in scored_rows)
 
     made: dict[str, Alarm | None] = {
-        "independent-predictions": independent_predictions(matrix, names),
-        "below-majority": below_majority(matrix, names, class_counts),
         "class-never-predicted": class_never_predicted(matrix, names),
         "small-class": small_class(matrix, names),
     }
+    if (matrix.sum(1) > 0).sum() >= 2:
+        made["independent-predictions"] = independent_predictions(matrix, names)
+        made["below-majority"] = below_majority(matrix, names, class_counts)
     if e.stated_accuracy is not None:
         made["accuracy-mismatch"] = accuracy_mismatch(matrix, e.stated_accuracy, e.stated_decimals)
     if class_counts is not None:
@@ -447,10 +448,7 @@ def duplicate_leak(
     """Fires where a file, or another of the same content hash, is both fitted and scored."""
 
     def keyed(rows: Sequence[Row]) -> list[tuple[str, str]]:
-        by_name = [(f"name {row.file}", row.file) for row in rows]
-        return by_name + [
-            (f"hash {hashes[row.file]}", row.file) for row in rows if row.file in hashes
-        ]
+        return [(hashes.get(row.file, f"name {row.file}"), row.file) for row in rows]
 
     return _leak("duplicate-leak", "identical file(s)", keyed(fitted), keyed(scored), len(scored))
 
@@ -485,19 +483,27 @@ def _leak(
 
 
 def groups_unknown(rows: Sequence[Row]) -> Alarm | None:
-    """A caution where images have no known group, or where no group has two of them."""
+    """A caution where groups are unknown, or too small to be patients'.
+
+    Files of identical bytes, or near-duplicates, make groups too; most images are alone then.
+    """
     n, unknown = len(rows), sum(not row.group for row in rows)
+    sizes = collections.Counter(row.group for row in rows if row.group)
+    shared = sum(size for size in sizes.values() if size > 1)
     if unknown:
         text = f"The group (patient, near-duplicates) of {unknown:,} of {n:,} images is unknown"
-    elif len({row.group for row in rows}) == n:
-        text = f"Every one of {n:,} images is a group of its own, as if groups were unknown"
+    elif shared < n / 2:
+        text = (
+            f"Only {shared:,} of {n:,} images share a group with another: unless patients have one "
+            "image each, groups are not patients here"
+        )
     else:
         return None
     return Alarm(
         "groups-unknown",
         "caution",
-        f"{text}: a patient may be on both sides of the split.",
-        {"unknown": unknown, "images": n},
+        f"{text}; a patient may be on both sides of the split.",
+        {"unknown": unknown, "shared": shared, "images": n},
     )
 
 
@@ -556,11 +562,12 @@ def source_confounded(source_counts: Mapping[str, Mapping[str, int]]) -> Alarm |
     if test.p > LEVEL or not (alone or source_only - majority >= 0.05):
         return None
     text = (
-        f"Source and class go together (Cramer's V {test.cramers_v:.2f}): knowing the source alone "
-        f"gives {_percent(source_only)} accuracy, the commonest class {_percent(majority)}."
+        f"Class goes with the source that the data folder names (Cramer's V {test.cramers_v:.2f}): "
+        f"the source alone gives {_percent(source_only)} accuracy, the commonest class "
+        f"{_percent(majority)}."
     )
     if alone:
-        text += f" No source holds {' or '.join(alone)} beside another class."
+        text += f" None of them holds {' or '.join(alone)} beside another class."
     return Alarm(
         "source-confounded",
         "caution",

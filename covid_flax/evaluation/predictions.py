@@ -93,6 +93,11 @@ def read_predictions(path: Path, rows: Sequence[Row] = ()) -> Predictions:
         probabilities = np.array([line[3:] for line in lines], np.float64)
         if probabilities.shape != (len(lines), len(names)):
             raise ValueError
+        # NaN fails these too.
+        if not np.all((probabilities >= 0) & (abs(probabilities.sum(1, keepdims=True) - 1) < 1e-3)):
+            raise ValueError
+        if [number[line[2]] for line in lines] != probabilities.argmax(1).tolist():
+            raise ValueError
     except (ValueError, KeyError, IndexError):
         raise UserError(
             f"{path} is no table of predictions ({','.join(_COLUMNS)},p_<class>...): "

@@ -145,6 +145,12 @@ def open_data(
             raise UserError(f"--class_map leaves no image of {root}: name a class of the run")
     else:
         rows = read_split_csv(workdir / "split.csv")
+        strange = sorted({row.label for row in rows} - set(class_names))
+        if strange:
+            raise UserError(
+                f"{workdir}/split.csv names the class {strange[0]}, which the run has not: "
+                "restore it"
+            )
         wanted = [row for row in rows if split in (row.split, "all")]
         if not wanted:
             present = collections.Counter(row.split for row in rows)

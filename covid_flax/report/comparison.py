@@ -117,7 +117,9 @@ def _verdict(entry: Mapping[str, Any]) -> dict[str, Any]:
     accuracy, test = entry["difference"]["accuracy"], entry["mcnemar"]
     interval = accuracy["interval"]
     shown = "no interval"
-    if interval:
+    if test["only_first"] == test["only_second"] == 0:
+        shown = "right and wrong on the same images"
+    elif interval:
         shown = "no difference shown"
         if interval[0] > 0:
             shown = "better"

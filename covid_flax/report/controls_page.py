@@ -16,7 +16,9 @@ from covid_flax.report.page import count, figure3, percent, picture, render, wit
 
 # Of the balanced accuracy above chance, what counts as nearly all of it.
 _NEARLY_ALL = 0.8
-_LEVEL = 0.05  # of a test
+_FEW = 0.2  # of the answers
+_LEVEL = 0.05  # of a family of tests
+_BALANCED = "balanced_accuracy"
 
 
 class Titled(Protocol):
@@ -37,11 +39,14 @@ def explain(report: Mapping[str, Any]) -> list[str]:
         f"{fixed['class']} would get {_percent(fixed['accuracy'])} (balanced "
         f"{_percent(fixed['balanced_accuracy'])})."
     ]
-    said += _hidden(report["conditions"])
+    if whole["above_chance"]:
+        said += _hidden(report["conditions"])
+        said.append(_coarse(by_name["coarse"]))
+        said.append(_lungs_only(by_name["lungs_only"], whole))
+        said.append(_matched(by_name["histogram_matched"], whole))
+    else:
+        said.append(_nothing_shown(report))
     said += _offered(report["conditions"])
-    said.append(_coarse(by_name["coarse"]))
-    said.append(_lungs_only(by_name["lungs_only"]))
-    said.append(_matched(by_name["histogram_matched"]))
     if report["pairs"]:
         said.append(_twins(report["pairs"]))
     said += _sources(report["sources"])
@@ -49,11 +54,26 @@ def explain(report: Mapping[str, Any]) -> list[str]:
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """`shortcut` (it answers where hardly any lung is shown), `suspicion` (little) or `none`."""
+    """`untested` (whole images are not shown to be classed above chance), else `shortcut` (it
+    answers where hardly any lung is shown), `suspicion` (little) or `none`."""
+    if not report["conditions"][0]["above_chance"]:
+        return "untested"
     above = {c["shows"] for c in report["conditions"] if c["above_chance"]}
     if "no lung" in above:
         return "shortcut"
     return "suspicion" if "little lung" in above else "none"
+
+
+def _nothing_shown(report: Mapping[str, Any]) -> str:
+    # Reports of before the permutation test have neither.
+    fewest = report["conditions"][0].get("fewest_groups")
+    least = report.get("tests", {}).get("least_groups", 0)
+    said = "Even on whole images the run is not shown to do better than a fixed answer"
+    if fewest is not None and fewest < least:
+        said += (
+            f" (a class has {fewest:,} independent images, and no finding rests on under {least})"
+        )
+    return f"{said}, so the changed images can show nothing of it."
 
 
 def _hidden(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -72,13 +92,13 @@ def _hidden(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
         said.append(
             f"With little lung in sight it still answers: {_and(map(_score, little))}; {fixed}. "
             "What is left there is what surrounds the lungs, with their edge or outline"
-            + ("." if none else ": suspicious, but no proof.")
+            + ("." if none else ": suspicious, but it shows no shortcut yet.")
         )
     if silent:
         said.append(
-            f"It does no better than a fixed answer here: {_and(map(_score, silent))}. That does "
-            "not prove that it reads the lungs: such images are unlike any it was trained on, and "
-            f"the commonest of its answers to them is {_commonest(silent)}."
+            f"It was not shown to do better than a fixed answer here: {_and(map(_score, silent))}. "
+            "That does not show that it reads the lungs: such images are unlike any it was trained "
+            f"on, and the commonest of its answers to them is {_commonest(silent)}."
         )
     return said
 
@@ -88,45 +108,64 @@ def _offered(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
     asked = [c for c in conditions if c["shows"] == "no lung" and c["simple_model"]]
     if not asked:
         return []
-    c = max(asked, key=lambda c: c["simple_model"]["balanced_accuracy"])
+    c = max(asked, key=lambda c: [c["simple_model"][k] for k in ("above_chance", _BALANCED)])
     simple, whole = c["simple_model"], conditions[0]["simple_model"]
     start = (
         f"A simple model trained on {simple['num_training']:,} images {_with(c)} reaches a "
-        f"balanced accuracy of {_percent(simple['balanced_accuracy'])} (on whole ones "
-        f"{_percent(whole['balanced_accuracy'])})"
+        f"balanced accuracy of {_percent(simple[_BALANCED])} (on whole ones "
+        f"{_percent(whole[_BALANCED])}, any fixed answer {_percent(c['chance'])})"
     )
     if simple["above_chance"]:
         return [f"{start}: these data offer a shortcut to whoever learns from them."]
-    return [f"{start}: to it, what is not lung tells nothing of the class."]
+    if whole["above_chance"]:
+        return [f"{start}: it was not shown to learn the class from what is not lung."]
+    return [f"{start}: it was not shown to learn the class, not even from whole images."]
 
 
 def _coarse(c: Mapping[str, Any]) -> str:
     start = f"Of images of {c['title']}, where no finding can be seen, it classes {_score(c)}"
     if not c["above_chance"]:
-        return f"{start}: no better than a fixed answer."
-    if c["kept"] is None:
-        return f"{start}: the mere spread of light and dark tells it something."
+        return f"{start}: not shown to be better than a fixed answer."
     return (
         f"{start}: the mere spread of light and dark gives it {_percent(c['kept'])} of its lead in "
         "balanced accuracy over a fixed answer."
     )
 
 
-def _lungs_only(c: Mapping[str, Any]) -> str:
+def _lungs_only(c: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
     start = f"Of the images {_with(c)} it classes {_score(c, where=False)}"
-    if c["above_chance"] and (c["kept"] or 0) >= _NEARLY_ALL:
+    if _keeps(c):
         return f"{start}: it hardly needs what surrounds the lungs, though it may use it."
-    return f"{start}: either it needs the surroundings, or the black frame is too strange to it."
+    if _loses(c, whole):
+        return (
+            f"{start}: either it needs the surroundings, or the black frame is too strange to it."
+        )
+    return f"{start}."
 
 
-def _matched(c: Mapping[str, Any]) -> str:
+def _matched(c: Mapping[str, Any], whole: Mapping[str, Any]) -> str:
     start = (
         f"With the greys of every image matched to one histogram it classes "
         f"{_score(c, where=False)}, and {_percent(c['changed'])} of its answers change"
     )
-    if (c["kept"] or 0) >= _NEARLY_ALL:
+    if _keeps(c) and c["changed_interval"][1] <= _FEW:
         return f"{start}: brightness and contrast carry little of them."
-    return f"{start}: they lean on brightness and contrast, or such images are too strange to it."
+    if _loses(c, whole):
+        return (
+            f"{start}: they lean on brightness and contrast, or such images are too strange to it."
+        )
+    return f"{start}."
+
+
+def _keeps(c: Mapping[str, Any]) -> bool:
+    """Whether nearly all of the whole images' lead over a fixed answer is left."""
+    return bool(c["above_chance"] and c["kept"] is not None and c["kept"] >= _NEARLY_ALL)
+
+
+def _loses(c: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
+    """Whether much of that lead is gone, and more than the interval allows for."""
+    high = c["balanced_accuracy_interval"][1]
+    return bool(c["kept"] is not None and c["kept"] < _NEARLY_ALL and high < whole[_BALANCED])
 
 
 def _twins(pairs: Mapping[str, Any]) -> str:
@@ -134,20 +173,21 @@ def _twins(pairs: Mapping[str, Any]) -> str:
         f"Of {pairs['num_pairs']:,} images that were scored again after another export, "
         f"{pairs['flipped']:,} ({_percent(pairs['flip_rate'])}) are answered differently"
     )
+    answers = pairs["answers"]
     drawn = [
         (figures["became"] - figures["ceased"], name, figures)
-        for name, figures in pairs["answers"].items()
-        if figures["became"] > figures["ceased"] and figures["p"] <= _LEVEL
+        for name, figures in answers.items()
+        if figures["became"] > figures["ceased"] and figures["p"] * len(answers) <= _LEVEL
     ]
     if drawn:
-        _, name, figures = max(drawn)
+        _, name, figures = max(drawn, key=lambda found: found[:2])
         return (
             f"{said}: {figures['became']:,} become {name}, {figures['ceased']:,} cease to be it. "
             "The same radiograph; only the export can have drawn the answer there."
         )
     if not pairs["flipped"]:
-        return f"{said}: the export does not move its answers."
-    return f"{said}, towards no class beyond chance."
+        return f"{said}."
+    return f"{said}; they were not shown to be drawn towards any class."
 
 
 def _sources(sources: Mapping[str, Any]) -> list[str]:
@@ -155,7 +195,8 @@ def _sources(sources: Mapping[str, Any]) -> list[str]:
     alone = sources["alone"]
     if alone:
         said.append(
-            f"Knowing only from which of {alone['num_sources']:,} sources an image comes gives "
+            f"Knowing only the source of an image, as the data folder names it (perhaps only where "
+            f"the copies were downloaded; here {alone['num_sources']:,}), gives "
             f"{_percent(alone['accuracy'])} accuracy (the commonest class "
             f"{_percent(alone['majority'])})."
         )
@@ -163,13 +204,13 @@ def _sources(sources: Mapping[str, Any]) -> list[str]:
         answers = probes["answers"]
         told = answers["interval"] and answers["interval"][0] > answers["chance"]
         said.append(
-            f"Within {label} a simple probe names the source from the run's probabilities with a "
+            f"Within {label} a simple probe names that source from the run's probabilities with a "
             f"balanced accuracy of {_percent(answers['balanced_accuracy'])} (chance "
             f"{_percent(answers['chance'])}): "
             + (
                 "its answers carry the source beside the class."
                 if told
-                else "its answers do not show the source."
+                else "its answers were not shown to carry the source."
             )
         )
     if sources["not_applicable"]:
@@ -245,7 +286,7 @@ def write_controls_page(
 
 def _table(report: Mapping[str, Any]) -> dict[str, Any]:
     names = report["class_names"]
-    head = ["Images", "Scored", "Accuracy", "Balanced accuracy", "Simple model"]
+    head = ["Images", "Scored", "Accuracy", "Balanced accuracy", "p", "Simple model"]
     head += ["Answers changed", "Confidence", "Commonest answer"]
     head += [f"Sensitivity {name}" for name in names]
     rows: list[list[Any]] = []
@@ -258,6 +299,7 @@ def _table(report: Mapping[str, Any]) -> dict[str, Any]:
                 count(c["num_examples"]),
                 with_interval(c["accuracy"], c["accuracy_interval"]),
                 with_interval(c["balanced_accuracy"], c["balanced_accuracy_interval"]),
+                _p_value(c["p"]),
                 _simple(c["simple_model"]),
                 "" if c["name"] == "whole" else changed,
                 figure3(c["confidence"]),
@@ -272,8 +314,12 @@ def _table(report: Mapping[str, Any]) -> dict[str, Any]:
     ):
         heading = Markup('<span class="soft">{}</span>').format(label)
         figures = [percent(reference["accuracy"]), percent(reference["balanced_accuracy"])]
-        rows.append([heading, "", *figures, *[""] * (len(names) + 4)])
+        rows.append([heading, "", *figures, *[""] * (len(names) + 5)])
     return {"head": head, "rows": rows}
+
+
+def _p_value(p: float | None) -> Any:
+    return "below 0.001" if p is not None and p < 0.001 else figure3(p)
 
 
 def _simple(figures: Mapping[str, Any] | None) -> Markup:
@@ -321,7 +367,7 @@ def _twin_tables(report: Mapping[str, Any]) -> dict[str, Any] | None:
             count(a["twins"]),
             count(a["became"]),
             count(a["ceased"]),
-            "below 0.001" if a["p"] < 0.001 else figure3(a["p"]),
+            _p_value(a["p"]),
             f"{a['probability']:+.3f}".replace("-", "−"),
         ]
         for name, a in pairs["answers"].items()

@@ -11,6 +11,10 @@ from covid_flax.early_stopping import EarlyStopping
 from covid_flax.report.artefacts import Artefacts
 
 NOT_KNOWN = "not known"
+ECE_NOTE = (
+    "The interval of the calibration error (ECE) lies high, since an image drawn twice adds noise "
+    "to its bin: the figure can lie below it."
+)
 _PARTS = ("train", "val", "test")
 _NBSP = "\N{NO-BREAK SPACE}"
 
@@ -56,8 +60,12 @@ def fall_short(a: Artefacts) -> set[str]:
     found = set()
     if not (a.reports.get(a.headline) or {}).get("intervals"):
         found |= {"performance", "diagnostic"}
-    if "test" not in a.reports:
+    # A report that says not where its images lie is taken for one of the split.
+    kept = [n for n in a.reports if a.split(n) == "test" and a.origin(n) in ("own", "unknown")]
+    if not kept:
         found.add("internal")
+    if all(a.origin(name) == "alike" for name in a.external):
+        found.add("external")
     if not any(row.group for row in a.rows):
         found.add("disjoint")
     return found
@@ -117,18 +125,23 @@ def _partition(a: Artefacts) -> str | None:
 def _disjoint(a: Artefacts) -> str | None:
     if not a.rows:
         return None
+    groups, crossing = _groups(a)
+    unknown = sum(not row.group for row in a.rows)
+    if not groups:
+        return "Images: no groups (patients, near-duplicates) are known."
+    said = "none is in two splits" if not crossing else f"{crossing:,} are in more than one split"
+    text = f"Groups of images: {groups:,} groups, {said}"
+    text += f"; {unknown:,} images have no known group" if unknown else ""
+    return f"{text}. Whether a group is a patient is not recorded."
+
+
+def _groups(a: Artefacts) -> tuple[int, int]:
+    """How many groups split.csv knows, and how many of them are in more than one split."""
     splits = collections.defaultdict(set)
     for row in a.rows:
         if row.group:
             splits[row.group].add(row.split)
-    unknown = sum(not row.group for row in a.rows)
-    if not splits:
-        return "Images: no groups (patients, near-duplicates) are known."
-    crossing = sum(len(found) > 1 for found in splits.values())
-    said = "none is in two splits" if not crossing else f"{crossing:,} are in more than one split"
-    text = f"Groups of images: {len(splits):,} groups, {said}"
-    text += f"; {unknown:,} images have no known group" if unknown else ""
-    return f"{text}. Whether a group is a patient is not recorded."
+    return len(splits), sum(len(found) > 1 for found in splits.values())
 
 
 def _counts(a: Artefacts) -> str | None:
@@ -293,9 +306,9 @@ def _uncertainty(a: Artefacts) -> str | None:
         text += (
             f"; percentile bootstrap of {intervals['clusters']:,} groups of images (an image of no "
             f"known group is its own), {intervals['resamples']:,} resamples, seed "
-            f"{intervals['seed']}"
+            f"{intervals.get('seed')}"
         )
-    return f"{text}."
+    return f"{text}. {ECE_NOTE}" if intervals.get("bootstrap") else f"{text}."
 
 
 def _robustness(a: Artefacts) -> str | None:
@@ -313,20 +326,50 @@ def _condition(condition: Mapping[str, Any]) -> str:
 
 
 def _internal(a: Artefacts) -> str | None:
-    names = [name for name in a.reports if name not in a.external]
-    said = [f"{name} {share_of(a.reports[name], 'accuracy')}" for name in names]
+    said = [
+        f"{name} {share_of(a.reports[name], 'accuracy')}{_elsewhere(a, name)}"
+        for name in a.reports
+        if a.origin(name) in ("own", "unsure", "unknown")
+    ]
     return f"Evaluations and their accuracy: {_listed(said)}." if said else None
+
+
+def _elsewhere(a: Artefacts, name: str) -> str:
+    """In brackets, the two folders of an evaluation of which it is not sure that they are one."""
+    if a.origin(name) != "unsure":
+        return ""
+    return f" (scored in the folder {_scored_in(a, name)}, trained in the folder {_root(a)})"
+
+
+def _scored_in(a: Artefacts, name: str) -> str:
+    return os.path.normpath(a.reports[name]["data_dir"])
+
+
+def _root(a: Artefacts) -> str:
+    return os.path.normpath(a.saved["data"]["root"])
 
 
 def _external(a: Artefacts) -> str | None:
     said = [
         f"{name}: {a.reports[name]['num_examples']:,} images of {a.reports[name]['data_dir']}, "
-        f"accuracy {share_of(a.reports[name], 'accuracy')}"
+        f"accuracy {share_of(a.reports[name], 'accuracy')}{_alike(a, name)}"
         for name in a.external
     ]
     if not said:
         return None
     return f"{'; '.join(said)}. Whether they come from another hospital is not recorded."
+
+
+def _alike(a: Artefacts, name: str) -> str:
+    """In brackets, a doubt whether another folder is one of copies."""
+    if a.origin(name) != "alike":
+        return ""
+    alike = a.named_alike.get(name, 0)
+    many = f"{100 * alike:.0f}{_NBSP}%" if alike else "many"
+    return (
+        f" ({many} of the files bear the name of one that trained or chose the epoch: they may be "
+        "copies)"
+    )
 
 
 def _performance(a: Artefacts) -> str | None:
@@ -336,7 +379,7 @@ def _performance(a: Artefacts) -> str | None:
     return (
         f"{a.headline}: {report['num_examples']:,} images, accuracy "
         f"{share_of(report, 'accuracy')}, balanced accuracy "
-        f"{share_of(report, 'balanced_accuracy')}."
+        f"{share_of(report, 'balanced_accuracy')}{_elsewhere(a, a.headline)}."
     )
 
 
@@ -438,10 +481,12 @@ def _output(a: Artefacts) -> str | None:
 
 
 def _same_data(a: Artefacts) -> str | None:
-    internal = [name for name in a.reports if name not in a.external]
-    if not internal or not a.rows:
+    if not a.rows:
         return None
-    return f"{_listed(internal)}: images of the same folder as the training images."
+    own = [name for name in a.reports if a.origin(name) == "own"]
+    said = [f"{_listed(own)}: images of the same folder as the training images"] if own else []
+    said += [f"{name}:{_elsewhere(a, name)}" for name in a.reports if a.origin(name) == "unsure"]
+    return f"{'; '.join(said)}." if said else None
 
 
 def _specification(a: Artefacts) -> str | None:
@@ -455,15 +500,29 @@ def limits(a: Artefacts) -> list[str]:
     said = ["For research: it is no medical device, and no decision on a patient may rest on it."]
     if not a.reports:
         said.append("No evaluation is among the run's files: nothing is known of how well it does.")
-    elif a.headline == "val":
+    elif a.split(a.headline) == "val":
         said.append(
             "Only images that chose the epoch or setting were scored (val): the figures are "
             "optimistic."
         )
+    for name in a.reports:
+        if a.origin(name) == "unsure":
+            said.append(
+                f"{name}: scored in the folder {_scored_in(a, name)}, trained in the folder "
+                f"{_root(a)}. Whether both hold the same images is not recorded."
+            )
+        elif a.origin(name) == "seen":
+            said.append(f"{name}: another folder, but with images of the run: no external test.")
+        elif a.origin(name) == "alike":
+            said.append(
+                f"{name}: an external test only if its files are no copies{_alike(a, name)}."
+            )
+    unsure = any(a.origin(name) == "unsure" for name in a.reports)
     if not a.external:
+        known = "that are known to be others" if unsure else "of another folder"
         said.append(
-            "No evaluation on images of another folder is among the run's files: nothing is known "
-            "of other hospitals."
+            f"No evaluation on images {known} is among the run's files: nothing is known of other "
+            "hospitals."
         )
     raised = collections.defaultdict(list)
     for name in sorted(a.reports, key=lambda name: name != a.headline):
@@ -474,9 +533,18 @@ def limits(a: Artefacts) -> list[str]:
         said.append(f"{level.capitalize()} of {names}: {told[0][1]}")
     checked = {name for report in a.reports.values() for name in report.get("alarms_checked") or ()}
     if a.reports and "source-confounded" not in checked:
-        said.append("Whether an image's source gives its class away was not checked.")
+        said.append(
+            "Whether an image's source, as the data folder names it, gives its class away was not "
+            "checked."
+        )
     if a.rows and not any(row.group for row in a.rows):
         said.append("No groups are known: images of one patient may be in two splits.")
+    groups, crossing = _groups(a)
+    if crossing:
+        said.append(
+            f"By split.csv {crossing:,} of {groups:,} groups (patients, near-duplicates) are in "
+            "more than one split: the figures are optimistic."
+        )
     for name, found in a.controls.items():
         said += [f"Shortcut controls ({name}): {text}" for text in sentences(found)]
     if not a.controls:
@@ -496,8 +564,7 @@ def alarm_text(a: Artefacts, name: str) -> str | None:
 
 def sentences(controls: Mapping[str, Any]) -> list[str]:
     """What a controls.json says in words."""
-    text = controls.get("text") or []
-    return [text] if isinstance(text, str) else list(text)
+    return list(controls.get("text") or [])
 
 
 def _listed(parts: Sequence[str]) -> str:
@@ -515,8 +582,11 @@ def bootstrap(report: Mapping[str, Any], *keys: str) -> Any:
 
 
 def share_of(report: Mapping[str, Any], key: str) -> str:
-    """A share of the whole with its bootstrap interval."""
-    return share(report.get(key), bootstrap(report, key))
+    """A share of the whole with its bootstrap interval; Wilson's of accuracy if that is a point."""
+    interval = bootstrap(report, key)
+    if key == "accuracy" and not has_width(interval):
+        interval = at(report, "intervals", "wilson", key)
+    return share(report.get(key), interval)
 
 
 def class_share(report: Mapping[str, Any], name: str, key: str) -> str:
@@ -545,8 +615,14 @@ def _figure(
 ) -> str:
     if x is None:
         return "–"
-    ends = f" ({form(interval[0])} to {form(interval[1])})" if interval else ""
+    shown = interval if interval and has_width(interval) else None
+    ends = f" ({form(shown[0])} to {form(shown[1])})" if shown else ""
     return f"{form(x)}{unit}{ends}"
+
+
+def has_width(interval: Sequence[float] | None) -> bool:
+    """A bootstrap whose resamples all gave the same figure knows nothing of its spread."""
+    return interval is not None and interval[1] - interval[0] > 1e-9
 
 
 def count(n: Any) -> str:

@@ -18,6 +18,7 @@ from covid_flax.evaluation.alarms import (
     chance_accuracy,
     checks_made,
     count_sources,
+    duplicate_leak,
     find_alarms,
     independence,
     kappa,
@@ -288,7 +289,21 @@ def test_unknown_groups():
     unseen = dataclasses.replace(e, rows=rows, hashes=None)
     assert set(CHECKS) - set(checks_made(unseen)) == {"group-leak", "duplicate-leak"}
     rows = [dataclasses.replace(row, group=row.file) for row in e.rows]
-    assert "group of its own" in by_name(dataclasses.replace(e, rows=rows), "groups-unknown").text
+    assert "Only 0 of" in by_name(dataclasses.replace(e, rows=rows), "groups-unknown").text
+    # Copies alone make groups too: two of many images are no sign of patients.
+    rows[1] = dataclasses.replace(rows[1], group=rows[0].group)
+    assert by_name(dataclasses.replace(e, rows=rows), "groups-unknown").figures["shared"] == 2
+
+
+def test_one_true_class_makes_no_claim_that_needs_two():
+    made = checks_made(Evidence([[40, 0], [0, 0]], ("a", "b")))
+    assert not {"independent-predictions", "below-majority"} & set(made)
+
+
+def test_a_file_on_both_sides_is_one_file_by_name_and_content():
+    row = Row("a.png", "a", "train", "")
+    alarm = duplicate_leak([row], [row, Row("b.png", "a", "test", "")], {"a.png": "h"})
+    assert (alarm.figures["crossing"], alarm.figures["images"]) == (1, 1)
 
 
 def test_small_class():

@@ -69,6 +69,10 @@ def test_predictions_come_back_with_their_groups(tmp_path):
         "file,label,predicted,p_a\n",
         "file,label,predicted,p_a\nx,b,a,1\n",
         "file,label,predicted,p_a\nx,a,a,much\n",
+        "file,label,predicted,p_a,p_b\nx,a,a,nan,1\n",
+        "file,label,predicted,p_a,p_b\nx,a,a,5,-4\n",
+        "file,label,predicted,p_a,p_b\nx,a,a,0.5,0.4\n",
+        "file,label,predicted,p_a,p_b\nx,a,a,0.4,0.6\n",
     ],
 )
 def test_another_file_is_no_table_of_predictions(text, tmp_path):
