@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from conftest import with_batch_norm
 
 from covid_flax import feed as feed_lib
 from covid_flax.checkpoint import Checkpoints
@@ -42,7 +43,7 @@ def _assert_same_run(a, b):
     (step, best, tree, loop), (step_b, best_b, tree_b, loop_b) = _final(a), _final(b)
     assert (step, best, loop) == (step_b, best_b, loop_b)
     leaves, leaves_b = jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(tree_b)
-    assert len(leaves) == len(leaves_b) > 50
+    assert len(leaves) == len(leaves_b) > 20
     for (path, x), y in zip(leaves, leaves_b, strict=True):
         assert np.array_equal(np.asarray(x), np.asarray(y)), jax.tree_util.keystr(path)
 
@@ -91,14 +92,14 @@ def straight(request, tmp_path_factory):
 
 @pytest.fixture
 def resumable(tiny_config):
-    tiny_config.model.trainable = "all"
+    with_batch_norm(tiny_config)
     tiny_config.train.checkpoint_every_steps = 3
     tiny_config.augment.flip = True
     return tiny_config
 
 
 # Checkpoints fall on steps 3, 4 (epoch), 6, 8 (epoch), 9, 12 (epoch).
-@pytest.mark.parametrize("kill", [3, 7, 8])
+@pytest.mark.parametrize("kill", [3, 7])
 def test_killed_and_resumed_equals_undisturbed(kill, resumable, straight, tmp_path, monkeypatch):
     whole = straight(resumable)
     workdir = tmp_path / "run"
@@ -177,7 +178,7 @@ def test_training_stops_early_and_keeps_the_best(tiny_config, tmp_path):
         assert (c.best_step, c.latest_step) == (4, 12)
 
 
-@pytest.mark.parametrize("trainable", ["head", "conv5"])
+@pytest.mark.parametrize("trainable", ["head", "conv2"])
 def test_cached_frozen_stages_change_no_result(trainable, tiny_config, tmp_path):
     tiny_config.model.trainable = trainable
     tiny_config.train.epochs = 2
@@ -252,6 +253,7 @@ def test_settings_that_do_not_go_together_are_named(key, value, tiny_config, tmp
 
 def test_a_dry_run_first_changes_nothing(tiny_config, tmp_path):
     """The weights are loaded again, not left at random: there is no checkpoint yet."""
+    with_batch_norm(tiny_config)  # whose arrays have Keras names
     weights = tmp_path / "weights.npz"
     _, params, batch_stats = create_model(tiny_config.model, 4, seed=99)
     arrays = {}
@@ -334,6 +336,7 @@ def test_changed_images_are_refused(resumable, straight, phantom_dir, tmp_path):
 
 
 def test_a_diverging_run_says_so(tiny_config, tmp_path):
+    with_batch_norm(tiny_config)  # and with ReLU, which does not saturate
     tiny_config.optimizer.learning_rate = 1e30
     with pytest.raises(UserError, match=r"loss is .* between steps .*learning_rate"):
         train(setup(tiny_config, tmp_path / "run"))
@@ -350,6 +353,7 @@ def test_training_leaves_the_caller_s_arrays_alone(tiny_config, tmp_path):
 
 
 def test_dry_run_trains_nothing(tiny_config, tmp_path, capsys):
+    with_batch_norm(tiny_config)
     tiny_config.train.ema_decay = 0.9  # the state that the step takes has averages then
     dry_run(setup(tiny_config, tmp_path / "run"))
     out = capsys.readouterr().out
