@@ -90,8 +90,7 @@ def test_any_layout_gives_the_run_of_one_device_and_goes_on_with_another(config,
     sharded, pmapped = layouts["sharded"][0], layouts["pmap"][0]
     at = {name: tmp_path / name for name in ("one", *layouts)}
     _run(1, (config, at["one"]))
-    onwards = _forget_the_second_epoch(at["one"], tmp_path / "one, on 8")
-    _run(8, (sharded, at["sharded"]), (config, onwards))
+    _run(8, (sharded, at["sharded"]))
     onwards = _forget_the_second_epoch(at["sharded"], tmp_path / "8, on 2")
     _run(2, (pmapped, at["pmap"]), (config, onwards))
 
@@ -105,6 +104,5 @@ def test_any_layout_gives_the_run_of_one_device_and_goes_on_with_another(config,
         difference = np.linalg.norm(update(config, at[name], "best") - moved)
         assert 0 < difference < 0.05 * np.linalg.norm(moved), name
         np.testing.assert_allclose(report["loss"], one["loss"], rtol=1e-3, err_msg=name)
-    for name in ("one, on 8", "8, on 2"):
-        _, losses_here = _results(tmp_path / name)
-        np.testing.assert_allclose(losses_here, losses, rtol=5e-3, err_msg=name)
+    _, losses_here = _results(tmp_path / "8, on 2")
+    np.testing.assert_allclose(losses_here, losses, rtol=5e-3)
