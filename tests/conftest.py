@@ -38,17 +38,8 @@ def make_tiny_config(phantom_dir, cache_dir):
     return lambda: _tiny_config(phantom_dir, cache_dir)
 
 
-def with_batch_norm(c):
-    """The small ResNet instead, its last stage trained: the rest only takes time to compile."""
-    c.model.name = "resnet14_small"
-    c.model.hidden_units = 16
-    c.model.bn_momentum = 0.9
-    c.model.trainable = "conv5"
-    return c
-
-
 def _tiny_config(phantom_dir, cache_dir):
-    """LeNet-5 on the phantoms: it compiles in a second or two; see `with_batch_norm`."""
+    """LeNet-5 on the phantoms: it compiles in a second or two; see `small_resnet.py`."""
     c = base.get_config()
     c.data.dir = str(phantom_dir)
     c.data.cache_dir = str(cache_dir)

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import with_batch_norm
 from run_update import update
+from small_resnet import with_batch_norm
 
 _PROGRAM = """
 import json, sys

@@ -7,7 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from conftest import with_batch_norm
+from small_resnet import with_batch_norm
 
 from covid_flax import feed as feed_lib
 from covid_flax.checkpoint import Checkpoints
