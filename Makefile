@@ -1,5 +1,6 @@
 # make quickstart   set up, train and evaluate on synthetic X-rays, say where the report lies
 # make test         set up, lint, type-check and test
+# make test-all     the same with the slow tests of several devices and processes
 # make tpu-compiler set up scripts/aot_compile.py (make test does so too)
 # make lock         resolve the lock files anew from pyproject.toml
 
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := runs/quickstart-demo
 
-.PHONY: quickstart test lint tpu-compiler lock clean
+.PHONY: quickstart test test-all lint tpu-compiler lock clean
 
 quickstart: $(VENV)/.runtime
 	rm -rf $(QUICKSTART)
@@ -16,6 +17,9 @@ quickstart: $(VENV)/.runtime
 
 test: lint $(VENV)/.tpu-compiler
 	$(BIN)/python -m pytest
+
+test-all: lint $(VENV)/.tpu-compiler
+	$(BIN)/python -m pytest -m "slow or not slow"
 
 tpu-compiler: $(VENV)/.runtime $(VENV)/.tpu-compiler
 

@@ -222,6 +222,7 @@ def _assert_same_report(report, other):
     np.testing.assert_allclose(report["loss"], other["loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_any_number_of_processes(config, one_device, tmp_path):
     """From one process with four devices to two with two each; the test above goes back."""
     workdir = tmp_path / "run"

@@ -81,6 +81,7 @@ def _forget_the_second_epoch(workdir, copy):
     return copy
 
 
+@pytest.mark.slow
 def test_any_layout_gives_the_run_of_one_device_and_goes_on_with_another(config, tmp_path):
     """1, 2 and 8 devices; jit, state sharded, and pmap."""
     layouts = {
