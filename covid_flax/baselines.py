@@ -31,7 +31,7 @@ from covid_flax.data.pipeline import eval_batches
 from covid_flax.data.splits import write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import print_report
-from covid_flax.evaluation.predictions import Predictions
+from covid_flax.evaluation.predictions import predictions_of
 from covid_flax.evaluation.trained import open_data, saved_run
 from covid_flax.files import write_atomically
 from covid_flax.report.console import say
@@ -153,7 +153,7 @@ def baselines(
         )
         fitted = time.monotonic()
         predictions = {
-            split: _predictions(data, split, baseline.probabilities(images[split].pixels))
+            split: predictions_of(data, split, baseline.probabilities(images[split].pixels))
             for split in splits
             if split != "train"
         }
@@ -314,18 +314,6 @@ def _classifier(name: str, value: float, seed: int) -> Any:
 def _decision_values(classifier: Any, x: np.ndarray) -> np.ndarray:
     """Of each pair of classes, `[N, K (K - 1) / 2]`."""
     return classifier.decision_function(x).reshape(len(x), -1)
-
-
-def _predictions(data: Dataset, split: str, probabilities: np.ndarray) -> Predictions:
-    rows = data.files(split)
-    groups = tuple(row.group for row in rows)
-    return Predictions(
-        class_names=data.class_names,
-        files=tuple(row.file for row in rows),
-        labels=data.labels(split).astype(np.int64),
-        probabilities=probabilities,
-        groups=groups if any(groups) else (),
-    )
 
 
 def _define_flags() -> None:

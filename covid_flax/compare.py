@@ -24,7 +24,12 @@ from covid_flax.command import run_command
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation.alarms import Evidence, checks_made, find_alarms
-from covid_flax.evaluation.intervals import LEVEL, percentile_interval, wilson_interval
+from covid_flax.evaluation.intervals import (
+    LEVEL,
+    has_width,
+    percentile_interval,
+    wilson_interval,
+)
 from covid_flax.evaluation.metrics import classification_report, resampled_figures
 from covid_flax.evaluation.predictions import Predictions, read_predictions
 from covid_flax.files import write_atomically
@@ -150,7 +155,7 @@ def compare(
     def interval(values: np.ndarray) -> list[float] | None:
         # One group, drawn again and again, says nothing of how groups differ.
         found = percentile_interval(values) if clusters > 1 else None
-        return found if found and found[1] - found[0] > 1e-9 else None
+        return found if has_width(found) else None
 
     def wilson(e: Evaluation, key: tuple[str, ...]) -> list[float] | None:
         if clusters == 1 or key[0] not in ("accuracy", "recall"):

@@ -39,7 +39,7 @@ from covid_flax.evaluation.intervals import (
     percentile_interval,
     wilson_interval,
 )
-from covid_flax.evaluation.predictions import Predictions
+from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sources, source_only
 from covid_flax.evaluation.trained import TrainedRun, open_data, open_run, saved_run
 from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
@@ -195,7 +195,8 @@ def score_conditions(
     )
     answers = joined.split(run.probabilities(joined, "controls"))
 
-    clusters, names = _clusters(chosen), run.class_names
+    clusters = cluster_numbers([row.file for row in chosen], [row.group for row in chosen])
+    names = run.class_names
     tests = len(todo) * (1 if learned is None else 2)
     found = []
     for part, probabilities in zip(_bar(changed), answers, strict=False):
@@ -286,12 +287,6 @@ def simple_model(
     if len(np.unique(known)) < 2:
         return None
     return learn(_thumbnails(lessons), known, _thumbnails(scored), count)
-
-
-def _clusters(rows: Sequence[Row]) -> np.ndarray:
-    files, groups = tuple(row.file for row in rows), tuple(row.group for row in rows)
-    nothing = np.zeros(0)
-    return Predictions((), files, nothing, nothing, groups).clusters
 
 
 def _examples(part: ChangedSource, firsts: dict[str, int]) -> dict[str, np.ndarray]:

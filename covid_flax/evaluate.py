@@ -23,7 +23,8 @@ from absl import flags
 from covid_flax.command import run_command
 from covid_flax.data.dataset import Dataset
 from covid_flax.errors import UserError
-from covid_flax.evaluation.predictions import Predictions
+from covid_flax.evaluation.intervals import has_width
+from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.evaluation.trained import open_data, open_run, own_images, saved_run
 from covid_flax.files import write_atomically
 from covid_flax.report.console import say
@@ -78,14 +79,7 @@ def evaluate(
     probabilities = run.probabilities(data.source(split, run.config.data), f"scoring {split}")
     if jax.process_index() != 0:
         return {}
-    files = data.files(split)
-    predictions = Predictions(
-        class_names=run.class_names,
-        files=tuple(row.file for row in files),
-        labels=data.labels(split).astype(int),
-        probabilities=probabilities,
-        groups=tuple(row.group for row in files) if any(row.group for row in files) else (),
-    )
+    predictions = predictions_of(data, split, probabilities)
     elsewhere = bool(data_dir) and split == "all"
     if split == "val" and not data_dir:
         calibration = _fit_calibration(predictions)
@@ -203,7 +197,8 @@ def print_report(report: Mapping[str, Any], output: Path) -> None:
 
 
 def _with_interval(x: float, interval: list[float] | None) -> str:
-    return f"{x:.4f}" + (f" ({interval[0]:.4f} to {interval[1]:.4f})" if interval else "")
+    shown = interval if interval and has_width(interval) else None
+    return f"{x:.4f}" + (f" ({shown[0]:.4f} to {shown[1]:.4f})" if shown else "")
 
 
 def parse_class_map(text: list[str]) -> dict[str, str]:

@@ -30,6 +30,7 @@ from covid_flax.evaluation.alarms import (
     find_alarms,
     independence,
     kappa,
+    percent,
 )
 from covid_flax.evaluation.intervals import wilson
 from covid_flax.evaluation.predictions import Predictions, read_predictions
@@ -141,7 +142,7 @@ def _data() -> list[Finding]:
         ),
         Finding(
             "Images tell the disease (sections 1 and 6)",
-            f"knowing an image's source alone gives {_percent(confounded['source_only_accuracy'])} "
+            f"knowing an image's source alone gives {percent(confounded['source_only_accuracy'])} "
             f"on the whole database; no source holds {', '.join(confounded['classes_alone'])} "
             "beside another class (source counts: the database's README, not the paper)",
             "context",
@@ -216,9 +217,9 @@ def _results() -> list[Finding]:
     stated = round(ACCURACY * n)
     return [
         Finding(
-            f"Accuracy {_percent(ACCURACY)} (sections 5 and 6)",
-            f"Figure 2 has {right:,} of {n:,} right, {_percent(right / n)} (Wilson 95 % "
-            f"{low * 100:.1f} to {high * 100:.1f}); {_percent(ACCURACY)} would be {stated:,}",
+            f"Accuracy {percent(ACCURACY)} (sections 5 and 6)",
+            f"Figure 2 has {right:,} of {n:,} right, {percent(right / n)} (Wilson 95 % "
+            f"{low * 100:.1f} to {high * 100:.1f}); {percent(ACCURACY)} would be {stated:,}",
             _verdict(stated == right, "contradicted"),
             {
                 "right": right,
@@ -239,7 +240,7 @@ def _results() -> list[Finding]:
             "Figure 2 shows what the model confuses (section 5)",
             f"rows and columns are independent: chi-squared {test.chi2:.3f}, df {test.df}, p = "
             f"{test.p:.3f}, Cramer's V {test.cramers_v:.3f}, kappa {agreement:.4f}. Chance for "
-            f"these margins is {chance * n:,.2f} right, {_percent(chance)}",
+            f"these margins is {chance * n:,.2f} right, {percent(chance)}",
             _verdict(test.p <= LEVEL, "contradicted"),
             {
                 "chi2": test.chi2,
@@ -253,9 +254,9 @@ def _results() -> list[Finding]:
         ),
         Finding(
             "COVID is told from the other classes (section 6)",
-            f"recall of COVID is {_percent(along_columns[0])} (as the text reads the axes "
-            f"{_percent(along_rows[0])}); balanced accuracy {_percent(along_columns.mean())} "
-            f"({_percent(along_rows.mean())}), chance 25 %",
+            f"recall of COVID is {percent(along_columns[0])} (as the text reads the axes "
+            f"{percent(along_rows[0])}); balanced accuracy {percent(along_columns.mean())} "
+            f"({percent(along_rows.mean())}), chance 25 %",
             "contradicted",
             {
                 "recall": dict(zip(CLASSES, along_columns.tolist(), strict=True)),
@@ -266,9 +267,9 @@ def _results() -> list[Finding]:
         ),
         Finding(
             "Normal does relatively well (section 5)",
-            f"{_percent(normal_called)} of the row Normal fall in the column Normal, which takes "
-            f"{_percent(called_normal)} of all images; always saying Normal is right for "
-            f"{_percent(max(counts) / n)}",
+            f"{percent(normal_called)} of the row Normal fall in the column Normal, which takes "
+            f"{percent(called_normal)} of all images; always saying Normal is right for "
+            f"{percent(max(counts) / n)}",
             "contradicted",
             {
                 "row_normal_in_column_normal": float(normal_called),
@@ -283,9 +284,9 @@ def _results() -> list[Finding]:
             {},
         ),
         Finding(
-            f"{_percent(ACCURACY)} and Figure 2 are of one model (section 5)",
+            f"{percent(ACCURACY)} and Figure 2 are of one model (section 5)",
             "possible if predict() ran over a shuffled generator and generator.classes are in file "
-            f"order: both margins stay right (with them up to {_percent(most / n)} accuracy is "
+            f"order: both margins stay right (with them up to {percent(most / n)} accuracy is "
             "possible), the pairs become chance. Then only Figure 2 is wrong. --workdir=RUN shows "
             "it on a run",
             "inferred",
@@ -349,8 +350,8 @@ def _print_shuffled(run: ShuffledRun, names: Sequence[str], title: str) -> None:
         test, chance = independence(matrix), chance_accuracy(matrix)
         line = (
             f"{said}: {int(np.trace(matrix)):,} of {int(matrix.sum()):,} right, "
-            f"{_percent(np.trace(matrix) / matrix.sum())} (chance for these margins "
-            f"{_percent(chance)}); chi-squared {test.chi2:,.3f}, df {test.df}, {_p(test.p)}, "
+            f"{percent(np.trace(matrix) / matrix.sum())} (chance for these margins "
+            f"{percent(chance)}); chi-squared {test.chi2:,.3f}, df {test.df}, {_p(test.p)}, "
             f"Cramer's V {test.cramers_v:.3f}"
         )
         print(textwrap.fill(line, 100))
@@ -366,8 +367,8 @@ def _print_shuffled(run: ShuffledRun, names: Sequence[str], title: str) -> None:
     low, high = run.accuracies
     print(
         textwrap.fill(
-            f"The margins stay, the pairs are chance: accuracy lies from {_percent(low)} to "
-            f"{_percent(high)} over {run.orders} shuffled orders. Raised by the matrix as it is: "
+            f"The margins stay, the pairs are chance: accuracy lies from {percent(low)} to "
+            f"{percent(high)} over {run.orders} shuffled orders. Raised by the matrix as it is: "
             f"{_join(as_it_is) or 'nothing'}; by the shuffled one: {_join(raised) or 'nothing'}. "
             "The paper's Figure 2 has this signature: the margin of "
             "the truth is exact, the other is near it, and the two are independent.",
@@ -397,10 +398,6 @@ def _alarm(name: str) -> Alarm:
 
 def _verdict(holds: bool, otherwise: str = "wrong") -> str:
     return "holds" if holds else otherwise
-
-
-def _percent(fraction: float) -> str:
-    return f"{fraction * 100:.2f} %"
 
 
 def _p(p: float) -> str:

@@ -252,7 +252,7 @@ def independent_predictions(matrix: Any, class_names: Sequence[str] = ()) -> Ala
     return Alarm(
         "independent-predictions",
         "alarm" if enough else "caution",
-        f"{said} {_percent(accuracy)}, chance for these margins {_percent(chance)}.",
+        f"{said} {percent(accuracy)}, chance for these margins {percent(chance)}.",
         {
             **dataclasses.asdict(test),
             "kappa": agreement,
@@ -289,7 +289,7 @@ def below_majority(
     return Alarm(
         "below-majority",
         "alarm",
-        f"Accuracy {_percent(accuracy)} is below the {_percent(majority)} of always saying {name}.",
+        f"Accuracy {percent(accuracy)} is below the {percent(majority)} of always saying {name}.",
         {"accuracy": accuracy, "majority": majority, "class": str(name)},
     )
 
@@ -350,8 +350,8 @@ def accuracy_mismatch(
     return Alarm(
         "accuracy-mismatch",
         "alarm",
-        f"Stated accuracy {_percent(stated_accuracy)} would be {stated:,} of {n:,} right; the "
-        f"matrix has {right:,}, {_percent(accuracy)}.",
+        f"Stated accuracy {percent(stated_accuracy)} would be {stated:,} of {n:,} right; the "
+        f"matrix has {right:,}, {percent(accuracy)}.",
         {
             "stated": float(stated_accuracy),
             "accuracy": accuracy,
@@ -472,7 +472,7 @@ def _leak(
         name,
         "alarm",
         f"{len(keys):,} {what} on both sides of the split: {len(files):,} of {num_examples:,} "
-        f"scored images ({_percent(share)}), first {file}, fitted as {fitted_file[key]}.",
+        f"scored images ({percent(share)}), first {file}, fitted as {fitted_file[key]}.",
         {
             "crossing": len(keys),
             "images": len(files),
@@ -563,8 +563,8 @@ def source_confounded(source_counts: Mapping[str, Mapping[str, int]]) -> Alarm |
         return None
     text = (
         f"Class goes with the source that the data folder names (Cramer's V {test.cramers_v:.2f}): "
-        f"the source alone gives {_percent(source_only)} accuracy, the commonest class "
-        f"{_percent(majority)}."
+        f"the source alone gives {percent(source_only)} accuracy, the commonest class "
+        f"{percent(majority)}."
     )
     if alone:
         text += f" None of them holds {' or '.join(alone)} beside another class."
@@ -607,7 +607,8 @@ def _accuracy(matrix: np.ndarray) -> float:
     return int(np.trace(matrix)) / int(matrix.sum())
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """`95.63 %`."""
     return f"{fraction * 100:.2f} %"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -39,6 +39,11 @@ def wilson_interval(hits: float, total: float) -> list[float] | None:
         return None
     low, high = wilson(np.array(hits), np.array(total))
     return [float(low), float(high)]
+
+
+def has_width(interval: Sequence[float] | None) -> bool:
+    """A bootstrap whose resamples all gave the same figure knows nothing of its spread."""
+    return interval is not None and interval[1] - interval[0] > 1e-9
 
 
 def cluster_weights(clusters: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from covid_flax.data.dataset import Dataset
 from covid_flax.data.splits import Row
 from covid_flax.errors import UserError
 
@@ -43,12 +44,27 @@ class Predictions:
     @cached_property
     def clusters(self) -> np.ndarray:
         """Group numbers from 0, int64 `[N]`; an image of no known group is its own."""
-        groups = self.groups or ("",) * len(self.files)
-        names = [
-            ("group", g) if g else ("file", f) for g, f in zip(groups, self.files, strict=True)
-        ]
-        numbers: dict[tuple[str, str], int] = {}
-        return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+        return cluster_numbers(self.files, self.groups or ("",) * len(self.files))
+
+
+def cluster_numbers(files: Sequence[str], groups: Sequence[str]) -> np.ndarray:
+    """Group numbers from 0, int64 `[N]`; an image without a group ("") is its own."""
+    names = [("group", g) if g else ("file", f) for g, f in zip(groups, files, strict=True)]
+    numbers: dict[tuple[str, str], int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+
+
+def predictions_of(data: Dataset, split: str, probabilities: np.ndarray) -> Predictions:
+    """The probabilities `[N, K]` of a split's images, with their labels and groups."""
+    rows = data.files(split)
+    groups = tuple(row.group for row in rows)
+    return Predictions(
+        class_names=data.class_names,
+        files=tuple(row.file for row in rows),
+        labels=data.labels(split).astype(np.int64),
+        probabilities=probabilities,
+        groups=groups if any(groups) else (),
+    )
 
 
 def predictions_csv(predictions: Predictions) -> bytes:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from covid_flax import __version__
 from covid_flax.evaluation.alarms import CHECKS
+from covid_flax.evaluation.intervals import has_width
 from covid_flax.evaluation.predictions import Predictions
 from covid_flax.files import write_atomically
 from covid_flax.report import pictures
@@ -95,15 +96,12 @@ def with_interval(
     interval: Sequence[float | None] | None,
     form: Callable[[float | None], str] = percent,
 ) -> Markup:
-    """`95.6 % (94.8–96.3)`, the interval left out where it is unknown or has no width.
-
-    A bootstrap whose resamples all gave the same figure knows nothing of its spread.
-    """
+    """`95.6 % (94.8–96.3)`, the interval left out where it is unknown or has no width."""
     text = Markup('<span class="figure">{}</span>').format(form(x))
     if not _defined(x) or not interval:
         return text
     low, high = interval
-    if not _defined(low) or not _defined(high) or low == high:
+    if not _defined(low) or not _defined(high) or not has_width((low, high)):
         return text
     ends = [form(bound).removesuffix(f"{_SPACE}%") for bound in (low, high)]
     joined = (" to " if low < 0 else "–").join(ends)
@@ -196,7 +194,7 @@ def _interval(report: Mapping[str, Any], *keys: str) -> Sequence[float] | None:
     found: Any = intervals.get("bootstrap")
     for key in keys:
         found = (found or {}).get(key)
-    if keys == ("accuracy",) and (not found or found[0] == found[1]):
+    if keys == ("accuracy",) and not has_width(found):
         return (intervals.get("wilson") or {}).get("accuracy")
     return found
 

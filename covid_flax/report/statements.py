@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from covid_flax.early_stopping import EarlyStopping
+from covid_flax.evaluation.intervals import has_width
 from covid_flax.report.artefacts import Artefacts
 
 NOT_KNOWN = "not known"
@@ -618,11 +619,6 @@ def _figure(
     shown = interval if interval and has_width(interval) else None
     ends = f" ({form(shown[0])} to {form(shown[1])})" if shown else ""
     return f"{form(x)}{unit}{ends}"
-
-
-def has_width(interval: Sequence[float] | None) -> bool:
-    """A bootstrap whose resamples all gave the same figure knows nothing of its spread."""
-    return interval is not None and interval[1] - interval[0] > 1e-9
 
 
 def count(n: Any) -> str:
