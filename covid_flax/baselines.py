@@ -31,7 +31,7 @@ from covid_flax.data.pipeline import eval_batches
 from covid_flax.data.splits import write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import print_report
-from covid_flax.evaluation.predictions import predictions_of
+from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.evaluation.trained import open_data, saved_run
 from covid_flax.files import write_atomically
 from covid_flax.report.console import say
@@ -120,10 +120,6 @@ def baselines(
     Raises:
       UserError: no run, unknown classifiers, or images that are missing or unreadable.
     """
-    # Slow to import, and a wrong flag need not wait for it.
-    from covid_flax.evaluation.assess import assess
-    from covid_flax.report.write import write_evaluation
-
     unknown = [name for name in models if name not in GRIDS]
     if unknown or not models:
         raise UserError(f"--models={','.join(models)}: name some of {', '.join(GRIDS)}")
@@ -158,64 +154,82 @@ def baselines(
             if split != "train"
         }
         scored = time.monotonic()
-        about = {
-            "baseline": name,
-            "title": TITLES[name],
-            "features": f"{components.n_components_} principal components of {SIDE} x {SIDE} "
-            "grey thumbnails",
-            "setting": {GRIDS[name][0]: baseline.setting},
-            "candidates": [
-                {GRIDS[name][0]: value, "val_accuracy": accuracy}
-                for value, accuracy in baseline.candidates
-            ],
-            "probabilities": "logistic regression of the decision values, fitted on val"
-            if baseline.calibrated
-            else "the classifier's own",
-            "seconds": {
-                "read": read_seconds,
-                "fit": fitted - started,
-                "score": scored - fitted,
-            },
-            "class_names": list(data.class_names),
-            "seed": config.seed,
-            "data": saved["data"],
-            "versions": {
-                "covid_flax": __version__,
-                "numpy": np.__version__,
-                "scikit-learn": importlib.metadata.version("scikit-learn"),
-            },
-        }
         say(
             f"{TITLES[name]}: {GRIDS[name][0]}={baseline.setting:g} of "
             f"{', '.join(f'{v:g} ({a:.4f})' for v, a in baseline.candidates)}, "
             f"fitted in {fitted - started:.1f} s, scored in {scored - fitted:.1f} s"
         )
+        about = _about(baseline, components, data) | {
+            "seconds": {"read": read_seconds, "fit": fitted - started, "score": scored - fitted},
+            "seed": config.seed,
+            "data": saved["data"],
+        }
         write_split_csv(folder / "split.csv", data.rows)
-        reports[name] = {}
-        for split, scores in predictions.items():
-            report, scores = assess(
-                scores, split=split, rows=data.rows, stopped_on="val", folder=data.folder
-            )
-            report["data_dir"] = str(Path(data.folder.root).absolute())
-            if split == "val":
-                report["note"] = (
-                    f"These images chose {GRIDS[name][0]}"
-                    + (" and fitted the probabilities" if baseline.calibrated else "")
-                    + ", so the figures are optimistic; those of a test split are not."
-                )
-            write_evaluation(
-                folder / "eval" / split,
-                report,
-                scores,
-                title=f"{split} images, {TITLES[name]}",
-                run=about | {"name": name},
-            )
-            print_report(report, folder / "eval" / split)
-            reports[name][split] = report
+        reports[name] = {
+            split: _write_report(baseline, scores, split, data, about, folder / "eval" / split)
+            for split, scores in predictions.items()
+        }
         # Last: a folder with a config.json is whole.
         text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
         write_atomically(folder / "config.json", text.encode())
     return reports
+
+
+def _about(baseline: Baseline, components: Any, data: Dataset) -> dict[str, Any]:
+    """What config.json says of the classifier."""
+    key = GRIDS[baseline.name][0]
+    return {
+        "baseline": baseline.name,
+        "title": TITLES[baseline.name],
+        "features": f"{components.n_components_} principal components of {SIDE} x {SIDE} "
+        "grey thumbnails",
+        "setting": {key: baseline.setting},
+        "candidates": [
+            {key: value, "val_accuracy": accuracy} for value, accuracy in baseline.candidates
+        ],
+        "probabilities": "logistic regression of the decision values, fitted on val"
+        if baseline.calibrated
+        else "the classifier's own",
+        "class_names": list(data.class_names),
+        "versions": {
+            "covid_flax": __version__,
+            "numpy": np.__version__,
+            "scikit-learn": importlib.metadata.version("scikit-learn"),
+        },
+    }
+
+
+def _write_report(
+    baseline: Baseline,
+    predictions: Predictions,
+    split: str,
+    data: Dataset,
+    about: dict[str, Any],
+    output: Path,
+) -> dict[str, Any]:
+    # Slow to import, and a wrong flag need not wait for it.
+    from covid_flax.evaluation.assess import assess
+    from covid_flax.report.write import write_evaluation
+
+    report, predictions = assess(
+        predictions, split=split, rows=data.rows, stopped_on="val", folder=data.folder
+    )
+    report["data_dir"] = str(Path(data.folder.root).absolute())
+    if split == "val":
+        report["note"] = (
+            f"These images chose {GRIDS[baseline.name][0]}"
+            + (" and fitted the probabilities" if baseline.calibrated else "")
+            + ", so the figures are optimistic; those of a test split are not."
+        )
+    write_evaluation(
+        output,
+        report,
+        predictions,
+        title=f"{split} images, {TITLES[baseline.name]}",
+        run=about | {"name": baseline.name},
+    )
+    print_report(report, output)
+    return report
 
 
 def read_images(data: Dataset, split: str, config: Any) -> Images:
