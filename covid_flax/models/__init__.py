@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from covid_flax.models.alexnet import ALEXNET, ALEXNET_SMALL, AlexNet, AlexNetSpec
+from covid_flax.models.efficientnet import EFFICIENTNETS, EfficientNet, EfficientNetSpec
 from covid_flax.models.lenet import LENET5, LeNet, LeNetSpec
 from covid_flax.models.resnet import RESNETS, ResNet, ResNetSpec
 
 # Every spec says its network's `stages` in order of computation, the `preprocessing` it is
 # meant for, and the side of the `smallest` image it takes.
-MODELS: dict[str, ResNetSpec | LeNetSpec | AlexNetSpec] = {
+MODELS: dict[str, ResNetSpec | LeNetSpec | AlexNetSpec | EfficientNetSpec] = {
     **RESNETS,
+    **EFFICIENTNETS,
     "lenet5": LENET5,
     "alexnet": ALEXNET,
     "alexnet_small": ALEXNET_SMALL,
@@ -24,6 +26,7 @@ __all__ = [
     "MODELS",
     "RESNETS",
     "AlexNet",
+    "EfficientNet",
     "LeNet",
     "ResNet",
     "create_model",
@@ -54,13 +57,11 @@ def create_model(config: Any, num_classes: int, seed: int) -> tuple[nnx.GraphDef
     elif isinstance(spec, AlexNetSpec):
         model = AlexNet(spec, **common)
     else:
-        model = ResNet(
-            spec,
-            hidden_units=config.hidden_units,
-            momentum=config.bn_momentum,
-            remat=config.remat == "block",
-            **common,
-        )
+        common |= {"hidden_units": config.hidden_units, "momentum": config.bn_momentum}
+        if isinstance(spec, EfficientNetSpec):
+            model = EfficientNet(spec, **common)
+        else:
+            model = ResNet(spec, remat=config.remat == "block", **common)
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 

@@ -1,7 +1,7 @@
 """Pixels to network input, in the graph.
 
-`caffe` and `torch` are the modes of Keras's `imagenet_utils.preprocess_input`; `unit` is
-the paper's division by 255.
+`caffe`, `torch` and `tf` are the modes of Keras's `imagenet_utils.preprocess_input`; `unit` is
+the paper's division by 255, `lite` what EfficientNet-Lite was trained with.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _CAFFE_MEAN = (103.939, 116.779, 123.68)
 _TORCH_MEAN = (0.485, 0.456, 0.406)
 _TORCH_STD = (0.229, 0.224, 0.225)
 
-MODES = ("unit", "caffe", "torch")
+MODES = ("unit", "caffe", "torch", "tf", "lite")
 
 
 def preprocess(images: jax.Array, mode: str) -> jax.Array:
@@ -23,8 +23,8 @@ def preprocess(images: jax.Array, mode: str) -> jax.Array:
     Args:
       images: `[N, H, W, 3]`, RGB, 0..255, any real dtype; left as they are. One channel,
         grey, counts as three equal ones.
-      mode: `unit` (/255), `caffe` (RGB to BGR, minus the mean, not divided) or
-        `torch` (/255, minus the mean, by the deviation).
+      mode: `unit` (/255), `caffe` (RGB to BGR, minus the mean, not divided), `torch` (/255,
+        minus the mean, by the deviation), `tf` (to -1..1) or `lite` ((x - 127) / 128).
 
     Returns:
       float32 `[N, H, W, 3]`.
@@ -39,4 +39,8 @@ def preprocess(images: jax.Array, mode: str) -> jax.Array:
         return (x / 255.0 - jnp.array(_TORCH_MEAN, jnp.float32)) / jnp.array(
             _TORCH_STD, jnp.float32
         )
+    if mode == "tf":
+        return x / 127.5 - 1.0
+    if mode == "lite":
+        return (x - 127.0) / 128.0
     raise ValueError(f"preprocessing {mode!r}: one of {', '.join(MODES)}")

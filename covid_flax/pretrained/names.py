@@ -7,13 +7,21 @@
     hidden/kernel                         head/hidden/kernel
     predictions/bias                      head/predictions/bias
 
-Layer names are those of `keras.applications.ResNet50`; `hidden`, the head's inner layer,
+The light networks name their layers as Keras does, below the stage:
+
+    block2a_dwconv/kernel                 block2/block2a_dwconv/kernel
+    block2a_bn/gamma                      block2/block2a_bn/scale
+
+Layer names are those of `keras.applications`; `hidden`, the head's inner layer,
 is this package's addition.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+
+import numpy as np
 
 TreePath = tuple[str, ...]
 
@@ -28,6 +36,28 @@ _HEAD_PATH = re.compile(r"head/(hidden|predictions)/(kernel|bias)")
 _STEM_PATH = re.compile(r"(conv1)/(conv|bn)/([a-z]+)")
 _BLOCK_PATH = re.compile(r"(conv[2-5])/block([1-9]\d*)/unit([0-3])/(conv|bn)/([a-z]+)")
 
+# A layer under Keras's own name, which no attribute of a ResNet is.
+_NAMED_PATH = re.compile(r"\w+/((?!(?:conv|bn)/)\w+)/(kernel|bias|scale|mean|var)")
+_IS_BATCH_NORM = re.compile(r"(?i)(?:^|.*_)bn(?:_.*|$)")
+
+# `efficientnet_lite_pytorch`'s layers of a block, and Keras's.
+_LITE_BLOCK = {
+    "_expand_conv": "expand_conv",
+    "_bn0": "expand_bn",
+    "_depthwise_conv": "dwconv",
+    "_bn1": "bn",
+    "_project_conv": "project_conv",
+    "_bn2": "project_bn",
+}
+_LITE_OUTER = {
+    "_conv_stem": "stem_conv",
+    "_bn0": "stem_bn",
+    "_conv_head": "top_conv",
+    "_bn1": "top_bn",
+    "_fc": "predictions",
+}
+_LITE_REPEATS = (1, 2, 2, 3, 3, 4, 1)
+
 _HEAD_NAME = re.compile(r"(hidden|predictions)/(kernel|bias)")
 _STEM_NAME = re.compile(r"(conv1)_(conv|bn)/([a-z_]+)")
 _BLOCK_NAME = re.compile(r"(conv[2-5])_block([1-9]\d*)_([0-3])_(conv|bn)/([a-z_]+)")
@@ -37,7 +67,7 @@ def keras_name(path: TreePath) -> str:
     """Keras's name, `layer/array`, of the array at `path`.
 
     Raises:
-      KeyError: no such path in a ResNet.
+      KeyError: a network whose layers have no Keras names.
     """
     text = "/".join(path)
     if m := _HEAD_PATH.fullmatch(text):
@@ -46,6 +76,9 @@ def keras_name(path: TreePath) -> str:
         return f"{m[1]}_{m[2]}/{_ARRAYS[m[2]][m[3]]}"
     if m := _BLOCK_PATH.fullmatch(text):
         return f"{m[1]}_block{m[2]}_{m[3]}_{m[4]}/{_ARRAYS[m[4]][m[5]]}"
+    if path[0] != "head" and (m := _NAMED_PATH.fullmatch(text)):
+        kind = "bn" if _IS_BATCH_NORM.fullmatch(m[1]) else "conv"
+        return f"{m[1]}/{_ARRAYS[kind][m[2]]}"
     raise KeyError(text)
 
 
@@ -62,3 +95,42 @@ def tree_path(name: str) -> TreePath:
     if m := _BLOCK_NAME.fullmatch(name):
         return (m[1], f"block{m[2]}", f"unit{m[3]}", m[4], _FROM_KERAS[m[4]][m[5]])
     raise KeyError(name)
+
+
+def from_lite_pytorch(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays of `efficientnet_lite_pytorch`'s Lite0 under Keras's names and in its layout.
+
+    Convolutions from OIHW to HWIO, depthwise from `[C, 1, K, K]` to `[K, K, C, 1]`, dense
+    transposed. Counters of batches are left out.
+
+    Raises:
+      KeyError: a name that this network has not.
+    """
+    prefixes = [
+        f"block{i}{chr(ord('a') + j)}_"
+        for i, repeats in enumerate(_LITE_REPEATS, 1)
+        for j in range(repeats)
+    ]
+    named = {}
+    for name, value in arrays.items():
+        *place, layer, array = name.split(".")
+        if array == "num_batches_tracked":
+            continue
+        if place:
+            blocks, number = place
+            if blocks != "_blocks" or not number.isdigit() or int(number) >= len(prefixes):
+                raise KeyError(name)
+            keras = prefixes[int(number)] + _LITE_BLOCK[layer]
+        else:
+            keras = _LITE_OUTER[layer]
+        if _IS_BATCH_NORM.fullmatch(keras):
+            ours = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean"}
+            named[f"{keras}/{(ours | {'running_var': 'moving_variance'})[array]}"] = value
+            continue
+        if value.ndim == 4:
+            axes = (2, 3, 0, 1) if keras.endswith("dwconv") else (2, 3, 1, 0)
+            value = value.transpose(axes)
+        elif value.ndim == 2:
+            value = value.T
+        named[f"{keras}/{({'weight': 'kernel', 'bias': 'bias'})[array]}"] = value
+    return named

@@ -1,7 +1,8 @@
 """Weight files into one plain form: `{"conv1_conv/kernel": float32 array, ...}`.
 
-Three layouts, told apart by content: Keras's official h5 (and whole-model h5), Keras 3's
-`.weights.h5`, and npz under Keras's names. Nothing here knows a network.
+Told apart by content: Keras's official h5 (and whole-model h5), Keras 3's `.weights.h5`, npz
+under Keras's names, and the PyTorch file of EfficientNet-Lite0. Only that one's names are a
+network's.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import h5py
 import numpy as np
 
 from covid_flax.errors import UserError
+from covid_flax.pretrained.names import from_lite_pytorch
+from covid_flax.pretrained.torch_file import MAGIC, read_torch
 
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")  # with members, without
 
 # Keras 3 stores a layer's variables by number, in the order in which the layer makes them.
 _KERNEL_BIAS = ("kernel", "bias")
+_NORMALIZATION = ("mean", "variance", "count")
 _BATCH_NORM = ("gamma", "beta", "moving_mean", "moving_variance")
 
 
@@ -31,7 +35,7 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     the optimiser's state is left out.
 
     Args:
-      path: an h5 or npz file, whatever its suffix.
+      path: an h5, npz or Lite0's PyTorch file, whatever its suffix.
 
     Returns:
       float32 arrays by `layer/array`, Keras's names; kernels HWIO or `[inputs, outputs]`.
@@ -58,6 +62,8 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
             raw = _read_h5(path)
         elif head.startswith(_ZIP_MAGICS):
             raw = _read_npz(path)
+        elif head == MAGIC[: len(head)]:
+            raw = _read_lite(path)
         else:
             raise UserError(
                 f"{path} is neither an HDF5 nor an npz file: give Keras's .h5, a Keras 3 "
@@ -89,6 +95,16 @@ def _as_float32(path: Path, name: str, value: Any) -> np.ndarray:
     if not np.isfinite(value).all():
         raise UserError(f"{path}: {name} has values that are not finite: export it again")
     return value
+
+
+def _read_lite(path: Path) -> dict[str, Any]:
+    try:
+        return dict(from_lite_pytorch(read_torch(path)))
+    except KeyError as e:
+        raise UserError(
+            f"{path} is a PyTorch file of another network than EfficientNet-Lite0 ({e.args[0]}): "
+            "convert it to an .npz with Keras's names"
+        ) from None
 
 
 def _read_npz(path: Path) -> dict[str, Any]:
@@ -123,6 +139,8 @@ def _read_h5(path: Path) -> dict[str, Any]:
             named = [("/".join(n.split("/")[-2:]).removesuffix(":0"), d) for n, d in datasets]
         raw: dict[str, Any] = {}
         for name, dataset in named:
+            if name.endswith("normalization/count"):  # of the images a mean is of, no weight
+                continue
             if name in raw:
                 raise UserError(f"{path} holds {name} twice: save one network's weights alone")
             raw[name] = dataset[()]
@@ -155,6 +173,8 @@ def _keras3_names(
             arrays: tuple[str, ...] = _BATCH_NORM
         elif len(values) <= 2 and values[0].ndim >= 2:
             arrays = _KERNEL_BIAS[: len(values)]
+        elif [v.ndim for v in values] == [1, 1, 0]:
+            arrays = _NORMALIZATION
         else:
             raise UserError(
                 f"{path}: layer {layer} is no convolution, batch norm or dense layer "

@@ -1,0 +1,87 @@
+"""Layers of the light networks, which stand under Keras's own layer names.
+
+There a convolution and its batch norm are layers apart (`block1a_dwconv`, `block1a_bn`), padded
+as TensorFlow's 'SAME'. Arrays are NHWC; parameters and statistics float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from covid_flax.models.conv import conv2d
+from covid_flax.models.depthwise import depthwise_conv2d, same_padding
+from covid_flax.models.layers import BatchNorm, Conv, batch_statistics, glorot_uniform
+
+Array = jax.Array
+
+
+class DepthwiseConv(nnx.Module):
+    """The arrays of a depthwise convolution: `kernel` `[K, K, C, 1]`, and `bias` or None."""
+
+    def __init__(self, channels: int, size: int, *, use_bias: bool = False, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(glorot_uniform(rngs, (size, size, channels, 1)))
+        zeros = jnp.asarray(np.zeros(channels, np.float32))
+        self.bias = nnx.Param(zeros) if use_bias else None
+
+    def __call__(self, x: Array, *, stride: int = 1) -> Array:
+        """Applies it to `[N, H, W, C]`, in its dtype, padded 'SAME'."""
+        y = depthwise_conv2d(x, self.kernel[...].astype(x.dtype), stride)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def conv_same(conv: Conv, x: Array, stride: int = 1) -> Array:
+    """A convolution of `[N, H, W, C]`, in its dtype, padded 'SAME', with its bias if any."""
+    kernel = conv.kernel[...].astype(x.dtype)
+    if len(kernel) == 1:
+        y = conv2d(x, kernel, stride)
+    else:
+        y = lax.conv_general_dilated(
+            x,
+            kernel,
+            (stride, stride),
+            same_padding(x.shape[1:3], len(kernel), stride),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+    return y if conv.bias is None else y + conv.bias[...].astype(x.dtype)
+
+
+def batch_norm(
+    bn: BatchNorm,
+    y: Array,
+    *,
+    epsilon: float,
+    momentum: float,
+    use_batch_stats: bool,
+    example_weights: Array | None = None,
+    axis_name: str | None = None,
+) -> Array:
+    """Batch norm of `[N, H, W, C]`, in its dtype; the statistics in float32.
+
+    The arguments after `momentum` are those of `ConvBN`. With batch statistics the running ones
+    move, by the biased variance as in Keras 3.
+    """
+    mean, var = bn.mean[...], bn.var[...]
+    if use_batch_stats:
+        shift = lax.stop_gradient(mean)
+        mean, var = batch_statistics(y, shift, example_weights, axis_name)
+        bn.mean[...] = momentum * bn.mean[...] + (1 - momentum) * lax.stop_gradient(mean)
+        bn.var[...] = momentum * bn.var[...] + (1 - momentum) * lax.stop_gradient(var)
+    scale = bn.scale[...] * lax.rsqrt(var + epsilon)
+    return (y * scale + (bn.bias[...] - mean * scale)).astype(y.dtype)
+
+
+def global_average(x: Array) -> Array:
+    """Means over rows and columns of `[N, H, W, C]`: float32 `[N, C]`."""
+    return jnp.mean(x.astype(jnp.float32), (1, 2))
+
+
+def add_named(module: nnx.Module, layers: dict[str, Any]) -> None:
+    """Sets layers as attributes: their names, Keras's, are those of the parameter tree."""
+    for name, layer in layers.items():
+        setattr(module, name, layer)

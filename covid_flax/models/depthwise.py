@@ -1,0 +1,133 @@
+"""Depthwise convolution: each channel by a kernel of its own.
+
+XLA's CPU backend computes it, and its gradients above all, far below what the machine can do.
+There it is a sum of shifted products; other platforms keep XLA's convolution.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+def same_padding(sides: Sequence[int], size: int, stride: int) -> Padding:
+    """TensorFlow's 'SAME' for an image of these `sides`: as much as
+    `ceil(side / stride)` outputs need, the odd pixel last.
+
+    It is also what Keras's applications pad by hand (`imagenet_utils.correct_pad`).
+    """
+
+    def one(side: int) -> tuple[int, int]:
+        total = max((-(-side // stride) - 1) * stride + size - side, 0)
+        return total // 2, total - total // 2
+
+    height, width = sides
+    return one(height), one(width)
+
+
+def _taps(x: Array, size: int, stride: int, height: int, width: int) -> list[Array]:
+    """What each of the kernel's `size` x `size` weights is multiplied by, row by row."""
+    n, _, _, channels = x.shape
+    end = (stride * (height - 1) + 1, stride * (width - 1) + 1)
+    return [
+        lax.slice(x, (0, i, j, 0), (n, i + end[0], j + end[1], channels), (1, stride, stride, 1))
+        for i in range(size)
+        for j in range(size)
+    ]
+
+
+def _padded(x: Array, size: int, stride: int) -> Array:
+    return jnp.pad(x, ((0, 0), *same_padding(x.shape[1:3], size, stride), (0, 0)))
+
+
+def _shifted_products(x: Array, kernel: Array, stride: int, height: int, width: int) -> Array:
+    taps = _taps(x, kernel.shape[0], stride, height, width)
+    weights = kernel.reshape(-1, kernel.shape[2])
+    return functools.reduce(jnp.add, [tap * w for tap, w in zip(taps, weights, strict=True)])
+
+
+def _forward_cpu(x: Array, kernel: Array, stride: int) -> Array:
+    height, width = (-(-side // stride) for side in x.shape[1:3])
+    return _shifted_products(_padded(x, len(kernel), stride), kernel, stride, height, width)
+
+
+def _input_gradient_cpu(g: Array, kernel: Array, stride: int, height: int, width: int) -> Array:
+    """The same sum over the output's gradient, spread by the stride, with the kernel turned."""
+    size = len(kernel)
+    pads = same_padding((height, width), size, stride)
+    spread = [
+        (size - 1 - before, side + before - ((outputs - 1) * stride + 1), stride - 1)
+        for (before, _), side, outputs in zip(pads, (height, width), g.shape[1:3], strict=True)
+    ]
+    g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *spread, (0, 0, 0)))
+    return _shifted_products(g, kernel[::-1, ::-1], 1, height, width)
+
+
+def _kernel_gradient_cpu(x: Array, g: Array, size: int, stride: int) -> Array:
+    """Image by image, so that all weights' sums read what is in the cache."""
+
+    def add(sums: tuple[Array, ...], image: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
+        x, g = image
+        taps = _taps(x[None], size, stride, *g.shape[:2])
+        new = [jnp.sum((tap[0] * g).astype(jnp.float32), (0, 1)) for tap in taps]
+        return tuple(map(jnp.add, sums, new)), None
+
+    zeros = (jnp.zeros(g.shape[-1], jnp.float32),) * size**2
+    sums, _ = lax.scan(add, zeros, (_padded(x, size, stride), g))
+    return jnp.stack(sums).reshape(size, size, -1, 1).astype(x.dtype)
+
+
+def _forward_xla(x: Array, kernel: Array, stride: int) -> Array:
+    return lax.conv_general_dilated(
+        x,
+        jnp.swapaxes(kernel, 2, 3),
+        (stride, stride),
+        same_padding(x.shape[1:3], len(kernel), stride),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def depthwise_conv2d(x: Array, kernel: Array, stride: int = 1) -> Array:
+    """Depthwise 2-D convolution with 'SAME' padding, see `same_padding`.
+
+    Args:
+      x: `[N, H, W, C]`.
+      kernel: `[K, K, C, 1]`, same dtype as `x` (Keras's `DepthwiseConv2D`).
+      stride: step in both directions.
+
+    Returns:
+      `[N, ceil(H / stride), ceil(W / stride), C]`.
+    """
+    return lax.platform_dependent(
+        x,
+        kernel,
+        cpu=functools.partial(_forward_cpu, stride=stride),
+        default=functools.partial(_forward_xla, stride=stride),
+    )
+
+
+def _forward(x: Array, kernel: Array, stride: int) -> tuple[Array, tuple[Array, Array]]:
+    return depthwise_conv2d(x, kernel, stride), (x, kernel)
+
+
+def _backward(stride: int, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    def on_cpu(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+        dx = _input_gradient_cpu(g, kernel, stride, *x.shape[1:3])
+        return dx, _kernel_gradient_cpu(x, g, len(kernel), stride)
+
+    def plain(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
+        return jax.vjp(functools.partial(_forward_xla, stride=stride), x, kernel)[1](g)
+
+    return lax.platform_dependent(*residuals, g, cpu=on_cpu, default=plain)
+
+
+depthwise_conv2d.defvjp(_forward, _backward)

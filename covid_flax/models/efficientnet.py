@@ -1,0 +1,245 @@
+"""EfficientNet (Tan and Le 2019) as in `keras.applications`, and EfficientNet-Lite0.
+
+Mobile inverted bottlenecks: 1x1 expand, depthwise, squeeze and excitation, 1x1 project, added to
+the input where shapes agree. The Lite form (TensorFlow's `efficientnet/lite`) has ReLU6 for
+swish and no squeeze and excitation. A layer's name in the tree is Keras's, under its stage:
+`block2/block2a_dwconv/kernel`. Keras's dropping of whole blocks in training is left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from covid_flax.models.blocks import (
+    DepthwiseConv,
+    add_named,
+    batch_norm,
+    conv_same,
+    global_average,
+)
+from covid_flax.models.layers import BatchNorm, Conv, stages_between
+from covid_flax.models.resnet import Head
+
+Array = jax.Array
+
+# Of each stage before scaling: kernel size, repeats, outputs, expansion, stride.
+_STAGES = (
+    (3, 1, 16, 1, 1),
+    (3, 2, 24, 6, 2),
+    (5, 2, 40, 6, 2),
+    (3, 3, 80, 6, 2),
+    (5, 3, 112, 6, 1),
+    (5, 4, 192, 6, 2),
+    (3, 1, 320, 6, 1),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EfficientNetSpec:
+    """What distinguishes one EfficientNet from another.
+
+    Attributes:
+      width, depth: factors of channels and of repeats.
+      lite: ReLU6, no squeeze and excitation.
+      preprocessing: what its ImageNet weights expect, see `covid_flax.models.preprocess`.
+      native_size: side of the images it was designed for, pixels.
+      epsilon: batch norm's.
+      stages: of every EfficientNet; `pool` has no parameters.
+      smallest: side of the smallest image, pixels.
+    """
+
+    width: float
+    depth: float
+    lite: bool
+    preprocessing: str
+    native_size: int
+    epsilon: ClassVar[float] = 1e-3
+    smallest: ClassVar[int] = 32
+    stages: ClassVar[tuple[str, ...]] = (
+        "stem",
+        *(f"block{i}" for i in range(1, 8)),
+        "top",
+        "pool",
+        "head",
+    )
+
+    def channels(self, base: int) -> int:
+        """`base` channels scaled: a multiple of 8, no more than a tenth below."""
+        wanted = base * self.width
+        rounded = max(8, int(wanted + 4) // 8 * 8)
+        return rounded + 8 if rounded < 0.9 * wanted else rounded
+
+    def repeats(self, base: int) -> int:
+        return math.ceil(base * self.depth)
+
+
+EFFICIENTNETS = {
+    "efficientnet_b0": EfficientNetSpec(1.0, 1.0, False, "torch", 224),
+    "efficientnet_b1": EfficientNetSpec(1.0, 1.1, False, "torch", 240),
+    "efficientnet_b2": EfficientNetSpec(1.1, 1.2, False, "torch", 260),
+    "efficientnet_b3": EfficientNetSpec(1.2, 1.4, False, "torch", 300),
+    "efficientnet_lite0": EfficientNetSpec(1.0, 1.0, True, "lite", 224),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """One inverted bottleneck: Keras's name for it, and its shape."""
+
+    name: str
+    inputs: int
+    outputs: int
+    size: int
+    expansion: int
+    stride: int
+
+
+def _blocks(spec: EfficientNetSpec) -> dict[str, list[_Block]]:
+    """Those of each stage, `block1` to `block7`."""
+    stages: dict[str, list[_Block]] = {}
+    inputs = spec.channels(32)
+    for i, (size, repeats, outputs, expansion, stride) in enumerate(_STAGES, 1):
+        stage = stages[f"block{i}"] = []
+        for j in range(spec.repeats(repeats)):
+            name, outputs_j = f"block{i}{chr(ord('a') + j)}", spec.channels(outputs)
+            stage.append(_Block(name, inputs, outputs_j, size, expansion, 1 if j else stride))
+            inputs = outputs_j
+    return stages
+
+
+class _ConvBN(nnx.Module):
+    """The stem, the top: a convolution, its batch norm, the activation."""
+
+    def __init__(self, name: str, inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs):
+        self.prefix = name
+        conv = Conv(inputs, outputs, size, use_bias=False, rngs=rngs)
+        add_named(self, {f"{name}_conv": conv, f"{name}_bn": BatchNorm(outputs)})
+
+    def __call__(self, x: Array, activate: Any, stride: int, **bn: Any) -> Array:
+        y = conv_same(getattr(self, f"{self.prefix}_conv"), x, stride)
+        return activate(batch_norm(getattr(self, f"{self.prefix}_bn"), y, **bn))
+
+
+class _Stage(nnx.Module):
+    """The blocks of one stage, their layers side by side."""
+
+    def __init__(self, blocks: list[_Block], *, lite: bool, rngs: nnx.Rngs):
+        self.blocks, self.lite = tuple(blocks), lite
+
+        def conv(inputs: int, outputs: int, use_bias: bool = False) -> Conv:
+            return Conv(inputs, outputs, 1, use_bias=use_bias, rngs=rngs)
+
+        for b in blocks:
+            wide = b.inputs * b.expansion
+            layers: dict[str, Any] = {}
+            if b.expansion != 1:
+                layers = {"expand_conv": conv(b.inputs, wide), "expand_bn": BatchNorm(wide)}
+            layers["dwconv"] = DepthwiseConv(wide, b.size, rngs=rngs)
+            layers["bn"] = BatchNorm(wide)
+            if not lite:
+                narrow = max(1, b.inputs // 4)
+                layers["se_reduce"] = conv(wide, narrow, use_bias=True)
+                layers["se_expand"] = conv(narrow, wide, use_bias=True)
+            layers |= {"project_conv": conv(wide, b.outputs), "project_bn": BatchNorm(b.outputs)}
+            add_named(self, {f"{b.name}_{name}": layer for name, layer in layers.items()})
+
+    def __call__(self, x: Array, activate: Any, **bn: Any) -> Array:
+        for b in self.blocks:
+
+            def layer(name: str, prefix: str = b.name) -> Any:
+                return getattr(self, f"{prefix}_{name}")
+
+            y = x
+            if b.expansion != 1:
+                y = activate(
+                    batch_norm(layer("expand_bn"), conv_same(layer("expand_conv"), y), **bn)
+                )
+            y = activate(batch_norm(layer("bn"), layer("dwconv")(y, stride=b.stride), **bn))
+            if not self.lite:
+                gate = global_average(y)[:, None, None]
+                gate = activate(conv_same(layer("se_reduce"), gate))
+                y = y * nnx.sigmoid(conv_same(layer("se_expand"), gate)).astype(y.dtype)
+            y = batch_norm(layer("project_bn"), conv_same(layer("project_conv"), y), **bn)
+            x = x + y if b.stride == 1 and b.inputs == b.outputs else y
+        return x
+
+
+class EfficientNet(nnx.Module):
+    """EfficientNet: preprocessed images to logits.
+
+    Args:
+      spec: which EfficientNet.
+      num_classes: logits.
+      hidden_units: width of the head's hidden layer, 0 for none (the ImageNet head).
+      dropout_rate: of the head.
+      momentum: of the running batch statistics (Keras's convention).
+      dtype: in which the convolutions compute; the head is float32 always.
+      rngs: with a `params` stream.
+    """
+
+    def __init__(
+        self,
+        spec: EfficientNetSpec,
+        *,
+        num_classes: int,
+        hidden_units: int = 0,
+        dropout_rate: float = 0.2,
+        momentum: float = 0.99,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.spec, self.momentum, self.dtype = spec, momentum, dtype
+        self.stem = _ConvBN("stem", 3, spec.channels(32), 3, rngs=rngs)
+        for name, blocks in _blocks(spec).items():
+            setattr(self, name, _Stage(blocks, lite=spec.lite, rngs=rngs))
+        features = spec.channels(1280)
+        self.top = _ConvBN("top", spec.channels(_STAGES[-1][2]), features, 1, rngs=rngs)
+        self.head = Head(
+            features, num_classes, hidden_units=hidden_units, dropout_rate=dropout_rate, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        batch_stats_in: Collection[str] = (),
+        example_weights: Array | None = None,
+        dropout_key: Array | None = None,
+        axis_name: str | None = None,
+        start: str | None = None,
+        stop: str | None = None,
+    ) -> Array:
+        """Runs the stages from `start` to `stop`, both included; the arguments are `ResNet`'s.
+
+        Args:
+          x: what `start` takes: for `stem` preprocessed images `[N, H, W, 3]`.
+
+        Returns:
+          The output of `stop`; of `head`, logits `[N, num_classes]` in float32.
+        """
+        activate = nnx.relu6 if self.spec.lite else nnx.swish
+        for name in stages_between(self.spec.stages, start, stop):
+            bn: dict[str, Any] = {
+                "epsilon": self.spec.epsilon,
+                "momentum": self.momentum,
+                "use_batch_stats": name in batch_stats_in,
+                "example_weights": example_weights,
+                "axis_name": axis_name,
+            }
+            if name == "pool":
+                x = global_average(x)
+            elif name == "head":
+                x = self.head(x, dropout_key)
+            elif name in ("stem", "top"):
+                stride = 2 if name == "stem" else 1
+                x = getattr(self, name)(x.astype(self.dtype), activate, stride, **bn)
+            else:
+                x = getattr(self, name)(x.astype(self.dtype), activate, **bn)
+        return x

@@ -1,0 +1,69 @@
+"""Depthwise convolution against NumPy in float64, and its gradients against XLA's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from covid_flax.models.depthwise import _forward_xla, depthwise_conv2d, same_padding
+
+
+def _by_loops(x, kernel, stride):
+    n, h, w, c = x.shape
+    size = len(kernel)
+    out = np.zeros((n, -(-h // stride), -(-w // stride), c))
+    (top, _), (left, _) = same_padding((h, w), size, stride)
+    for row in range(out.shape[1]):
+        for column in range(out.shape[2]):
+            for i in range(size):
+                for j in range(size):
+                    y, z = row * stride + i - top, column * stride + j - left
+                    if 0 <= y < h and 0 <= z < w:
+                        out[:, row, column] += x[:, y, z] * kernel[i, j, :, 0]
+    return out
+
+
+@pytest.mark.parametrize("size", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(8, 8), (7, 9), (2, 3), (1, 1)])
+def test_it_is_the_sum_and_its_gradients_are_exact(size, stride, shape):
+    rng = np.random.default_rng(size * 10 + stride)
+    x = rng.normal(size=(3, *shape, 5))
+    kernel = rng.normal(size=(size, size, 5, 1))
+    want = _by_loops(x, kernel, stride)
+    x32, k32 = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+    got, pullback = jax.vjp(lambda x, k: depthwise_conv2d(x, k, stride), x32, k32)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+    # A linear map's gradient is its transpose: <A x, g> = <x, A' g>, in both arguments.
+    g = rng.normal(size=want.shape)
+    dx, dk = pullback(jnp.asarray(g, jnp.float32))
+    for direction in range(3):
+        rng = np.random.default_rng(direction)
+        v, u = rng.normal(size=x.shape), rng.normal(size=kernel.shape)
+        np.testing.assert_allclose(
+            np.sum(np.asarray(dx, np.float64) * v),
+            np.sum(_by_loops(v, kernel, stride) * g),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+        np.testing.assert_allclose(
+            np.sum(np.asarray(dk, np.float64) * u),
+            np.sum(_by_loops(x, u, stride) * g),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_what_accelerators_compute_is_the_same(stride):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 9, 8, 6)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(5, 5, 6, 1)), jnp.float32)
+    ours, back = jax.vjp(lambda x, k: depthwise_conv2d(x, k, stride), x, kernel)
+    xla, xla_back = jax.vjp(lambda x, k: _forward_xla(x, k, stride), x, kernel)
+    np.testing.assert_allclose(ours, xla, atol=1e-5)
+    for a, b in zip(back(ours), xla_back(ours), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)

