@@ -62,6 +62,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "train.log_every_steps": (1, None),
     "train.micro_batch": (0, None),
     "train.ema_decay": (0, 0.999999),
+    "train.recalibrate": (0, None),
     "train.feature_cache_gb": (0, None),
     "train.feature_disk_gb": (0, None),
     "augment.shift": (0, 1),

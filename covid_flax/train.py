@@ -17,6 +17,8 @@ from covid_flax.feed import make_feed
 from covid_flax.job import Job, cache_features, make_job, peak_rate
 from covid_flax.predict import compile_apply, mean_loss, predict
 from covid_flax.profile import Profile
+from covid_flax.recalibrate import is_due as recalibration_is_due
+from covid_flax.recalibrate import make_recalibration
 from covid_flax.report.console import Meter, say
 from covid_flax.report.log import RunLog
 from covid_flax.run import Run, only_trainer
@@ -105,6 +107,7 @@ def _loop(
     eval_step = make_eval_step(run.graphdef, job.step_config.preprocessing, start=job.start)
     apply = compile_apply(eval_step)
     val_labels = run.data.labels("val")
+    recalibrate = make_recalibration(run, job) if recalibration_is_due(run, job) else None
 
     def validate(state: TrainState) -> tuple[float, float]:
         params, batch_stats = state.for_evaluation()
@@ -175,6 +178,10 @@ def _loop(
             )
             state = dataclasses.replace(state, sums=layout.put_state(zero_sums()))
             copy = layout.get_state(state)
+            if recalibrate is not None:
+                # What is validated, saved and trained on is one and the same.
+                copy = recalibrate(copy)
+                state = layout.put_state(copy)
             sums = _host_sums(copy.sums)
             val_loss, val_accuracy = validate(copy)
             log.epoch(step, epoch, "val", loss=val_loss, accuracy=val_accuracy)

@@ -170,7 +170,7 @@ def train_iterator(
     order = _order(len(source), batch_size, usable, seed, fill, process_index, process_count)
     threads = 0 if isinstance(source, Gatherable) else num_threads
     ds = (
-        order.map(lambda batch: {**_gather(source, batch.pop("index")), **batch})
+        order.map(lambda batch: {**gather(source, batch.pop("index")), **batch})
         .to_iter_dataset(grain.ReadOptions(threads, prefetch))
         .map(put)
     )
@@ -223,7 +223,7 @@ def eval_batches(
         mask = index < len(source)
         real = int(mask.sum())  # they come first
         # At least one, for its shape.
-        batch = _gather(source, np.minimum(index, len(source) - 1)[: max(1, real)])
+        batch = gather(source, np.minimum(index, len(source) - 1)[: max(1, real)])
         if real < len(index):
             batch = {name: _fill_up(v[:real], len(index)) for name, v in batch.items()}
         return {**batch, "mask": mask, "index": index.astype(np.int32)}
@@ -277,7 +277,8 @@ def _order(
     return grain.MapDataset.range(sys.maxsize if per_epoch else 0).map(batch)
 
 
-def _gather(source: Source, indices: np.ndarray) -> Batch:
+def gather(source: Source, indices: np.ndarray) -> Batch:
+    """The examples `indices` `[B]` of a source as one batch."""
     if isinstance(source, Gatherable):
         return source.gather(indices)
     elements = [source[i] for i in indices.tolist()]

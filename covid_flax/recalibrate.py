@@ -1,0 +1,98 @@
+"""Batch norm's running statistics, taken anew from plain training images.
+
+Augmentation resamples images and so smooths their noise; running statistics that followed it do
+not fit the plain images of an evaluation, which can cost a network many points of accuracy and
+none of its training figures. Computed anew, as for averaged weights (Izmailov et al. 2018),
+they do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from covid_flax.data.pipeline import gather
+from covid_flax.job import Job
+from covid_flax.mesh import make_mesh, put_batch, replicated
+from covid_flax.models import MODELS
+from covid_flax.models.preprocess import preprocess
+from covid_flax.run import Run
+from covid_flax.step import TrainState
+from covid_flax.xla import compiler_options
+
+Tree = Any
+
+
+def is_due(run: Run, job: Job) -> bool:
+    """Whether a run's statistics follow images that its evaluation does not see."""
+    config = run.config
+    followed = bool(run.batch_stats_in) and bool(jax.tree.leaves(run.batch_stats))
+    follows = followed and config.model.bn_momentum < 1
+    return bool(config.train.recalibrate and follows and job.step_config.augment.active)
+
+
+def make_recalibration(run: Run, job: Job) -> Callable[[TrainState], TrainState]:
+    """`state -> state` with the statistics of the configuration's `train.recalibrate` images.
+
+    The images are drawn once, by the seed, and taken in whole batches of the training's size.
+    Where averages of the weights are kept, theirs are the statistics that change: an evaluation
+    uses those.
+    """
+    config, source = run.config, job.train_source
+    size = config.train.batch_size
+    count = max(1, min(config.train.recalibrate, len(source)) // size)
+    order = np.random.default_rng(config.seed).permutation(len(source))
+    batches = np.resize(order, count * size).reshape(count, jax.process_count(), -1)
+    stages, momentum = run.batch_stats_in, config.model.bn_momentum
+    last = max(stages, key=MODELS[config.model.name].stages.index)
+    preprocessing = job.step_config.preprocessing
+    mesh = make_mesh()
+
+    def statistics(params: Tree, batch_stats: Tree, images: jax.Array) -> Tree:
+        """Of this batch, from how the running ones move by it."""
+        model = nnx.merge(run.graphdef, params, batch_stats)
+        model(preprocess(images, preprocessing), batch_stats_in=stages, stop=last)
+        moved = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        return jax.tree.map(lambda a, b: a + (b - a) / (1 - momentum), batch_stats, moved)
+
+    apply = jax.jit(statistics, out_shardings=replicated(mesh), compiler_options=compiler_options())
+
+    def recalibrate(state: TrainState) -> TrainState:
+        params, batch_stats = state.for_evaluation()
+        totals: Tree = None
+        for batch in batches:
+            images = {"image": gather(source, batch[jax.process_index()])["image"]}
+            of_batch = apply(params, batch_stats, put_batch(images, mesh)["image"])
+            sums = _sums(jax.device_get(of_batch))
+            totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+        new = jax.tree.map(
+            lambda old, x: jax.device_put(jnp.asarray(x, old.dtype), old.sharding),
+            batch_stats,
+            _moments(totals, count),
+        )
+        if state.average:
+            return dataclasses.replace(state, average={**state.average, "batch_stats": new})
+        return dataclasses.replace(state, batch_stats=new)
+
+    return recalibrate
+
+
+def _sums(stats: Tree) -> Tree:
+    """Float64, the second moment in place of the variance: these add up over batches."""
+    if "var" not in stats:
+        return {name: _sums(part) for name, part in stats.items()}
+    mean, var = (stats[name].astype(np.float64) for name in ("mean", "var"))
+    return {"mean": mean, "var": var + mean**2}
+
+
+def _moments(totals: Tree, count: int) -> Tree:
+    if "var" not in totals:
+        return {name: _moments(part, count) for name, part in totals.items()}
+    mean = totals["mean"] / count
+    return {"mean": mean, "var": np.maximum(totals["var"] / count - mean**2, 0)}

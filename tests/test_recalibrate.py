@@ -1,0 +1,84 @@
+"""Batch statistics taken anew are those of the plain images; an evaluation so gets them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from small_resnet import with_batch_norm
+
+from covid_flax.evaluation.trained import open_run
+from covid_flax.job import make_job
+from covid_flax.models.preprocess import preprocess
+from covid_flax.recalibrate import is_due, make_recalibration
+from covid_flax.run import setup
+from covid_flax.step import create_state
+from covid_flax.train import train
+
+
+@pytest.fixture
+def config(tiny_config):
+    c = with_batch_norm(tiny_config)
+    c.augment.rotate = 20.0
+    c.train.recalibrate = 48
+    return c
+
+
+def _state(run, job):
+    return create_state(run.params, run.batch_stats, frozenset(run.trained), job.tx, 0)
+
+
+def test_they_are_the_moments_of_the_plain_images(config, tmp_path):
+    run = setup(config, tmp_path)
+    job = make_job(run)
+    assert is_due(run, job)
+    state = _state(run, job)
+    got = make_recalibration(run, job)(state).batch_stats
+
+    # The first trained batch norm, conv5's first 1x1, from its inputs in float64.
+    order = np.random.default_rng(config.seed).permutation(len(job.train_source))[:48]
+    images = np.stack([job.train_source[int(i)]["image"] for i in order])
+    model = nnx.merge(run.graphdef, run.params, run.batch_stats)
+    x = np.asarray(model(preprocess(images, "unit"), stop="conv4"), np.float64)[:, ::2, ::2]
+    unit = run.params["conv5"]["block1"]["unit1"]["conv"]
+    y = x @ np.asarray(unit["kernel"], np.float64)[0, 0] + np.asarray(unit["bias"], np.float64)
+    bn = got["conv5"]["block1"]["unit1"]["bn"]
+    np.testing.assert_allclose(bn["mean"], y.mean((0, 1, 2)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(bn["var"], y.var((0, 1, 2)), rtol=1e-4, atol=1e-6)
+    # Frozen stages keep theirs.
+    for stage in ("conv1", "conv4"):
+        for a, b in zip(
+            jax.tree.leaves(got[stage]), jax.tree.leaves(run.batch_stats[stage]), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_where_nothing_is_augmented_or_followed_they_stay(config, tmp_path):
+    for key, value in (("augment.rotate", 0.0), ("model.batch_norm", "frozen")):
+        other = config.copy_and_resolve_references()
+        section, name = key.split(".")
+        other[section][name] = value
+        run = setup(other, tmp_path / name)
+        assert not is_due(run, make_job(run))
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_checkpoint_that_is_evaluated_has_them(config, tmp_path, ema):
+    config.train.ema_decay = ema
+    config.train.epochs = 1
+    run = setup(config, tmp_path)
+    train(run)
+    trained = open_run(tmp_path)
+    params, stats = trained._params, trained._batch_stats
+    job = make_job(run)
+    state = dataclasses.replace(
+        _state(run, job),
+        params={k: params[k] for k in run.trained if k in params},
+        batch_stats=stats,
+    )
+    anew = make_recalibration(run, job)(state).batch_stats
+    for a, b in zip(jax.tree.leaves(anew), jax.tree.leaves(stats), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
