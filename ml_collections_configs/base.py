@@ -71,9 +71,7 @@ def get_config() -> ml_collections.ConfigDict:
     t.log_every_steps = 20  # steps a console line
     t.micro_batch = 0  # > 0: images through the network at once; a batch's parts add gradients
     t.ema_decay = 0.0  # > 0: evaluate moving averages of the weights and statistics (0.999)
-    # Where augmentation is on and batch norm follows it: plain training images from which its
-    # statistics are computed anew before every validation; 0 leaves them as they moved.
-    t.recalibrate = 2560
+    t.recalibrate = 2560  # plain images that batch norm's statistics are of, if augmented; 0 off
     t.shard_state = False  # spread parameters and optimiser over the devices (jit)
     t.feature_cache_gb = 8.0  # memory for the outputs of frozen stages, where caching is exact
     t.feature_disk_gb = 50.0  # disk for them, beside the run, where that memory does not do
