@@ -10,13 +10,15 @@ from flax import nnx
 from covid_flax.models.alexnet import ALEXNET, ALEXNET_SMALL, AlexNet, AlexNetSpec
 from covid_flax.models.efficientnet import EFFICIENTNETS, EfficientNet, EfficientNetSpec
 from covid_flax.models.lenet import LENET5, LeNet, LeNetSpec
+from covid_flax.models.mobilenet import MOBILENETS, MobileNet, MobileNetSpec
 from covid_flax.models.resnet import RESNETS, ResNet, ResNetSpec
 
 # Every spec says its network's `stages` in order of computation, the `preprocessing` it is
 # meant for, and the side of the `smallest` image it takes.
-MODELS: dict[str, ResNetSpec | LeNetSpec | AlexNetSpec | EfficientNetSpec] = {
+MODELS: dict[str, ResNetSpec | LeNetSpec | AlexNetSpec | EfficientNetSpec | MobileNetSpec] = {
     **RESNETS,
     **EFFICIENTNETS,
+    **MOBILENETS,
     "lenet5": LENET5,
     "alexnet": ALEXNET,
     "alexnet_small": ALEXNET_SMALL,
@@ -28,6 +30,7 @@ __all__ = [
     "AlexNet",
     "EfficientNet",
     "LeNet",
+    "MobileNet",
     "ResNet",
     "create_model",
     "preprocessing_of",
@@ -60,6 +63,8 @@ def create_model(config: Any, num_classes: int, seed: int) -> tuple[nnx.GraphDef
         common |= {"hidden_units": config.hidden_units, "momentum": config.bn_momentum}
         if isinstance(spec, EfficientNetSpec):
             model = EfficientNet(spec, **common)
+        elif isinstance(spec, MobileNetSpec):
+            model = MobileNet(spec, **common)
         else:
             model = ResNet(spec, remat=config.remat == "block", **common)
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]

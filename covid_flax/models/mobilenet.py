@@ -1,0 +1,294 @@
+"""MobileNetV2 (Sandler et al. 2018) and V3 (Howard et al. 2019) as in `keras.applications`.
+
+Inverted bottlenecks: 1x1 expand, depthwise, in V3 squeeze and excitation, 1x1 project, added to the
+input where shapes agree. Width 1.0. A layer's name in the tree is Keras's, under its stage, a
+stage being the blocks of one number of outputs: `block2/block_1_depthwise/kernel`. The head
+takes the pooled features, as after Keras's `include_top=False, pooling="avg"`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Collection
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from covid_flax.models.blocks import (
+    DepthwiseConv,
+    add_named,
+    batch_norm,
+    conv_same,
+    global_average,
+)
+from covid_flax.models.layers import BatchNorm, Conv, stages_between
+from covid_flax.models.resnet import Head
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """One inverted bottleneck: the start of its layers' names, and its shape.
+
+    Attributes:
+      wide: channels of the depthwise convolution; those of the input: nothing is expanded.
+      excite: squeeze and excitation after the depthwise convolution.
+      activation: a name in `_ACTIVATIONS`.
+    """
+
+    prefix: str
+    inputs: int
+    wide: int
+    outputs: int
+    size: int
+    stride: int
+    excite: bool
+    activation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MobileNetSpec:
+    """What distinguishes one MobileNet from another.
+
+    Attributes:
+      blocks: in order.
+      bn: the end of a batch norm's name.
+      stem, top: names of the convolution and its batch norm, outputs.
+      activation: of stem and top.
+      preprocessing: what its ImageNet weights expect, see `covid_flax.models.preprocess`.
+      epsilon: batch norm's.
+      smallest: side of the smallest image, pixels.
+    """
+
+    blocks: tuple[_Block, ...]
+    bn: str
+    stem: tuple[str, str, int]
+    top: tuple[str, str, int]
+    activation: str
+    preprocessing: ClassVar[str] = "tf"
+    epsilon: ClassVar[float] = 1e-3
+    smallest: ClassVar[int] = 32
+
+    def staged(self) -> dict[str, list[_Block]]:
+        """The blocks by stage, `block1` first."""
+        groups = itertools.groupby(self.blocks, lambda b: b.outputs)
+        return {f"block{i}": list(group) for i, (_, group) in enumerate(groups, 1)}
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """In order of computation; `pool` has no parameters."""
+        return ("stem", *self.staged(), "top", "pool", "head")
+
+
+def _v2() -> MobileNetSpec:
+    blocks: list[_Block] = []
+    inputs = 32
+    # Expansion, outputs, blocks, stride of the first: table 2 of the paper.
+    for expansion, outputs, repeats, stride in (
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    ):
+        for i in range(repeats):
+            prefix = f"block_{len(blocks)}_" if blocks else "expanded_conv_"
+            step, wide = 1 if i else stride, inputs * expansion
+            blocks.append(_Block(prefix, inputs, wide, outputs, 3, step, False, "relu6"))
+            inputs = outputs
+    stem, top = ("Conv1", "bn_Conv1", 32), ("Conv_1", "Conv_1_bn", 1280)
+    return MobileNetSpec(tuple(blocks), "BN", stem, top, "relu6")
+
+
+def _v3(rows: tuple[tuple[int, int, int, int, bool, str], ...]) -> MobileNetSpec:
+    """Of (depthwise channels, outputs, size, stride, squeeze and excitation, activation)."""
+    blocks: list[_Block] = []
+    inputs = 16
+    for i, (wide, outputs, *rest) in enumerate(rows):
+        prefix = f"expanded_conv_{i}_" if i else "expanded_conv_"
+        blocks.append(_Block(prefix, inputs, wide, outputs, *rest))  # type: ignore[arg-type]
+        inputs = outputs
+    stem, top = ("conv", "conv_bn", 16), ("conv_1", "conv_1_bn", 6 * inputs)
+    return MobileNetSpec(tuple(blocks), "bn", stem, top, "hard_swish")
+
+
+# Tables 1 and 2 of the V3 paper.
+MOBILENETS = {
+    "mobilenet_v2": _v2(),
+    "mobilenet_v3_small": _v3(
+        (
+            (16, 16, 3, 2, True, "relu"),
+            (72, 24, 3, 2, False, "relu"),
+            (88, 24, 3, 1, False, "relu"),
+            (96, 40, 5, 2, True, "hard_swish"),
+            (240, 40, 5, 1, True, "hard_swish"),
+            (240, 40, 5, 1, True, "hard_swish"),
+            (120, 48, 5, 1, True, "hard_swish"),
+            (144, 48, 5, 1, True, "hard_swish"),
+            (288, 96, 5, 2, True, "hard_swish"),
+            (576, 96, 5, 1, True, "hard_swish"),
+            (576, 96, 5, 1, True, "hard_swish"),
+        )
+    ),
+    "mobilenet_v3_large": _v3(
+        (
+            (16, 16, 3, 1, False, "relu"),
+            (64, 24, 3, 2, False, "relu"),
+            (72, 24, 3, 1, False, "relu"),
+            (72, 40, 5, 2, True, "relu"),
+            (120, 40, 5, 1, True, "relu"),
+            (120, 40, 5, 1, True, "relu"),
+            (240, 80, 3, 2, False, "hard_swish"),
+            (200, 80, 3, 1, False, "hard_swish"),
+            (184, 80, 3, 1, False, "hard_swish"),
+            (184, 80, 3, 1, False, "hard_swish"),
+            (480, 112, 3, 1, True, "hard_swish"),
+            (672, 112, 3, 1, True, "hard_swish"),
+            (672, 160, 5, 2, True, "hard_swish"),
+            (960, 160, 5, 1, True, "hard_swish"),
+            (960, 160, 5, 1, True, "hard_swish"),
+        )
+    ),
+}
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nnx.relu,
+    "relu6": nnx.relu6,
+    "hard_swish": nnx.hard_swish,
+}
+
+
+def _narrow(wide: int) -> int:
+    """Channels of the squeeze: a quarter, a multiple of 8, no more than a tenth below."""
+    wanted = wide / 4
+    rounded = max(8, int(wanted + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * wanted else rounded
+
+
+class _ConvBN(nnx.Module):
+    """The stem, the top: a convolution, its batch norm, the activation."""
+
+    def __init__(self, inputs: int, names: tuple[str, str, int], size: int, *, rngs: nnx.Rngs):
+        self.conv_name, self.bn_name, outputs = names
+        conv = Conv(inputs, outputs, size, use_bias=False, rngs=rngs)
+        add_named(self, {self.conv_name: conv, self.bn_name: BatchNorm(outputs)})
+
+    def __call__(self, x: Array, activation: str, stride: int, **bn: Any) -> Array:
+        y = conv_same(getattr(self, self.conv_name), x, stride)
+        return _ACTIVATIONS[activation](batch_norm(getattr(self, self.bn_name), y, **bn))
+
+
+class _Stage(nnx.Module):
+    """The blocks of one stage, their layers side by side."""
+
+    def __init__(self, blocks: list[_Block], bn: str, *, rngs: nnx.Rngs):
+        self.blocks, self.bn = tuple(blocks), bn
+
+        def conv(inputs: int, outputs: int, use_bias: bool = False) -> Conv:
+            return Conv(inputs, outputs, 1, use_bias=use_bias, rngs=rngs)
+
+        for b in blocks:
+            layers: dict[str, Any] = {}
+            if b.wide != b.inputs:
+                layers = {"expand": conv(b.inputs, b.wide), f"expand_{bn}": BatchNorm(b.wide)}
+            layers["depthwise"] = DepthwiseConv(b.wide, b.size, rngs=rngs)
+            layers[f"depthwise_{bn}"] = BatchNorm(b.wide)
+            if b.excite:
+                layers["squeeze_excite_conv"] = conv(b.wide, _narrow(b.wide), use_bias=True)
+                layers["squeeze_excite_conv_1"] = conv(_narrow(b.wide), b.wide, use_bias=True)
+            layers |= {"project": conv(b.wide, b.outputs), f"project_{bn}": BatchNorm(b.outputs)}
+            add_named(self, {b.prefix + name: layer for name, layer in layers.items()})
+
+    def __call__(self, x: Array, **bn: Any) -> Array:
+        for b in self.blocks:
+            activate = _ACTIVATIONS[b.activation]
+
+            def layer(name: str, prefix: str = b.prefix) -> Any:
+                return getattr(self, prefix + name)
+
+            y = x
+            if b.wide != b.inputs:
+                y = conv_same(layer("expand"), y)
+                y = activate(batch_norm(layer(f"expand_{self.bn}"), y, **bn))
+            y = layer("depthwise")(y, stride=b.stride)
+            y = activate(batch_norm(layer(f"depthwise_{self.bn}"), y, **bn))
+            if b.excite:
+                gate = global_average(y)[:, None, None]
+                gate = nnx.relu(conv_same(layer("squeeze_excite_conv"), gate))
+                gate = nnx.hard_sigmoid(conv_same(layer("squeeze_excite_conv_1"), gate))
+                y = y * gate.astype(y.dtype)
+            y = batch_norm(layer(f"project_{self.bn}"), conv_same(layer("project"), y), **bn)
+            x = x + y if b.stride == 1 and b.inputs == b.outputs else y
+        return x
+
+
+class MobileNet(nnx.Module):
+    """MobileNet: preprocessed images to logits; the arguments are those of `EfficientNet`."""
+
+    def __init__(
+        self,
+        spec: MobileNetSpec,
+        *,
+        num_classes: int,
+        hidden_units: int = 0,
+        dropout_rate: float = 0.2,
+        momentum: float = 0.99,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.spec, self.momentum, self.dtype = spec, momentum, dtype
+        self.stem = _ConvBN(3, spec.stem, 3, rngs=rngs)
+        for name, blocks in spec.staged().items():
+            setattr(self, name, _Stage(blocks, spec.bn, rngs=rngs))
+        self.top = _ConvBN(spec.blocks[-1].outputs, spec.top, 1, rngs=rngs)
+        self.head = Head(
+            spec.top[2],
+            num_classes,
+            hidden_units=hidden_units,
+            dropout_rate=dropout_rate,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        batch_stats_in: Collection[str] = (),
+        example_weights: Array | None = None,
+        dropout_key: Array | None = None,
+        axis_name: str | None = None,
+        start: str | None = None,
+        stop: str | None = None,
+    ) -> Array:
+        """Runs the stages from `start` to `stop`, both included; the arguments are `ResNet`'s.
+
+        Args:
+          x: what `start` takes: for `stem` preprocessed images `[N, H, W, 3]`.
+
+        Returns:
+          The output of `stop`; of `head`, logits `[N, num_classes]` in float32.
+        """
+        for name in stages_between(self.spec.stages, start, stop):
+            bn: dict[str, Any] = {
+                "epsilon": self.spec.epsilon,
+                "momentum": self.momentum,
+                "use_batch_stats": name in batch_stats_in,
+                "example_weights": example_weights,
+                "axis_name": axis_name,
+            }
+            if name == "pool":
+                x = global_average(x)
+            elif name == "head":
+                x = self.head(x, dropout_key)
+            elif name in ("stem", "top"):
+                stride = 2 if name == "stem" else 1
+                x = getattr(self, name)(x.astype(self.dtype), self.spec.activation, stride, **bn)
+            else:
+                x = getattr(self, name)(x.astype(self.dtype), **bn)
+        return x
