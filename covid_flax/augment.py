@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,16 @@ class Augment:
     rotate: float = 0.0
     scale: float = 0.0
     brightness: float = 0.0
+    contrast: float = 0.0
+    gamma: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+    border: float = 0.0
+    erase: float = 0.0
 
     @property
     def active(self) -> bool:
-        return bool(self.flip or self.warps or self.brightness)
+        return any(dataclasses.astuple(self))
 
     @property
     def warps(self) -> bool:
@@ -31,6 +38,7 @@ class Augment:
 
 
 def _augment_one(key: Array, image: Array, how: Augment) -> Array:
+    """Geometry first, then what a scanner, an export or a crop changes."""
     flip_key, shift_key, rotate_key, scale_key, bright_key = jax.random.split(key, 5)
     if how.flip:
         image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
@@ -53,7 +61,73 @@ def _augment_one(key: Array, image: Array, how: Augment) -> Array:
     if how.brightness:
         factor = 1 + how.brightness * jax.random.uniform(bright_key, minval=-1, maxval=1)
         image = jnp.clip(image * factor, 0, 255)
+    return _appearance(jax.random.fold_in(key, 1), image, how)
+
+
+def _appearance(key: Array, image: Array, how: Augment) -> Array:
+    keys = jax.random.split(key, 6)
+
+    def symmetric(i: int) -> Array:
+        return jax.random.uniform(keys[i], minval=-1, maxval=1)
+
+    if how.blur:
+        image = _blur_or_sharpen(keys[0], image, how.blur)
+    if how.contrast:
+        mean = jnp.mean(image)
+        image = jnp.clip(mean + (image - mean) * jnp.exp(how.contrast * symmetric(1)), 0, 255)
+    if how.gamma:
+        image = 255 * (image / 255) ** jnp.exp(how.gamma * symmetric(2))
+    if how.noise:
+        strength_key, noise_key = jax.random.split(keys[3])
+        # One draw for all channels: a grey image stays grey.
+        noise = jax.random.normal(noise_key, (*image.shape[:2], 1))
+        image = image + noise * 255 * how.noise * jax.random.uniform(strength_key)
+        image = jnp.clip(image, 0, 255)
+    if how.erase:
+        image = _erase(keys[4], image, how.erase)
+    if how.border:
+        image = _border(keys[5], image, how.border)
     return image
+
+
+def _blur_or_sharpen(key: Array, image: Array, most: float) -> Array:
+    """Half of the images blurred by up to `most` pixels, half sharpened by as much again."""
+    which, strength = jax.random.split(key)
+    sigma = most * jax.random.uniform(strength, minval=0.1, maxval=1.0)
+    radius = 3
+    taps = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
+    taps = taps / jnp.sum(taps)
+    padded = jnp.pad(image, ((radius, radius), (radius, radius), (0, 0)), mode="edge")
+    height, width = image.shape[:2]
+    shifts = range(2 * radius + 1)
+    rows = functools.reduce(jnp.add, [taps[i] * padded[i : i + height] for i in shifts])
+    blurred = functools.reduce(jnp.add, [taps[i] * rows[:, i : i + width] for i in shifts])
+    sharpened = jnp.clip(2 * image - blurred, 0, 255)
+    return jnp.where(jax.random.bernoulli(which), blurred, sharpened)
+
+
+def _erase(key: Array, image: Array, most: float) -> Array:
+    """In half of the images, one box of up to `most` of each side filled with one grey."""
+    whether, size_key, place_key, grey_key = jax.random.split(key, 4)
+    height, width = image.shape[:2]
+    sides = jnp.array([height, width]) * most * jax.random.uniform(size_key, (2,), minval=0.1)
+    # Centres anywhere: boxes hang over borders and corners too.
+    centre = jnp.array([height, width]) * jax.random.uniform(place_key, (2,))
+    y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    inside = (abs(y - centre[0]) < sides[0] / 2) & (abs(x - centre[1]) < sides[1] / 2)
+    grey = 255 * jax.random.uniform(grey_key)
+    return jnp.where(inside & jax.random.bernoulli(whether), grey, image)
+
+
+def _border(key: Array, image: Array, most: float) -> Array:
+    """In half of the images, bands of up to `most` of the side made black, each its own width."""
+    whether, width_key = jax.random.split(key)
+    height, width = image.shape[:2]
+    top, bottom, left, right = most * jax.random.uniform(width_key, (4,))
+    y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    inside = (y >= top * height) & (y < (1 - bottom) * height)
+    inside &= (x >= left * width) & (x < (1 - right) * width)
+    return jnp.where(inside | ~jax.random.bernoulli(whether), image, 0)
 
 
 def augment(key: Array, images: Array, how: Augment) -> Array:

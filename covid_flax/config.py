@@ -69,6 +69,12 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "augment.rotate": (0, 180),
     "augment.scale": (0, 0.99),
     "augment.brightness": (0, 1),
+    "augment.contrast": (0, 3),
+    "augment.gamma": (0, 3),
+    "augment.blur": (0, 10),
+    "augment.noise": (0, 1),
+    "augment.erase": (0, 1),
+    "augment.border": (0, 0.45),
     "eval.batch_size": (1, None),
 }
 

@@ -83,6 +83,12 @@ def get_config() -> ml_collections.ConfigDict:
     a.rotate = 0.0  # up to this many degrees
     a.scale = 0.0  # zoom by up to this share, in or out
     a.brightness = 0.0  # multiplied by 1 +- up to this share
+    a.contrast = 0.0  # about the mean, multiplied by exp(+- up to this)
+    a.gamma = 0.0  # greys to the power exp(+- up to this)
+    a.blur = 0.0  # half of the images blurred by up to so many pixels, half sharpened
+    a.noise = 0.0  # normal, of a deviation up to this share of white
+    a.erase = 0.0  # in half of the images a box of up to this share of each side made one grey
+    a.border = 0.0  # in half of the images black bands of up to this share on every side
 
     c.eval = e = ml_collections.ConfigDict()
     e.batch_size = 64  # over all devices; changes no figure

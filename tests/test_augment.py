@@ -94,3 +94,72 @@ def test_a_grey_image_changes_as_its_three_equal_channels_do(images):
     grey = images[..., :1]
     want = _apply(np.repeat(np.asarray(grey), 3, -1), 3, **how)
     np.testing.assert_allclose(np.repeat(_apply(grey, 3, **how), 3, -1), want, atol=1e-3)
+
+
+def test_contrast_and_gamma_are_what_they_say(images):
+    out = _apply(images, contrast=0.5)
+    factors = []
+    for before, after in zip(images, out, strict=True):
+        inside = (after > 0) & (after < 255)
+        factor = np.polyfit(before[inside] - before.mean(), after[inside] - before.mean(), 1)[0]
+        want = np.clip(before.mean() + (before - before.mean()) * factor, 0, 255)
+        np.testing.assert_allclose(after, want, atol=0.05)
+        factors.append(np.log(factor))
+    assert -0.5 <= min(factors) < -0.2 and 0.2 < max(factors) <= 0.5
+
+    out = _apply(images, gamma=0.4)
+    powers = [
+        np.log(after / 255).sum() / np.log(before / 255).sum()
+        for before, after in zip(images, out, strict=True)
+    ]
+    assert np.exp(-0.4) <= min(powers) < 0.85 and 1.15 < max(powers) <= np.exp(0.4)
+    for before, after, power in zip(images, out, powers, strict=True):
+        np.testing.assert_allclose(after, 255 * (before / 255) ** power, atol=0.05)
+
+
+def test_half_are_blurred_as_scipy_blurs_and_half_sharpened(images):
+    out = _apply(images, blur=0.8)
+    blurred = sharpened = 0
+    for before, after in zip(images, out, strict=True):
+        before, after = before.astype(np.float64), after.astype(np.float64)
+        best = {}
+        for sigma in np.linspace(0.08, 0.8, 73):
+            smooth = ndimage.gaussian_filter(
+                before, (sigma, sigma, 0), mode="nearest", radius=(3, 3, 0)
+            )
+            best[np.abs(smooth - after).max()] = "blurred"
+            best[np.abs(np.clip(2 * before - smooth, 0, 255) - after).max()] = "sharpened"
+        error = min(best)
+        assert error < 0.3, error
+        blurred += best[error] == "blurred"
+        sharpened += best[error] == "sharpened"
+    assert blurred >= 16 and sharpened >= 16
+
+
+def test_noise_keeps_grey_grey_and_has_its_strength(images):
+    flat = np.full((64, 40, 40, 3), 128, np.float32)
+    change = _apply(flat, noise=0.1) - flat
+    assert np.ptp(change, axis=-1).max() == 0
+    deviation = change[..., 0].std((1, 2))
+    assert deviation.max() < 0.11 * 255 and deviation.max() > 0.07 * 255
+    assert deviation.min() < 0.03 * 255
+
+
+def test_borders_and_boxes_are_where_they_may_be(images):
+    white = np.full((64, 40, 30, 1), 255, np.float32)
+    out = _apply(white, border=0.2)[..., 0]
+    touched = (out == 0).any((1, 2))
+    assert 18 <= touched.sum() <= 46
+    assert np.all(out[:, 8:32, 6:24] == 255) and set(np.unique(out)) == {0, 255}
+    for image in out[touched]:  # whole rows and columns
+        rows, columns = (image == 255).any(1), (image == 255).any(0)
+        np.testing.assert_array_equal(image == 255, np.outer(rows, columns))
+
+    out = _apply(white, erase=0.5)[..., 0]
+    boxes = out != 255
+    touched = boxes.any((1, 2))
+    assert 18 <= touched.sum() <= 46
+    for image, box in zip(out[touched], boxes[touched], strict=True):
+        np.testing.assert_array_equal(box, np.outer(box.any(1), box.any(0)))
+        assert box.any(1).sum() <= 21 and box.any(0).sum() <= 16
+        assert len(np.unique(image[box])) == 1
