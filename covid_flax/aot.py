@@ -18,7 +18,13 @@ from covid_flax.augment import Augment
 from covid_flax.chips import PEAKS
 from covid_flax.errors import UserError
 from covid_flax.mesh import AXIS, jit_layout, replicated, sharded
-from covid_flax.models import create_model, preprocessing_of, stage_before, trained_stages
+from covid_flax.models import (
+    MODELS,
+    create_model,
+    preprocessing_of,
+    stage_before,
+    trained_stages,
+)
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
 from covid_flax.step import StepConfig, abstract_batch, create_state, make_train_step
 
@@ -114,7 +120,8 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
     how = Augment(**config.augment.to_dict())
     cached = None if how.active else stage_before(config.model, trained[0])
     # The number of steps turns up in constants only.
-    tx = make_optimizer(config.optimizer, learning_rate_schedule(config.optimizer, 1000, 1))
+    schedule = learning_rate_schedule(config.optimizer, 1000, 1)
+    tx = make_optimizer(config.optimizer, schedule, MODELS[config.model.name].stages)
     weights = (1.0,) * num_classes if config.train.class_weights == "balanced" else None
     step_config = StepConfig(
         preprocessing=preprocessing_of(config.model),

@@ -52,6 +52,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "optimizer.b2": (0, 0.999999999),
     "optimizer.epsilon": (0, None),
     "optimizer.weight_decay": (0, None),
+    "optimizer.stage_decay": (0, 1),
     "optimizer.clip_norm": (0, None),
     "train.epochs": (1, None),
     "train.batch_size": (1, None),

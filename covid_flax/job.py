@@ -19,7 +19,7 @@ from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.pipeline import ArraySource, Source, usable_examples
 from covid_flax.errors import UserError
 from covid_flax.mesh import Layout, make_layout
-from covid_flax.models import preprocessing_of, stage_before
+from covid_flax.models import MODELS, preprocessing_of, stage_before
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
 from covid_flax.predict import compile_apply, predict
 from covid_flax.report.console import say
@@ -94,7 +94,7 @@ def make_job(run: Run) -> Job:
         train_source=run.data.source("train", config.data),
         val_source=run.data.source("val", config.data),
         layout=layout,
-        tx=make_optimizer(config.optimizer, schedule),
+        tx=make_optimizer(config.optimizer, schedule, MODELS[config.model.name].stages),
         schedule=schedule,
         usable=usable,
         fill=devices * max(1, math.ceil(usable % batch_size / micro)),

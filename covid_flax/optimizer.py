@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,8 +56,17 @@ def learning_rate_schedule(config: Any, steps_per_epoch: int, epochs: int) -> op
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The configuration's `optimizer`, at a learning rate by step."""
+def make_optimizer(
+    config: Any, schedule: optax.Schedule, stages: Sequence[str] = ()
+) -> optax.GradientTransformation:
+    """The configuration's `optimizer`, at a learning rate by step.
+
+    Args:
+      config: the configuration's `optimizer`.
+      schedule: see `learning_rate_schedule`.
+      stages: of the network, in order of computation: the outermost names of the parameter tree.
+        Needed where `stage_decay` is not 1.
+    """
     if config.epsilon_mode == "keras":
         adam = scale_by_keras_adam(config.b1, config.b2, config.epsilon)
     else:
@@ -72,6 +82,18 @@ def make_optimizer(config: Any, schedule: optax.Schedule) -> optax.GradientTrans
                 mask=lambda params: jax.tree_util.tree_map_with_path(
                     lambda path, _: path[-1].key == "kernel", params
                 ),
+            )
+        )
+    if config.stage_decay != 1:
+        # Discriminative rates (Howard and Ruder 2018); `pool` has no parameters and counts not.
+        order = [stage for stage in stages if stage != "pool"][::-1]
+        factors = {stage: config.stage_decay**i for i, stage in enumerate(order)}
+        chain.append(
+            optax.stateless(
+                lambda updates, params: {
+                    stage: jax.tree.map(lambda u, f=factors[stage]: u * f, update)
+                    for stage, update in updates.items()
+                }
             )
         )
     return optax.chain(*chain, optax.scale_by_learning_rate(schedule))

@@ -56,6 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
     o.epsilon = 1e-7  # Adam's, Keras's default
     o.epsilon_mode = "keras"  # keras (before bias correction) or optax (after); docs/training.md
     o.weight_decay = 0.0  # decoupled (AdamW), kernels only
+    o.stage_decay = 1.0  # a stage learns at this share of the rate of the stage after it
     o.clip_norm = 0.0  # > 0: bound on the gradient's global norm
 
     c.train = t = ml_collections.ConfigDict()

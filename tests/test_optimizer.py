@@ -98,3 +98,16 @@ def test_schedules():
     np.testing.assert_allclose([cosine(5), cosine(10), cosine(30), cosine(50)], expected, atol=1e-6)
     constant = learning_rate_schedule(_config(learning_rate=3e-4), 10, 5)
     assert float(constant(0)) == float(constant(10**6)) == pytest.approx(3e-4)
+
+
+def test_a_stage_learns_at_a_share_of_the_next_one_s_rate():
+    stages = ("stem", "block1", "pool", "head")
+    start = {s: {"kernel": jnp.ones((2, 2))} for s in stages if s != "pool"}
+    grads = [jax.tree.map(lambda x: 0.3 * x, start)] * 3
+    plain = _run(make_optimizer(_config(), lambda _: 1e-2, stages), start, grads)
+    decayed = _run(make_optimizer(_config(stage_decay=0.5), lambda _: 1e-2, stages), start, grads)
+    for stage, factor in (("head", 1.0), ("block1", 0.5), ("stem", 0.25)):
+        moved = np.asarray(decayed[stage]["kernel"]) - 1
+        whole = np.asarray(plain[stage]["kernel"]) - 1
+        assert abs(whole).min() > 0.02
+        np.testing.assert_allclose(moved, factor * whole, rtol=1e-4)

@@ -20,7 +20,7 @@ from covid_flax.data.pipeline import Source
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.mesh import make_layout
-from covid_flax.models import create_model, trained_stages
+from covid_flax.models import MODELS, create_model, trained_stages
 from covid_flax.optimizer import make_optimizer
 from covid_flax.predict import compile_apply, log_softmax, predict
 from covid_flax.run import read_run
@@ -87,7 +87,7 @@ def open_run(workdir: Path, checkpoint: str = "best") -> TrainedRun:
         params,
         batch_stats,
         frozenset(trained_stages(config.model)),
-        make_optimizer(config.optimizer, lambda _: 0.0),
+        make_optimizer(config.optimizer, lambda _: 0.0, MODELS[config.model.name].stages),
         config.seed,
         average=config.train.ema_decay > 0,
     )
