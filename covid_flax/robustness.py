@@ -1,0 +1,203 @@
+"""Does a run's accuracy survive another scanner, export or crop: `python -m covid_flax.robustness`.
+
+    python -m covid_flax.robustness RUN_DIR [--split=test] [--output=DIR]
+
+Scores the same images plain and changed in eleven ways at five strengths (see
+`covid_flax.data.corruptions`). Writes `robustness.json` and `robustness.png`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from covid_flax.command import run_command
+from covid_flax.controls import stratified_sample
+from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS, Corruption
+from covid_flax.data.pipeline import Element, Source
+from covid_flax.errors import UserError
+from covid_flax.evaluation.intervals import wilson_interval
+from covid_flax.evaluation.trained import TrainedRun, open_data, open_run, saved_run
+from covid_flax.files import write_atomically
+from covid_flax.report.console import say
+
+SPLITS = ("test", "val", "train", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class CorruptedSource:
+    """Some images of a source, changed; always with three channels.
+
+    Attributes:
+      source: the images.
+      index: which of them, `[N]`.
+      corruption: what is done to them, None for nothing.
+      strength: from 1 to 5.
+    """
+
+    source: Source
+    index: np.ndarray
+    corruption: Corruption | None = None
+    strength: int = 0
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, i: int) -> Element:
+        place = int(self.index[i])
+        element = self.source[place]
+        pixels = np.asarray(element["image"])
+        if self.corruption is not None:
+            # An image's noise is its own, whatever the batch; stronger, the same draw.
+            rng = np.random.default_rng(place)
+            pixels = self.corruption(pixels, self.strength, rng)
+        pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
+        return {"image": pixels, "label": element["label"]}
+
+
+def score_corruptions(
+    run: TrainedRun, source: Source, labels: np.ndarray, limit: int = 0
+) -> dict[str, Any]:
+    """Accuracy under every corruption and strength.
+
+    Args:
+      run: a trained run.
+      source: the images.
+      labels: class indices, `[N]`.
+      limit: at most so many images, class by class; 0 takes all.
+
+    Returns:
+      `num_examples`; `plain`: figures; `corruptions`: name, unit, values, `strengths` (figures of
+      each), mean accuracy and mean drop; `mean_drop` and `mean_balanced_drop` over all.
+    """
+    index = stratified_sample(labels, limit)
+    truth = labels[index]
+
+    def figures(corruption: Corruption | None = None, strength: int = 0) -> dict[str, Any]:
+        changed = CorruptedSource(source, index, corruption, strength)
+        right = run.probabilities(changed).argmax(1) == truth
+        recalls = [right[truth == k].mean() for k in np.unique(truth)]
+        return {
+            "accuracy": float(right.mean()),
+            "accuracy_interval": wilson_interval(int(right.sum()), len(right)),
+            "balanced_accuracy": float(np.mean(recalls)),
+        }
+
+    plain = figures()
+    rows = []
+    with tqdm(total=len(CORRUPTIONS) * len(STRENGTHS), unit=" scorings", leave=False) as bar:
+        for corruption in CORRUPTIONS:
+            bar.set_description(corruption.name)
+            strengths = []
+            for strength in STRENGTHS:
+                strengths.append(figures(corruption, strength))
+                bar.update()
+            accuracy = float(np.mean([s["accuracy"] for s in strengths]))
+            balanced = float(np.mean([s["balanced_accuracy"] for s in strengths]))
+            rows.append(
+                {
+                    "name": corruption.name,
+                    "unit": corruption.unit,
+                    "values": list(corruption.values),
+                    "strengths": strengths,
+                    "mean_accuracy": accuracy,
+                    "mean_drop": plain["accuracy"] - accuracy,
+                    "mean_balanced_drop": plain["balanced_accuracy"] - balanced,
+                }
+            )
+    return {
+        "num_examples": len(index),
+        "plain": plain,
+        "corruptions": rows,
+        "mean_drop": float(np.mean([row["mean_drop"] for row in rows])),
+        "mean_balanced_drop": float(np.mean([row["mean_balanced_drop"] for row in rows])),
+    }
+
+
+def robustness(
+    workdir: Path,
+    *,
+    checkpoint: str = "best",
+    split: str = "",
+    data_dir: str = "",
+    limit: int = 0,
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Scores a checkpoint under every corruption, and writes robustness.json and its plot.
+
+    Args:
+      workdir: the run's folder.
+      checkpoint: `best`, `latest` or a step.
+      split: of the run's `split.csv`; "" takes test where there is one, else val.
+      data_dir: where the images lie now, or with `split` all another folder; as in `evaluate`.
+      limit: at most so many images, class by class; 0 takes all.
+      output: folder of the files, `workdir/robustness/<split>` where None.
+
+    Returns:
+      What robustness.json holds. Raises UserError.
+    """
+    saved = saved_run(workdir)
+    split = split or ("test" if "test" in saved["data"]["images"] else "val")
+    data = open_data(workdir, saved, split, data_dir)
+    run = open_run(workdir, checkpoint)
+    source = data.source(split, run.config.data)
+    report = {
+        "split": split,
+        "checkpoint": {"which": checkpoint, "step": run.step},
+        "data_dir": str(Path(data.folder.root).absolute()),
+        **score_corruptions(run, source, data.labels(split), limit),
+    }
+    # Slow to import.
+    from covid_flax.report.robustness_plot import plot_robustness
+
+    output = output or workdir / "robustness" / split
+    output.mkdir(parents=True, exist_ok=True)
+    plot_robustness(report, output / "robustness.png", f"{workdir.name}, {split} images")
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomically(output / "robustness.json", f"{text}\n".encode())
+    _print(report, output)
+    return report
+
+
+def _print(report: dict[str, Any], output: Path) -> None:
+    plain = report["plain"]["accuracy"]
+    say(f"{report['num_examples']:,} images, plain accuracy {plain:.4f}; accuracy by strength:")
+    say(f"{'':<14}{''.join(f'{s:>8}' for s in STRENGTHS)}    mean    drop")
+    for row in report["corruptions"]:
+        by_strength = "".join(f"{s['accuracy']:8.4f}" for s in row["strengths"])
+        say(f"{row['name']:<14}{by_strength}{row['mean_accuracy']:8.4f}{row['mean_drop']:8.4f}")
+    say(f"mean drop {report['mean_drop']:.4f}, balanced {report['mean_balanced_drop']:.4f}")
+    say(f"written: {output}/robustness.json, robustness.png")
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("checkpoint", "best", "best, latest or a step")
+    flags.DEFINE_enum("split", "", ("", *SPLITS), "which images; empty: test if there is one")
+    flags.DEFINE_string("data_dir", "", "another place of the run's images, or another folder")
+    flags.DEFINE_integer("limit", 0, "at most so many images, class by class; 0: all", 0)
+    flags.DEFINE_string("output", "", "folder to write to; empty: RUN_DIR/robustness/<split>")
+
+
+def _main(arguments: list[str]) -> None:
+    if len(arguments) != 1:
+        raise UserError("give one run's folder: python -m covid_flax.robustness RUN_DIR")
+    f = flags.FLAGS
+    robustness(
+        Path(arguments[0]).expanduser(),
+        checkpoint=f.checkpoint,
+        split=f.split,
+        data_dir=f.data_dir,
+        limit=f.limit,
+        output=Path(f.output).expanduser() if f.output else None,
+    )
+
+
+if __name__ == "__main__":
+    _define_flags()
+    run_command(_main, positional=True)

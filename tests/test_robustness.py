@@ -1,0 +1,78 @@
+"""Figures judged by NumPy on a run whose answers are known; the command on a real small run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS
+from covid_flax.data.pipeline import ArraySource
+from covid_flax.errors import UserError
+from covid_flax.evaluate import evaluate
+from covid_flax.robustness import CorruptedSource, robustness, score_corruptions
+from covid_flax.run import setup
+from covid_flax.train import train
+
+
+class ByBrightness:
+    """Stands for a run: class 1 where the mean grey is over 128."""
+
+    def probabilities(self, source):
+        means = np.array([source[i]["image"].mean() for i in range(len(source))])
+        return np.stack([means <= 128, means > 128], 1).astype(float)
+
+
+def test_figures_are_those_of_the_changed_images():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 80)
+    images = rng.integers(0, 256, (80, 16, 16, 1)) * 0.4 + 76 * labels[:, None, None, None]
+    source = ArraySource(images.clip(0, 255).astype(np.uint8), labels)
+    report = score_corruptions(ByBrightness(), source, labels)
+    assert report["num_examples"] == 80
+    for corruption, row in zip(CORRUPTIONS, report["corruptions"], strict=True):
+        for strength, got in zip(STRENGTHS, row["strengths"], strict=True):
+            answers = np.array(
+                [
+                    corruption(image, strength, np.random.default_rng(i)).mean() > 128
+                    for i, image in enumerate(source.images)
+                ]
+            )
+            assert got["accuracy"] == pytest.approx(np.mean(answers == labels))
+            recalls = [np.mean(answers[labels == k] == k) for k in (0, 1)]
+            assert got["balanced_accuracy"] == pytest.approx(np.mean(recalls))
+        drops = [report["plain"]["accuracy"] - s["accuracy"] for s in row["strengths"]]
+        assert row["mean_drop"] == pytest.approx(np.mean(drops))
+    drops = [row["mean_drop"] for row in report["corruptions"]]
+    assert report["mean_drop"] == pytest.approx(np.mean(drops)) and report["mean_drop"] != 0
+
+
+def test_an_image_is_changed_alike_wherever_it_stands():
+    images = np.random.default_rng(0).integers(0, 256, (6, 12, 12, 1), np.uint8)
+    source = ArraySource(images, np.zeros(6, int))
+    noise = next(c for c in CORRUPTIONS if c.name == "noise")
+    whole = CorruptedSource(source, np.arange(6), noise, 3)
+    part = CorruptedSource(source, np.array([4, 1]), noise, 3)
+    np.testing.assert_array_equal(part[0]["image"], whole[4]["image"])
+    np.testing.assert_array_equal(part[1]["image"], whole[1]["image"])
+    assert whole[0]["image"].shape == (12, 12, 3)
+
+
+def test_a_run_s_table_and_plot(tiny_config, tmp_path):
+    workdir = tmp_path / "run"
+    tiny_config.train.epochs = 2
+    train(setup(tiny_config, workdir))
+    report = robustness(workdir)
+    folder = workdir / "robustness" / "val"
+    assert json.loads((folder / "robustness.json").read_text()) == report
+    assert (folder / "robustness.png").read_bytes().startswith(b"\x89PNG")
+    assert report["plain"]["accuracy"] == evaluate(workdir)["accuracy"]
+    limited = robustness(workdir, limit=8, output=tmp_path / "few")
+    assert limited["num_examples"] == 8
+    with pytest.raises(UserError, match="the run has no test split"):
+        robustness(workdir, split="test")
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoint"):
+        robustness(workdir)
