@@ -70,18 +70,33 @@ def _input_gradient_cpu(g: Array, kernel: Array, stride: int, height: int, width
     return _shifted_products(g, kernel[::-1, ::-1], 1, height, width)
 
 
+# Rows summed in one expression: more are compiled slowly, fewer computed slowly.
+_ROWS = 32
+
+
 def _kernel_gradient_cpu(x: Array, g: Array, size: int, stride: int) -> Array:
-    """Image by image, so that all weights' sums read what is in the cache."""
+    """A few images at a time, so that all weights' sums read what is in the cache.
 
-    def add(sums: tuple[Array, ...], image: tuple[Array, Array]) -> tuple[tuple[Array, ...], None]:
-        x, g = image
-        taps = _taps(x[None], size, stride, *g.shape[:2])
-        new = [jnp.sum((tap[0] * g).astype(jnp.float32), (0, 1)) for tap in taps]
-        return tuple(map(jnp.add, sums, new)), None
+    Rows are added up one by one, columns and images last: XLA's own reduction over all of them
+    would not use the processor's vectors.
+    """
+    images, height, width, channels = g.shape
+    part = 1
+    while images % (2 * part) == 0 and 2 * part * height <= _ROWS:
+        part *= 2
 
-    zeros = (jnp.zeros(g.shape[-1], jnp.float32),) * size**2
-    sums, _ = lax.scan(add, zeros, (_padded(x, size, stride), g))
-    return jnp.stack(sums).reshape(size, size, -1, 1).astype(x.dtype)
+    def add(sums: tuple[Array, ...], some: tuple[Array, ...]) -> tuple[tuple[Array, ...], None]:
+        x, g = (array.astype(jnp.float32) for array in some)
+        new = []
+        for tap, total in zip(_taps(x, size, stride, height, width), sums, strict=True):
+            rows = [tap[n, row] * g[n, row] for n in range(part) for row in range(height)]
+            new.append(total + functools.reduce(jnp.add, rows))
+        return tuple(new), None
+
+    zeros = (jnp.zeros((width, channels), jnp.float32),) * size**2
+    parts = [array.reshape(-1, part, *array.shape[1:]) for array in (_padded(x, size, stride), g)]
+    sums, _ = lax.scan(add, zeros, tuple(parts))
+    return jnp.sum(jnp.stack(sums), 1).reshape(size, size, -1, 1).astype(x.dtype)
 
 
 def _forward_xla(x: Array, kernel: Array, stride: int) -> Array:
