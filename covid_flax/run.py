@@ -24,9 +24,9 @@ from covid_flax.data.dataset import Dataset
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.files import write_atomically
-from covid_flax.models import create_model, preprocessing_of, trained_stages
+from covid_flax.models import beginning_of, create_model, preprocessing_of, trained_stages
 from covid_flax.pretrained.fetch import resolve, sha256
-from covid_flax.pretrained.load import load_weights
+from covid_flax.pretrained.load import array_names, load_weights
 from covid_flax.pretrained.read import read_weights
 from covid_flax.report.console import say
 
@@ -112,6 +112,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
             batch_stats,
             source=str(path),
             may_miss=tuple(config.model.weights_may_miss),
+            may_spare=_of_the_whole(config.model),
         )
         say(f"weights: {path.name}: {report.summary()}")
         weights.update(file=str(path), sha256=sha256(path), report=report.summary())
@@ -142,6 +143,14 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         write_atomically(workdir / "config.json", text.encode())
     _meet(workdir)
     return Run(config, workdir, data, graphdef, params, batch_stats)
+
+
+def _of_the_whole(config: Any) -> list[str]:
+    """The arrays of the network whose first layers the configuration's `model` is."""
+    whole = beginning_of(config)
+    if whole is None:
+        return []
+    return array_names(*jax.eval_shape(lambda: create_model(whole, 2, 0)[1:]))
 
 
 def _meet(workdir: Path) -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "LeNet",
     "MobileNet",
     "ResNet",
+    "beginning_of",
     "create_model",
     "preprocessing_of",
     "stage_before",
@@ -69,6 +70,16 @@ def create_model(config: Any, num_classes: int, seed: int) -> tuple[nnx.GraphDef
             model = ResNet(spec, remat=config.remat == "block", **common)
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+
+
+def beginning_of(config: Any) -> Any | None:
+    """The configuration's `model` for the network whose first layers its own are; None: none."""
+    whole = getattr(MODELS[config.name], "beginning_of", "")
+    if not whole:
+        return None
+    other = config.copy_and_resolve_references()
+    other.name = whole
+    return other
 
 
 def preprocessing_of(config: Any) -> str:

