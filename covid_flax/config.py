@@ -63,6 +63,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "train.log_every_steps": (1, None),
     "train.micro_batch": (0, None),
     "train.ema_decay": (0, 0.999999),
+    "train.teacher_weight": (0, 1),
+    "train.teacher_temperature": (0.1, 100),
     "train.recalibrate": (0, None),
     "train.feature_cache_gb": (0, None),
     "train.feature_disk_gb": (0, None),

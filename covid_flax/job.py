@@ -17,6 +17,7 @@ from covid_flax.augment import Augment
 from covid_flax.chips import peak_of
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.pipeline import ArraySource, Source, usable_examples
+from covid_flax.data.splits import read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.mesh import Layout, make_layout
 from covid_flax.models import MODELS, preprocessing_of, stage_before
@@ -26,6 +27,7 @@ from covid_flax.report.console import say
 from covid_flax.run import Run
 from covid_flax.step import (
     StepConfig,
+    Teacher,
     abstract_batch,
     create_state,
     make_eval_step,
@@ -109,9 +111,42 @@ def make_job(run: Run) -> Job:
             # Under pmap a step sees one device's share.
             micro_batch=config.train.micro_batch // (devices if layout.axis_name else 1),
             ema_decay=config.train.ema_decay,
+            teacher=_teacher(run),
             axis_name=layout.axis_name,
         ),
     )
+
+
+def _teacher(run: Run) -> Teacher | None:
+    """The trained run that the configuration's `train.teacher` names. Raises UserError."""
+    config = run.config.train
+    if not config.teacher:
+        return None
+    # It opens runs, with what training needs and more.
+    from covid_flax.evaluation.trained import open_run
+
+    folder = Path(config.teacher).expanduser()
+    teacher = open_run(folder)
+    if teacher.class_names != tuple(run.data.class_names):
+        raise UserError(
+            f"train.teacher={folder} knows the classes {list(teacher.class_names)}, the data has "
+            f"{list(run.data.class_names)}: train it on the same classes"
+        )
+    size = teacher.config.data.image_size
+    if size != run.config.data.image_size:
+        raise UserError(
+            f"train.teacher={folder} takes images of {size} pixels, this run has "
+            f"{run.config.data.image_size}: set data.image_size={size}"
+        )
+    learned = {row.file for row in read_split_csv(folder / "split.csv") if row.split == "train"}
+    held_out = {row.file for row in run.data.rows if row.split != "train"}
+    if leaked := len(learned & held_out):
+        raise UserError(
+            f"train.teacher={folder} was trained on {leaked:,} images that this run holds out: "
+            "its figures would be of images seen; give a teacher of the same split"
+        )
+    say(f"teacher: {folder}, step {teacher.step:,}")
+    return Teacher(teacher.logits, config.teacher_weight, config.teacher_temperature)
 
 
 def batch_shapes(run: Run, start: str | None, size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -137,7 +172,9 @@ def peak_rate(run: Run, job: Job) -> float:
         lambda: create_state(run.params, run.batch_stats, trained, job.tx, config.seed)
     )
     batch = batch_shapes(run, job.start, config.train.batch_size)
-    how = dataclasses.replace(job.step_config, axis_name=None, micro_batch=0, ema_decay=0.0)
+    how = dataclasses.replace(
+        job.step_config, axis_name=None, micro_batch=0, ema_decay=0.0, teacher=None
+    )
     step = jax.jit(make_train_step(run.graphdef, job.tx, how))
     cost = step.lower(state, batch).cost_analysis()
     flops = float((cost or {}).get("flops", 0.0))
@@ -152,7 +189,7 @@ def _cached_from(run: Run, how: Augment) -> str | None:
     """
     first = run.trained[0]
     before = stage_before(run.config.model, first)
-    if before is None or how.active:
+    if before is None or how.active or run.config.train.teacher:
         return None
     gigabytes = _feature_bytes(run) / 1e9
     place = _feature_place(run.config, gigabytes)

@@ -51,6 +51,21 @@ class TrainState:
         return {**self.frozen, **params}, self.average.get("batch_stats", self.batch_stats)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Teacher:
+    """A trained network whose answers a step learns from (Hinton, Vinyals and Dean 2015).
+
+    Attributes:
+      logits: of images `[N, H, W, 1 or 3]`, 0..255: float32 `[N, K]`.
+      weight: share of the loss that its answers make; the labels make the rest.
+      temperature: both networks' logits are divided by it in that share.
+    """
+
+    logits: Callable[[Array], Array]
+    weight: float
+    temperature: float
+
+
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
     """What a step needs to know of the configuration.
@@ -66,6 +81,7 @@ class StepConfig:
       micro_batch: > 0: at most so many examples go through the network at once; the
         gradients of a batch's parts are added up.
       ema_decay: > 0: of the moving averages of parameters and batch statistics.
+      teacher: whose answers to the same augmented images are learned from, or None.
       axis_name: mapped axis to average over, None under jit.
     """
 
@@ -77,6 +93,7 @@ class StepConfig:
     augment: Augment = Augment()
     micro_batch: int = 0
     ema_decay: float = 0.0
+    teacher: Teacher | None = None
     axis_name: str | None = None
 
 
@@ -153,6 +170,17 @@ def cross_entropy(
     return losses
 
 
+def distillation_loss(logits: Array, teacher_logits: Array, temperature: float) -> Array:
+    """Cross-entropy of each example to the teacher's softened answers, `[N]`, float32.
+
+    Times the square of the temperature, so that its gradient stays as large as the labels'
+    (Hinton, Vinyals and Dean 2015).
+    """
+    targets = jax.nn.softmax(teacher_logits.astype(jnp.float32) / temperature)
+    answers = jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+    return -(temperature**2) * jnp.sum(targets * answers, -1)
+
+
 def make_train_step(
     graphdef: nnx.GraphDef, tx: optax.GradientTransformation, config: StepConfig
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, Array]]:
@@ -164,7 +192,7 @@ def make_train_step(
     mean, before the update.
     """
     axis = config.axis_name
-    cached = config.start is not None
+    cached, teacher = config.start is not None, config.teacher
 
     def loss_fn(
         params: Tree, frozen: Tree, batch_stats: Tree, batch: dict[str, Array], key: Array
@@ -186,6 +214,9 @@ def make_train_step(
             label_smoothing=config.label_smoothing,
             class_weights=config.class_weights,
         )
+        if teacher is not None:
+            distilled = distillation_loss(logits, batch["teacher"], teacher.temperature)
+            losses = (1 - teacher.weight) * losses + teacher.weight * distilled
         loss = jnp.mean(losses) if weights is None else jnp.sum(losses * weights)
         real = batch.get("mask", jnp.ones(labels.shape, bool))
         sums = {
@@ -239,6 +270,8 @@ def make_train_step(
         augment_key, dropout_key = jax.random.split(key)
         if not cached:
             x = augment(augment_key, batch["image"], config.augment)
+            if teacher is not None:
+                batch = {**batch, "teacher": lax.stop_gradient(teacher.logits(x))}
             batch = {**batch, "image": preprocess(x, config.preprocessing)}
         grads, batch_stats, sums = gradients(state, batch, dropout_key)
         if axis is not None:

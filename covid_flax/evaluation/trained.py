@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -48,9 +49,14 @@ class TrainedRun:
     class_names: tuple[str, ...]
     which: str
     step: int
+    _step: Callable[..., Any] = dataclasses.field(repr=False)
     _apply: Callable[..., Any] = dataclasses.field(repr=False)
     _params: Any = dataclasses.field(repr=False)
     _batch_stats: Any = dataclasses.field(repr=False)
+
+    def logits(self, images: jax.Array) -> jax.Array:
+        """Of images `[N, H, W, 1 or 3]`, 0..255, within a traced function: float32 `[N, K]`."""
+        return self._step(self._params, self._batch_stats, images)
 
     def probabilities(self, source: Source, description: str = "") -> np.ndarray:
         """Of every image of `source`, in its order, float64 `[N, K]`; see `predict`."""
@@ -96,10 +102,20 @@ def open_run(workdir: Path, checkpoint: str = "best") -> TrainedRun:
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = resolve_step(checkpoints, checkpoint)
         state, _ = checkpoints.load(step, make_layout("jit").place(state))
-    apply = compile_apply(make_eval_step(graphdef, saved["preprocessing"]))
+    eval_step = make_eval_step(graphdef, saved["preprocessing"])
+    apply = compile_apply(eval_step)
     params, batch_stats = state.for_evaluation()
     return TrainedRun(
-        workdir, saved, config, class_names, checkpoint, step, apply, params, batch_stats
+        workdir,
+        saved,
+        config,
+        class_names,
+        checkpoint,
+        step,
+        eval_step,
+        apply,
+        params,
+        batch_stats,
     )
 
 
