@@ -12,7 +12,7 @@ the configuration's `train.monitor`. `grid` takes every combination, `random` dr
 `halving` draws them too and stops those early that are behind the best third at the same epoch
 (Optuna's asynchronous successive halving: `pip install '.[sweep]'`). The same command goes on where
 an interrupted one was. Writes DIR/sweep.json, sweep.csv and sweep.png; what the trials print is
-in DIR/logs/.
+in DIR/logs/. A trial's `seconds` are those since it was last begun or gone on with.
 """
 
 from __future__ import annotations
@@ -646,11 +646,11 @@ class _Halving:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-    """The mean and its 95 % t-interval; None for that where there are less than two values."""
+    """The mean and its 95 % t-interval; None for that where the values have no spread."""
     from scipy.stats import t
 
     mean = statistics.fmean(values)
-    if len(values) < 2:
+    if len(set(values)) < 2:
         return mean, None
     error = statistics.stdev(values) / math.sqrt(len(values))
     half = float(t.ppf((1 + _LEVEL) / 2, len(values) - 1)) * error

@@ -205,7 +205,7 @@ def test_the_interval_is_scipys():
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert mean == pytest.approx(np.mean(values))
     assert interval == pytest.approx((expected.low, expected.high))
-    assert sweep.mean_interval([0.5]) == (0.5, None)
+    assert sweep.mean_interval([0.5]) == sweep.mean_interval([0.5, 0.5]) == (0.5, None)
 
 
 def test_the_best_epoch():
@@ -405,3 +405,5 @@ def test_a_grid_of_two_real_runs(tmp_path, phantom_dir, cache_dir):
         losses = [r["loss"] for r in sweep.read_val(workdir / trial["trial"] / "metrics.jsonl")]
         assert trial["val_loss"] == min(losses)
     assert (workdir / "sweep.png").exists() and (workdir / "sweep.csv").exists()
+    done = command(f"--workdir={workdir}", "--set=optimizer.learning_rate=1e-3,1e-2")
+    assert done.returncode == 2 and "another sweep" in done.stderr, done.stderr
