@@ -36,6 +36,10 @@ _CHOICES = {
 _RANGES: dict[str, tuple[float, float | None]] = {
     "seed": (0, 2**32 - 1),
     "data.phantoms_per_class": (0, None),
+    "repeats": (1, 1000),
+    "data.folds": (0, 1000),
+    "data.fold": (-1, 999),
+    "data.split_seed": (-1, 2**32 - 1),
     "data.val_fraction": (0, 1),
     "data.test_fraction": (0, 1),
     "data.image_size": (32, 4096),

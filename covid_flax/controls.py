@@ -41,7 +41,7 @@ from covid_flax.evaluation.intervals import (
 )
 from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sources, source_only
-from covid_flax.evaluation.trained import TrainedRun, open_data, open_run, saved_run
+from covid_flax.evaluation.trained import Ensemble, TrainedRun, open_data, open_run, saved_run
 from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
 from covid_flax.files import write_atomically
 from covid_flax.report.console import say
@@ -143,7 +143,7 @@ def stratified_sample(labels: np.ndarray, limit: int, seed: int = SEED) -> np.nd
 
 
 def score_conditions(
-    run: TrainedRun,
+    run: TrainedRun | Ensemble,
     data: Dataset,
     *,
     training: Dataset | None = None,

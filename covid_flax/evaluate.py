@@ -25,7 +25,14 @@ from covid_flax.data.dataset import Dataset
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import has_width
 from covid_flax.evaluation.predictions import Predictions, predictions_of
-from covid_flax.evaluation.trained import open_data, open_run, own_images, saved_run
+from covid_flax.evaluation.trained import (
+    Ensemble,
+    open_data,
+    open_run,
+    out_of_fold,
+    own_images,
+    saved_run,
+)
 from covid_flax.files import write_atomically
 from covid_flax.report.console import say
 
@@ -76,7 +83,11 @@ def evaluate(
             f"{workdir} has no temperature for step {run.step}: score its validation split "
             f"first (--split=val --checkpoint={checkpoint})"
         )
-    probabilities = run.probabilities(data.source(split, run.config.data), f"scoring {split}")
+    if split == "val" and isinstance(run, Ensemble) and run.config.data.folds:
+        probabilities = out_of_fold(run, data)
+    else:
+        source = data.source(split, run.config.data)
+        probabilities = run.probabilities(source, f"scoring {split}")
     if jax.process_index() != 0:
         return {}
     predictions = predictions_of(data, split, probabilities)

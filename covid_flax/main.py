@@ -17,6 +17,7 @@ from covid_flax.command import run_command
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
+from covid_flax.members import is_repeated, train_members
 from covid_flax.report.console import say
 from covid_flax.run import default_workdir, setup
 from covid_flax.train import train
@@ -35,6 +36,12 @@ def _main() -> None:
         raise UserError(f"--config={name}: no such file; configs/ has paper.py, finetune.py, ...")
     profiled = _profiled_steps(_PROFILE.value)
     workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(name)
+    if is_repeated(_CONFIG.value):
+        if _DRY_RUN.value or profiled:
+            raise UserError("--dry_run and --profile are for one run: set repeats=1, data.fold=0")
+        train_members(_CONFIG.value, workdir)
+        say(f"runs: {workdir} (members.json, eval/, and a folder for each)")
+        return
     run = setup(_CONFIG.value, workdir)
     if _DRY_RUN.value:
         dry_run(run)

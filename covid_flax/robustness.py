@@ -23,7 +23,7 @@ from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS, Corruption
 from covid_flax.data.pipeline import Element, Source
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import wilson_interval
-from covid_flax.evaluation.trained import TrainedRun, open_data, open_run, saved_run
+from covid_flax.evaluation.trained import Ensemble, TrainedRun, open_data, open_run, saved_run
 from covid_flax.files import write_atomically
 from covid_flax.report.console import say
 
@@ -62,7 +62,7 @@ class CorruptedSource:
 
 
 def score_corruptions(
-    run: TrainedRun, source: Source, labels: np.ndarray, limit: int = 0
+    run: TrainedRun | Ensemble, source: Source, labels: np.ndarray, limit: int = 0
 ) -> dict[str, Any]:
     """Accuracy under every corruption and strength.
 

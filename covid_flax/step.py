@@ -350,6 +350,7 @@ def make_eval_step(
     *,
     start: str | None = None,
     stop: str | None = None,
+    mirror: bool = False,
 ) -> Callable[[Tree, Tree, Array], Array]:
     """A pure `step(params, batch_stats, images) -> output`, nothing random.
 
@@ -358,11 +359,15 @@ def make_eval_step(
       preprocessing: mode of `covid_flax.models.preprocess`.
       start: first stage to compute, of what comes in place of images; None is from them on.
       stop: the last stage; None is the network's, whose output are logits.
+      mirror: the output is the mean of the image's and its mirror image's; from images only.
     """
 
     def step(params: Tree, batch_stats: Tree, images: Array) -> Array:
         model = nnx.merge(graphdef, params, batch_stats)
         x = preprocess(images, preprocessing) if start is None else images
-        return model(x, start=start, stop=stop)
+        output = model(x, start=start, stop=stop)
+        if mirror and start is None:
+            output = (output + model(x[:, :, ::-1], stop=stop)) / 2
+        return output
 
     return step

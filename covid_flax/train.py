@@ -104,7 +104,12 @@ def _loop(
     feed = make_feed(run, job)
     if step:
         feed.batches.set_state(loop["iterator"])
-    eval_step = make_eval_step(run.graphdef, job.step_config.preprocessing, start=job.start)
+    eval_step = make_eval_step(
+        run.graphdef,
+        job.step_config.preprocessing,
+        start=job.start,
+        mirror=config.eval.mirror,
+    )
     apply = compile_apply(eval_step)
     val_labels = run.data.labels("val")
     recalibrate = make_recalibration(run, job) if recalibration_is_due(run, job) else None

@@ -11,6 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The locked base configuration: setting a key that is not here fails."""
     c = ml_collections.ConfigDict()
 
+    c.repeats = 1  # > 1: trains so often on one split, with seeds from `seed` on
     c.seed = 0  # of all that is drawn at random: split, first weights, order, dropout, augmentation
 
     c.data = d = ml_collections.ConfigDict()
@@ -20,6 +21,9 @@ def get_config() -> ml_collections.ConfigDict:
     d.split = "paper-sorted"  # paper-sorted, paper-random or grouped; see covid_flax/data/splits.py
     d.val_fraction = 0.2  # share of the images that choose the epoch
     d.test_fraction = 0.0  # share kept for `--split=test` (grouped only)
+    d.folds = 0  # grouped only, > 1: cross-validation, val is one of so many parts (and test apart)
+    d.fold = -1  # which of them; -1 trains on each in turn
+    d.split_seed = -1  # of the split alone; -1 is the seed of everything
     d.nested_test = False  # paper-*: the paper's 20 % becomes `test`, `val` is drawn from the rest
     d.groups_file = ""  # csv of file and group; "" looks for groups.csv, then manifest.csv
     d.group_column = ""  # its column; "" takes group, near_dup_group, patient_id, group_from_name
@@ -39,7 +43,9 @@ def get_config() -> ml_collections.ConfigDict:
     m.name = "resnet50"  # resnet50_v1_5, resnet14_small, lenet5, alexnet, alexnet_small
     m.weights = "imagenet"  # imagenet (Keras's file, downloaded), a path (.h5, .npz), or none
     m.weights_may_miss = ()  # stages whose arrays the weights may lack, e.g. ("conv5",)
-    m.preprocessing = ""  # unit (/255), caffe or torch; "" is what the weights were trained with
+    # "" is what the weights were trained with; unit is /255; standard gives each image a mean of 0
+    # and a deviation of 1, so that brightness and contrast are gone.
+    m.preprocessing = ""  # unit, caffe, torch, tf, lite or standard
     m.hidden_units = 1024  # of the head's hidden layer; 0 for none
     m.dropout = 0.5  # of the head
     m.trainable = "all"  # all, head, or the stage from which on to train: conv2 .. conv5
@@ -97,5 +103,6 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.eval = e = ml_collections.ConfigDict()
     e.batch_size = 64  # over all devices; changes no figure
+    e.mirror = False  # average the logits of an image and its mirror image, in validation too
 
     return c.lock()

@@ -288,3 +288,14 @@ def test_rematerialised_blocks_give_the_same_step(batch, how):
         assert recomputed == (model is again)
     _assert_close(results[1].params, results[0].params, rtol=1e-4, atol=1e-6)
     _assert_close(results[1].batch_stats, results[0].batch_stats, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mirrored_evaluation_is_the_mean_of_both(tiny_config, tmp_path):
+    config = tiny_config.model
+    graphdef, params, stats = create_model(config, 4, 0)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    plain = make_eval_step(graphdef, "unit")
+    mirrored = make_eval_step(graphdef, "unit", mirror=True)
+    a, b = plain(params, stats, images), plain(params, stats, images[:, :, ::-1])
+    assert np.abs(a - b).max() > 1e-3
+    np.testing.assert_allclose(mirrored(params, stats, images), (a + b) / 2, atol=1e-6)

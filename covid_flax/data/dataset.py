@@ -117,7 +117,9 @@ def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
         val_fraction=config.val_fraction,
         test_fraction=config.test_fraction,
         nested_test=config.nested_test,
-        seed=seed,
+        folds=config.folds,
+        fold=config.fold,
+        seed=seed if config.split_seed < 0 else config.split_seed,
     )
     records = prepare(folder, cache_dir(config.cache_dir))
     return Dataset(folder, records, rows, folder.class_names, _notes(folder, config.split))

@@ -47,6 +47,8 @@ def make_split(
     val_fraction: float,
     test_fraction: float = 0.0,
     nested_test: bool = False,
+    folds: int = 0,
+    fold: int = 0,
     seed: int = 0,
 ) -> list[Row]:
     """Assigns every image of `folder` to train, val or test.
@@ -64,6 +66,10 @@ def make_split(
       test_fraction: share of each class for test (`grouped`; the others do not use it).
       nested_test: `paper-*` only: the paper's val becomes test, and val is drawn at random
         (`val_fraction`, rounded down) from each class's remaining images.
+      folds: `grouped` only, > 1: what is not test is dealt into so many parts alike, of which
+        `fold` (from 0) is val; over all folds every such image is val once. `val_fraction` is
+        not used then.
+      fold: which part is val.
       seed: of what is drawn at random. The result depends on it, the file names and the
         groups alone.
 
@@ -76,6 +82,11 @@ def make_split(
     """
     if split not in SPLITS:
         raise UserError(f"data.split={split} is unknown: take one of {', '.join(SPLITS)}")
+    if folds and (split != "grouped" or folds < 2 or not 0 <= fold < folds):
+        raise UserError(
+            f"data.folds={folds}, data.fold={fold}: two folds or more, counted from 0, and "
+            "data.split=grouped"
+        )
     if not 0 < val_fraction < 1:
         raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1")
     if not 0 <= test_fraction < 1 or val_fraction + test_fraction >= 1:
@@ -87,7 +98,14 @@ def make_split(
     if split == "grouped":
         if groups is None:
             groups = _identical_bytes(folder)
-        parts = _grouped(folder.files, groups, val_fraction, test_fraction, seed)
+        if folds:
+            fractions = [(1 - test_fraction) / folds] * folds
+            names = ["val" if i == fold else "train" for i in range(folds)]
+        else:
+            fractions, names = [1 - val_fraction - test_fraction, val_fraction], ["train", "val"]
+        if test_fraction:
+            fractions, names = [*fractions, test_fraction], [*names, "test"]
+        parts = _grouped(folder.files, groups, fractions, names, seed)
         wanted = _PARTS if test_fraction > 0 else _PARTS[:2]
     else:
         parts = _by_class(folder, split, val_fraction, nested_test, seed)
@@ -149,11 +167,14 @@ def _identical_bytes(folder: DataFolder) -> dict[str, str]:
 def _grouped(
     files: Sequence[ImageFile],
     groups: dict[str, str],
-    val_fraction: float,
-    test_fraction: float,
+    shares_of_parts: Sequence[float],
+    part_names: Sequence[str],
     seed: int,
 ) -> dict[str, str]:
-    """Part of every file. Groups go, large ones first, to the part that is least full."""
+    """Part of every file; `shares_of_parts` sum to 1.
+
+    Groups go, large ones first, to the part that is least full.
+    """
     labels = sorted({f.label for f in files})
     column = {label: k for k, label in enumerate(labels)}
     names = sorted(set(groups[f.file] for f in files))
@@ -162,8 +183,7 @@ def _grouped(
     for f in files:
         counts[place[groups[f.file]], column[f.label]] += 1
 
-    fractions = np.array([1 - val_fraction - test_fraction, val_fraction, test_fraction])
-    fractions = fractions[fractions > 0]
+    fractions = np.array(shares_of_parts)
     shares = counts / counts.sum(0)  # of each class's images
     quotas = fractions[:, None]
     filled = np.zeros((len(fractions), len(labels)))
@@ -177,7 +197,7 @@ def _grouped(
         chosen[g] = part
         filled[part] += shares[g]
     _fill_empty(chosen, counts, len(fractions))
-    return {f.file: _PARTS[chosen[place[groups[f.file]]]] for f in files}
+    return {f.file: part_names[chosen[place[groups[f.file]]]] for f in files}
 
 
 def _fill_empty(chosen: np.ndarray, counts: np.ndarray, num_parts: int) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -73,6 +74,59 @@ class TrainedRun:
         return np.exp(log_softmax(logits))
 
 
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Runs of one configuration that answer together; to a caller, a `TrainedRun`.
+
+    Attributes:
+      members: the runs.
+    """
+
+    workdir: Path
+    saved: dict[str, Any]
+    config: ml_collections.ConfigDict
+    class_names: tuple[str, ...]
+    which: str
+    step: int
+    members: tuple[TrainedRun, ...]
+
+    def logits(self, images: jax.Array) -> jax.Array:
+        """As `TrainedRun.logits`: logarithms of the mean probabilities."""
+        answers = jnp.stack([jax.nn.softmax(member.logits(images)) for member in self.members])
+        return jnp.log(jnp.maximum(jnp.mean(answers, 0), 1e-12))
+
+    def probabilities(self, source: Source, description: str = "") -> np.ndarray:
+        """The mean of the members', float64 `[N, K]`."""
+        number = len(self.members)
+        return np.mean(
+            [
+                member.probabilities(source, description and f"{description}, {i} of {number}")
+                for i, member in enumerate(self.members, 1)
+            ],
+            0,
+        )
+
+
+def out_of_fold(run: Ensemble, data: Dataset) -> np.ndarray:
+    """Of every val image of a cross-validation, by the member that held it out, `[N, K]`.
+
+    Raises:
+      RuntimeError: an image was not held out exactly once.
+    """
+    place = {row.file: i for i, row in enumerate(data.files("val"))}
+    seen = np.zeros(len(place), np.int64)
+    result = np.zeros((len(place), len(run.class_names)))
+    for number, member in enumerate(run.members, 1):
+        rows = [row for row in read_split_csv(member.workdir / "split.csv") if row.split == "val"]
+        source = dataclasses.replace(data, rows=rows).source("val", run.config.data)
+        index = [place[row.file] for row in rows]
+        result[index] = member.probabilities(source, f"scoring fold {number}")
+        np.add.at(seen, index, 1)
+    if not np.all(seen == 1):
+        raise RuntimeError("the folds did not hold out every image exactly once")
+    return result
+
+
 def saved_run(workdir: Path) -> dict[str, Any]:
     """The config.json of a run. Raises UserError where `workdir` holds none."""
     saved = read_run(workdir)
@@ -83,9 +137,24 @@ def saved_run(workdir: Path) -> dict[str, Any]:
     return saved
 
 
-def open_run(workdir: Path, checkpoint: str = "best") -> TrainedRun:
-    """Loads a checkpoint (`best`, `latest` or a step). Raises UserError."""
+def open_run(workdir: Path, checkpoint: str = "best") -> TrainedRun | Ensemble:
+    """Loads a checkpoint (`best`, `latest` or a step), or those of all members of a repeated run.
+
+    An ensemble's `step` is the sum of its members'. Raises UserError.
+    """
     saved = saved_run(workdir)
+    if "members" not in saved:
+        return _open_one(workdir, saved, checkpoint)
+    members = tuple(
+        _open_one(workdir / name, saved_run(workdir / name), checkpoint)
+        for name in saved["members"]
+    )
+    config, names = config_lib.from_json(saved["config"]), tuple(saved["class_names"])
+    step = sum(member.step for member in members)
+    return Ensemble(workdir, saved, config, names, checkpoint, step, members)
+
+
+def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str) -> TrainedRun:
     config = config_lib.from_json(saved["config"])
     class_names = tuple(saved["class_names"])
     graphdef, params, batch_stats = create_model(config.model, len(class_names), config.seed)
@@ -102,7 +171,7 @@ def open_run(workdir: Path, checkpoint: str = "best") -> TrainedRun:
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = resolve_step(checkpoints, checkpoint)
         state, _ = checkpoints.load(step, make_layout("jit").place(state))
-    eval_step = make_eval_step(graphdef, saved["preprocessing"])
+    eval_step = make_eval_step(graphdef, saved["preprocessing"], mirror=config.eval.mirror)
     apply = compile_apply(eval_step)
     params, batch_stats = state.for_evaluation()
     return TrainedRun(

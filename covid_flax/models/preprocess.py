@@ -14,7 +14,7 @@ _CAFFE_MEAN = (103.939, 116.779, 123.68)
 _TORCH_MEAN = (0.485, 0.456, 0.406)
 _TORCH_STD = (0.229, 0.224, 0.225)
 
-MODES = ("unit", "caffe", "torch", "tf", "lite")
+MODES = ("unit", "caffe", "torch", "tf", "lite", "standard")
 
 
 def preprocess(images: jax.Array, mode: str) -> jax.Array:
@@ -24,7 +24,8 @@ def preprocess(images: jax.Array, mode: str) -> jax.Array:
       images: `[N, H, W, 3]`, RGB, 0..255, any real dtype; left as they are. One channel,
         grey, counts as three equal ones.
       mode: `unit` (/255), `caffe` (RGB to BGR, minus the mean, not divided), `torch` (/255,
-        minus the mean, by the deviation), `tf` (to -1..1) or `lite` ((x - 127) / 128).
+        minus the mean, by the deviation), `tf` (to -1..1), `lite` ((x - 127) / 128) or
+        `standard` (each image to mean 0 and deviation 1; an image of one grey becomes 0).
 
     Returns:
       float32 `[N, H, W, 3]`.
@@ -43,4 +44,8 @@ def preprocess(images: jax.Array, mode: str) -> jax.Array:
         return x / 127.5 - 1.0
     if mode == "lite":
         return (x - 127.0) / 128.0
+    if mode == "standard":
+        mean = jnp.mean(x, (1, 2, 3), keepdims=True)
+        deviation = jnp.sqrt(jnp.mean((x - mean) ** 2, (1, 2, 3), keepdims=True))
+        return (x - mean) / jnp.maximum(deviation, 1.0)  # a grey level: less is rounding
     raise ValueError(f"preprocessing {mode!r}: one of {', '.join(MODES)}")

@@ -17,7 +17,7 @@ def images() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (2, 5, 7, 3), np.uint8)
 
 
-@pytest.mark.parametrize("mode", ["caffe", "torch"])
+@pytest.mark.parametrize("mode", ["caffe", "torch", "tf"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
 def test_modes_equal_keras(images, mode, dtype):
     x = images.astype(dtype)
@@ -33,12 +33,23 @@ def test_unit_is_division_by_255(images):
     np.testing.assert_allclose(got, images.astype(np.float64) / 255, rtol=1e-6)
 
 
+def test_lite_and_standard_are_arithmetic(images):
+    x = images.astype(np.float64)
+    np.testing.assert_allclose(preprocess(images, "lite"), (x - 127) / 128, rtol=1e-6)
+    mean, deviation = (f(x, (1, 2, 3), keepdims=True) for f in (np.mean, np.std))
+    got = preprocess(images, "standard")
+    np.testing.assert_allclose(got, (x - mean) / deviation, rtol=1e-5, atol=1e-5)
+    brighter = preprocess(images * 0.5 + 20.0, "standard")
+    np.testing.assert_allclose(brighter, got, rtol=1e-4, atol=1e-5)
+    assert np.all(preprocess(np.full((1, 4, 4, 3), 93, np.uint8), "standard") == 0)
+
+
 def test_unknown_mode_is_named():
     with pytest.raises(ValueError, match="bgr"):
         preprocess(np.zeros((1, 1, 1, 3)), "bgr")
 
 
-@pytest.mark.parametrize("mode", ["unit", "caffe", "torch"])
+@pytest.mark.parametrize("mode", ["unit", "caffe", "torch", "tf", "lite", "standard"])
 def test_one_grey_channel_counts_as_three_equal_ones(images, mode):
     grey = images[..., :1]
     want = preprocess(np.repeat(grey, 3, -1), mode)

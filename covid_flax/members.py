@@ -1,0 +1,151 @@
+"""One configuration trained several times: on every fold, or with several seeds.
+
+Each member is a run in a folder of its own below the whole's. The whole is a run too: scored, its
+answers are the mean of its members'; its validation images, in a cross-validation, are all
+that are not test, each scored by the member that held it out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from scipy import stats
+
+from covid_flax import config as config_lib
+from covid_flax import distributed
+from covid_flax.checkpoint import has_checkpoints
+from covid_flax.data.splits import read_split_csv, write_split_csv
+from covid_flax.errors import UserError
+from covid_flax.evaluate import evaluate
+from covid_flax.evaluation.intervals import LEVEL
+from covid_flax.files import write_atomically
+from covid_flax.report.console import say
+from covid_flax.run import read_run, setup
+from covid_flax.train import train
+
+FIGURES = ("accuracy", "balanced_accuracy", "loss")
+
+
+def is_repeated(config: ml_collections.ConfigDict) -> bool:
+    """Whether the configuration asks for more than one run."""
+    return config.repeats > 1 or (config.data.folds > 1 and config.data.fold < 0)
+
+
+def member_configs(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
+    """The configurations of the runs, by the names of their folders.
+
+    All of a cross-validation's folds have one seed; runs of several seeds have one split, that
+    of the first seed. Both: every fold with every seed.
+    """
+    folds = range(config.data.folds) if config.data.folds and config.data.fold < 0 else (None,)
+    members = {}
+    for seed in range(config.seed, config.seed + config.repeats):
+        for fold in folds:
+            member = config.copy_and_resolve_references()
+            member.repeats = 1
+            member.seed = seed
+            if config.data.split_seed < 0:
+                member.data.split_seed = config.seed
+            name = [f"seed{seed}"] if config.repeats > 1 else []
+            if fold is not None:
+                member.data.fold = fold
+                name.append(f"fold{fold}")
+            members["-".join(name)] = member
+    return members
+
+
+def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains what is not trained yet, scores each and the whole, and writes `members.json`.
+
+    Returns:
+      What members.json holds: `members`, by name the figures of each on its own validation
+      images (and test images, where there are any); `mean`, of each figure with its interval;
+      `whole`, those of the runs together. Raises UserError.
+    """
+    if config.repeats > 1 and config.data.folds and config.data.fold < 0:
+        raise UserError("repeats and data.folds: set one, or data.fold to one of the folds")
+    if has_checkpoints(workdir / "checkpoints"):
+        raise UserError(f"{workdir} holds a single run: choose another --workdir")
+    saved = read_run(workdir)
+    if saved is not None and saved["config"] != config_lib.to_json(config):
+        raise UserError(f"{workdir} holds runs of another configuration: choose another --workdir")
+    configs = member_configs(config)
+    reports: dict[str, dict[str, Any]] = {}
+    for number, (name, member) in enumerate(configs.items(), 1):
+        say(f"run {number} of {len(configs)}: {name}")
+        run = setup(member, workdir / name)
+        train(run)
+        reports[name] = {"val": evaluate(workdir / name, data=run.data)}
+        if run.data.files("test"):
+            reports[name]["test"] = evaluate(workdir / name, split="test", data=run.data)
+    if jax.process_index() == 0:
+        _write_whole(config, workdir, list(configs))
+    distributed.barrier("members")
+    splits = list(next(iter(reports.values())))
+    whole = {split: evaluate(workdir, split=split) for split in splits}
+    if jax.process_index() != 0:
+        return {}
+    summary = {
+        "members": {name: _figures(of) for name, of in reports.items()},
+        "mean": {
+            split: {f: mean_interval([of[split][f] for of in reports.values()]) for f in FIGURES}
+            for split in splits
+        },
+        "whole": _figures(whole),
+    }
+    text = json.dumps(summary, indent=2) + "\n"
+    write_atomically(workdir / "members.json", text.encode())
+    _print(summary)
+    return summary
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, and Student's 95 % interval for it, of runs that are taken as independent.
+
+    Folds share training images, so that theirs is too narrow (Bengio and Grandvalet 2004).
+    """
+    n, mean = len(values), float(np.mean(values))
+    half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
+    return {"mean": mean, "interval": [mean - float(half), mean + float(half)], "runs": n}
+
+
+def _figures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    return {split: {f: report[f] for f in FIGURES} for split, report in reports.items()}
+
+
+def _write_whole(config: ml_collections.ConfigDict, workdir: Path, names: Sequence[str]) -> None:
+    """The files that make the folder a run, from its first member's."""
+    first = read_run(workdir / names[0])
+    assert first is not None
+    rows = read_split_csv(workdir / names[0] / "split.csv")
+    if config.data.folds:
+        rows = [
+            row if row.split == "test" else dataclasses.replace(row, split="val") for row in rows
+        ]
+    write_split_csv(workdir / "split.csv", rows)
+    about = first | {"config": config_lib.to_json(config), "members": list(names)}
+    if config.data.folds:
+        images = dict(first["data"]["images"])
+        parts = [images.pop("train"), images.pop("val")]
+        images["val"] = {name: sum(part[name] for part in parts) for name in parts[0]}
+        about["data"] = first["data"] | {"images": images}
+    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
+    write_atomically(workdir / "config.json", text.encode())
+
+
+def _print(summary: Mapping[str, Any]) -> None:
+    say("")
+    for split, figures in summary["mean"].items():
+        accuracy = figures["accuracy"]
+        low, high = accuracy["interval"]
+        say(
+            f"{split}: {accuracy['runs']} runs, accuracy {accuracy['mean']:.4f} "
+            f"({low:.4f} to {high:.4f}); together {summary['whole'][split]['accuracy']:.4f}"
+        )

@@ -1,0 +1,88 @@
+"""Folds hold out every image once; a whole answers as its members together."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from covid_flax.data.splits import read_split_csv
+from covid_flax.errors import UserError
+from covid_flax.evaluate import evaluate
+from covid_flax.evaluation.predictions import read_predictions
+from covid_flax.members import is_repeated, mean_interval, member_configs, train_members
+
+
+@pytest.fixture(scope="module")
+def folds(make_tiny_config, tmp_path_factory):
+    config = make_tiny_config()
+    config.data.split = "grouped"
+    config.data.folds = 3
+    config.data.test_fraction = 0.2
+    config.train.epochs = 2
+    assert is_repeated(config)
+    workdir = tmp_path_factory.mktemp("folds")
+    return config, workdir, train_members(config, workdir)
+
+
+def test_every_image_is_held_out_once_and_test_is_the_same(folds):
+    _, workdir, _ = folds
+    rows = [read_split_csv(workdir / f"fold{i}" / "split.csv") for i in range(3)]
+    tests = [{r.file for r in of if r.split == "test"} for of in rows]
+    held = [{r.file for r in of if r.split == "val"} for of in rows]
+    assert tests[0] == tests[1] == tests[2] and len(tests[0]) == 16
+    assert set.union(*held) == {r.file for r in rows[0]} - tests[0]
+    assert sum(map(len, held)) == 64 and max(map(len, held)) - min(map(len, held)) <= 4
+    for i, of in enumerate(rows):
+        for label in {r.label for r in of}:  # stratified
+            assert 4 <= sum(r.label == label and r.split == "val" for r in of) <= 7, i
+
+
+def test_the_whole_is_its_members_together(folds):
+    _, workdir, summary = folds
+    one = [read_predictions(workdir / f"fold{i}" / "eval/test/predictions.csv") for i in range(3)]
+    whole = read_predictions(workdir / "eval/test/predictions.csv")
+    np.testing.assert_allclose(
+        whole.probabilities, np.mean([p.probabilities for p in one], 0), atol=1e-9
+    )
+    out_of_fold = read_predictions(workdir / "eval/val/predictions.csv")
+    assert len(out_of_fold.files) == 64
+    by_file = dict(zip(out_of_fold.files, out_of_fold.probabilities, strict=True))
+    for i in range(3):
+        part = read_predictions(workdir / f"fold{i}" / "eval/val/predictions.csv")
+        for file, p in zip(part.files, part.probabilities, strict=True):
+            np.testing.assert_allclose(by_file[file], p, atol=1e-6)
+    assert json.loads((workdir / "members.json").read_text()) == summary
+    accuracies = [of["test"]["accuracy"] for of in summary["members"].values()]
+    assert summary["mean"]["test"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
+    again = evaluate(workdir, split="test")
+    assert again["accuracy"] == summary["whole"]["test"]["accuracy"]
+
+
+def test_trained_members_are_not_trained_again(folds, capsys):
+    config, workdir, summary = folds
+    assert train_members(config, workdir) == summary
+    assert capsys.readouterr().out.count("training is complete") == 3
+    other = config.copy_and_resolve_references()
+    other.train.epochs = 3
+    with pytest.raises(UserError, match="another configuration"):
+        train_members(other, workdir)
+
+
+def test_seeds_share_a_split(tiny_config):
+    tiny_config.repeats = 3
+    tiny_config.seed = 5
+    members = member_configs(tiny_config)
+    assert list(members) == ["seed5", "seed6", "seed7"]
+    assert {m.data.split_seed for m in members.values()} == {5}
+    assert [m.seed for m in members.values()] == [5, 6, 7]
+    assert not any(is_repeated(m) for m in members.values())
+
+
+def test_the_interval_is_student_s():
+    values = [0.91, 0.94, 0.90, 0.95, 0.92]
+    got = mean_interval(values)
+    want = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    np.testing.assert_allclose(got["interval"], [want.low, want.high], rtol=1e-9)
