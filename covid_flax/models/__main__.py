@@ -1,0 +1,140 @@
+"""The networks side by side: `python -m covid_flax.models [--names=...] [--image_size=224]`.
+
+Of the network for four classes, forward, an image: parameters, arithmetic as XLA counts it,
+memory traffic of the program that a TPU v5e would run (where `make tpu-compiler` has put its
+compiler), and the images a second that this machine scores.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+# Before JAX loads: no accelerator is looked for nor locked, and no cloud asked what this is.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.sharding import NamedSharding, PartitionSpec
+
+from covid_flax import aot
+from covid_flax.command import run_command
+from covid_flax.errors import UserError
+from covid_flax.mesh import AXIS, replicated
+from covid_flax.models import MODELS, create_model
+from covid_flax.report.console import say
+from covid_flax.step import make_eval_step
+from covid_flax.xla import compiler_options
+from ml_collections_configs import base
+
+_CLASSES = 4
+_CPU_BATCH = 32
+_TPU_BATCH = 64
+_TOPOLOGY = "v5e:2x2"
+
+
+def figures(name: str, image_size: int, *, speed: bool, traffic: bool) -> dict[str, Any]:
+    """What the table says of one network.
+
+    Args:
+      name: a key of `MODELS`.
+      image_size: side of the images, pixels.
+      speed: whether to measure the images a second here.
+      traffic: whether to compile for a TPU.
+
+    Returns:
+      `parameters`, `gflop` and `hbm_mb` an image, `images_per_second`, `smallest` image,
+      `preprocessing`; None for what was not asked for.
+    """
+    config = base.get_config().model
+    config.name, config.hidden_units = name, 0
+    spec = MODELS[name]
+    graphdef, params, batch_stats = create_model(config, _CLASSES, 0)
+    step = make_eval_step(graphdef, spec.preprocessing)
+    one = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
+    cost = jax.jit(step).lower(params, batch_stats, one).cost_analysis() or {}
+    return {
+        "parameters": sum(x.size for x in jax.tree.leaves(params)),
+        "gflop": float(cost.get("flops", 0.0)) / 1e9,
+        "hbm_mb": _hbm_bytes(step, params, batch_stats, image_size) / 1e6 if traffic else None,
+        "images_per_second": _speed(step, params, batch_stats, image_size) if speed else None,
+        "smallest": spec.smallest,
+        "preprocessing": spec.preprocessing,
+    }
+
+
+def _speed(step: Callable[..., Any], params: Any, batch_stats: Any, image_size: int) -> float:
+    """Images a second, the best of five batches."""
+    shape = (_CPU_BATCH, image_size, image_size, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    apply = jax.jit(step, compiler_options=compiler_options())
+    jax.block_until_ready(apply(params, batch_stats, images))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        jax.block_until_ready(apply(params, batch_stats, images))
+        times.append(time.perf_counter() - start)
+    return _CPU_BATCH / min(times)
+
+
+def _hbm_bytes(step: Callable[..., Any], params: Any, batch_stats: Any, image_size: int) -> float:
+    """Bytes an image that the TPU's program reads and writes, by its compiler's count."""
+    mesh = aot.topology_mesh(_TOPOLOGY)
+
+    def like(sharding: NamedSharding) -> Callable[[Any], jax.ShapeDtypeStruct]:
+        return lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    arrays = jax.tree.map(like(replicated(mesh)), (params, batch_stats))
+    shape = (_TPU_BATCH * mesh.size, image_size, image_size, 3)
+    split = NamedSharding(mesh, PartitionSpec(AXIS))
+    images = like(split)(jax.ShapeDtypeStruct(shape, jnp.uint8))
+    compiled = jax.jit(step).lower(*arrays, images).compile()
+    return (compiled.cost_analysis() or {}).get("bytes accessed", 0.0) / _TPU_BATCH
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _main() -> None:
+    f = flags.FLAGS
+    unknown = [name for name in f.names if name not in MODELS]
+    if unknown:
+        raise UserError(f"--names={','.join(unknown)}: name some of {', '.join(MODELS)}")
+    names = f.names or list(MODELS)
+    traffic = f.traffic and aot.tpu_compiler() is not None
+    say(f"{_CLASSES} classes, an image of {f.image_size} pixels, forward, float32")
+    say(
+        f"{'model.name':<26}{'parameters':>12}{'GFLOP':>8}{'HBM MB':>8}{'images/s':>10}"
+        f"{'smallest':>10}  preprocessing"
+    )
+    for name in names:
+        spec = MODELS[name]
+        if f.image_size < spec.smallest:
+            say(f"{name:<26} takes images of {spec.smallest} pixels or more")
+            continue
+        row = figures(name, f.image_size, speed=f.speed, traffic=traffic)
+        say(
+            f"{name:<26}{row['parameters']:>12,}{row['gflop']:>8.2f}{_shown(row['hbm_mb'], 1):>8}"
+            f"{_shown(row['images_per_second'], 1):>10}{row['smallest']:>10}  "
+            f"{row['preprocessing']}"
+        )
+    if f.traffic and not traffic:
+        say("HBM traffic needs the TPU's compiler: make tpu-compiler")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("names", [], "networks; empty: all")
+    flags.DEFINE_integer("image_size", 224, "side of the images, pixels", 1)
+    flags.DEFINE_bool("speed", True, "measure the images a second here")
+    flags.DEFINE_bool("traffic", True, "compile for a TPU, for its memory traffic")
+    run_command(_main)

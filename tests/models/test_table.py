@@ -1,0 +1,44 @@
+"""The table of networks: figures by hand, and what it refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from covid_flax.aot import tpu_compiler
+
+
+def run(*flags):
+    return subprocess.run(
+        [sys.executable, "-m", "covid_flax.models", *flags],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, JAX_PLATFORMS="cpu"),
+    )
+
+
+def test_lenet_s_row_is_what_a_hand_counts():
+    out = run("--names=lenet5,alexnet", "--image_size=32")
+    assert out.returncode == 0, out.stderr
+    row = next(line for line in out.stdout.splitlines() if line.startswith("lenet5")).split()
+    # Two convolutions on grey images, three dense layers, four classes.
+    weights = (25 + 1) * 6 + (25 * 6 + 1) * 16 + (400 + 1) * 120 + (120 + 1) * 84 + (84 + 1) * 4
+    assert row[1] == f"{weights:,}"
+    products = 25 * 6 * 28**2 + 25 * 6 * 16 * 10**2 + 400 * 120 + 120 * 84 + 84 * 4
+    assert float(row[2]) == pytest.approx(2 * products / 1e9, abs=0.006)
+    if tpu_compiler() is None:
+        assert row[3] == "-"
+    else:
+        assert float(row[3]) >= 32 * 32 * 3 / 1e6  # it reads the image at least
+    assert float(row[4].replace(",", "")) > 0
+    assert "alexnet                    takes images of 63 pixels or more" in out.stdout
+
+
+def test_an_unknown_name_is_one_line():
+    out = run("--names=resnet51")
+    assert out.returncode == 2 and out.stdout == ""
+    assert out.stderr.startswith("error: --names=resnet51: name some of resnet50,")
+    assert out.stderr.count("\n") == 1
