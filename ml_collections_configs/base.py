@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     # resnet50_v1_5 is torchvision's. lenet5 and the alexnets fix their own head and have no batch
     # norm: hidden_units, batch_norm and bn_momentum mean nothing to them. Light networks:
     # efficientnet_b0 to _b3, efficientnet_lite0, efficientnet_lite0_small, mobilenet_v2,
-    # mobilenet_v3_small, mobilenet_v3_large.
+    # mobilenet_v3_small, mobilenet_v3_large, densenet121.
     m.name = "resnet50"  # resnet50_v1_5, resnet14_small, lenet5, alexnet, alexnet_small
     m.weights = "imagenet"  # imagenet (Keras's file, downloaded), a path (.h5, .npz), or none
     m.weights_may_miss = ()  # stages whose arrays the weights may lack, e.g. ("conv5",)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from covid_flax.models.alexnet import ALEXNET, ALEXNET_SMALL, AlexNet, AlexNetSpec
+from covid_flax.models.densenet import DENSENETS, DenseNet, DenseNetSpec
 from covid_flax.models.efficientnet import EFFICIENTNETS, EfficientNet, EfficientNetSpec
 from covid_flax.models.lenet import LENET5, LeNet, LeNetSpec
 from covid_flax.models.mobilenet import MOBILENETS, MobileNet, MobileNetSpec
@@ -15,10 +16,13 @@ from covid_flax.models.resnet import RESNETS, ResNet, ResNetSpec
 
 # Every spec says its network's `stages` in order of computation, the `preprocessing` it is
 # meant for, and the side of the `smallest` image it takes.
-MODELS: dict[str, ResNetSpec | LeNetSpec | AlexNetSpec | EfficientNetSpec | MobileNetSpec] = {
+MODELS: dict[
+    str, ResNetSpec | LeNetSpec | AlexNetSpec | EfficientNetSpec | MobileNetSpec | DenseNetSpec
+] = {
     **RESNETS,
     **EFFICIENTNETS,
     **MOBILENETS,
+    **DENSENETS,
     "lenet5": LENET5,
     "alexnet": ALEXNET,
     "alexnet_small": ALEXNET_SMALL,
@@ -28,6 +32,7 @@ __all__ = [
     "MODELS",
     "RESNETS",
     "AlexNet",
+    "DenseNet",
     "EfficientNet",
     "LeNet",
     "MobileNet",
@@ -66,6 +71,8 @@ def create_model(config: Any, num_classes: int, seed: int) -> tuple[nnx.GraphDef
             model = EfficientNet(spec, **common)
         elif isinstance(spec, MobileNetSpec):
             model = MobileNet(spec, **common)
+        elif isinstance(spec, DenseNetSpec):
+            model = DenseNet(spec, **common)
         else:
             model = ResNet(spec, remat=config.remat == "block", **common)
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]

@@ -36,8 +36,9 @@ _HEAD_PATH = re.compile(r"head/(hidden|predictions)/(kernel|bias)")
 _STEM_PATH = re.compile(r"(conv1)/(conv|bn)/([a-z]+)")
 _BLOCK_PATH = re.compile(r"(conv[2-5])/block([1-9]\d*)/unit([0-3])/(conv|bn)/([a-z]+)")
 
-# A layer under Keras's own name; `conv` is the stem of MobileNetV3, and of every ResNet stage.
-_NAMED_PATH = re.compile(r"(?:stem/|\w+/(?!(?:conv|bn)/))(\w+)/(kernel|bias|scale|mean|var)")
+# A layer under Keras's own name. `conv` is MobileNetV3's first, `bn` DenseNet's last; elsewhere
+# these are parts of a ResNet's units.
+_NAMED_PATH = re.compile(r"(?:stem/|top/|\w+/(?!(?:conv|bn)/))(\w+)/(kernel|bias|scale|mean|var)")
 _IS_BATCH_NORM = re.compile(r"(?i)(?:^|.*_)bn(?:_.*|$)")
 
 # `efficientnet_lite_pytorch`'s layers of a block, and Keras's.
