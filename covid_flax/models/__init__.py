@@ -28,6 +28,13 @@ MODELS: dict[
     "alexnet_small": ALEXNET_SMALL,
 }
 
+# Families that are made alike.
+_LIGHT: dict[type, Any] = {
+    EfficientNetSpec: EfficientNet,
+    MobileNetSpec: MobileNet,
+    DenseNetSpec: DenseNet,
+}
+
 __all__ = [
     "MODELS",
     "RESNETS",
@@ -67,14 +74,10 @@ def create_model(config: Any, num_classes: int, seed: int) -> tuple[nnx.GraphDef
         model = AlexNet(spec, **common)
     else:
         common |= {"hidden_units": config.hidden_units, "momentum": config.bn_momentum}
-        if isinstance(spec, EfficientNetSpec):
-            model = EfficientNet(spec, **common)
-        elif isinstance(spec, MobileNetSpec):
-            model = MobileNet(spec, **common)
-        elif isinstance(spec, DenseNetSpec):
-            model = DenseNet(spec, **common)
-        else:
+        if isinstance(spec, ResNetSpec):
             model = ResNet(spec, remat=config.remat == "block", **common)
+        else:
+            model = _LIGHT[type(spec)](spec, **common)
     graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
     return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
 

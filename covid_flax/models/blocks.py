@@ -6,6 +6,7 @@ as TensorFlow's 'SAME'. Arrays are NHWC; parameters and statistics float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -16,9 +17,17 @@ from jax import lax
 
 from covid_flax.models.conv import conv2d
 from covid_flax.models.depthwise import depthwise_conv2d, same_padding
-from covid_flax.models.layers import BatchNorm, Conv, batch_statistics, glorot_uniform
+from covid_flax.models.layers import (
+    BatchNorm,
+    Conv,
+    batch_statistics,
+    glorot_uniform,
+    stages_between,
+)
+from covid_flax.models.resnet import Head
 
 Array = jax.Array
+Activation = Callable[[Array], Array]
 
 
 class DepthwiseConv(nnx.Module):
@@ -85,3 +94,93 @@ def add_named(module: nnx.Module, layers: dict[str, Any]) -> None:
     """Sets layers as attributes: their names, Keras's, are those of the parameter tree."""
     for name, layer in layers.items():
         setattr(module, name, layer)
+
+
+class NamedConvBN(nnx.Module):
+    """A convolution, its batch norm and an activation, the first two under names of Keras's.
+
+    Args:
+      inputs, outputs: channels.
+      size, stride: of the kernel.
+      conv, bn: the layers' names.
+      activation: what follows.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        stride: int,
+        *,
+        conv: str,
+        bn: str,
+        activation: Activation,
+        rngs: nnx.Rngs,
+    ):
+        self.stride, self.activation = stride, activation
+        self.conv_name, self.bn_name = conv, bn
+        layer = Conv(inputs, outputs, size, use_bias=False, rngs=rngs)
+        add_named(self, {conv: layer, bn: BatchNorm(outputs)})
+
+    def __call__(self, x: Array, **norm: Any) -> Array:
+        """Of `[N, H, W, C]`; see `batch_norm` for the rest."""
+        y = conv_same(getattr(self, self.conv_name), x, self.stride)
+        return self.activation(batch_norm(getattr(self, self.bn_name), y, **norm))
+
+
+class StagedNetwork(nnx.Module):
+    """Stages one after the other, global average pooling, a head: preprocessed images to logits.
+
+    A family adds its stages, by name, and calls `add_head`.
+
+    Args:
+      spec: of the family: `stages` and `epsilon` are read here.
+      momentum: of the running batch statistics (Keras's convention).
+      dtype: in which the convolutions compute; the head is float32 always.
+    """
+
+    def __init__(self, spec: Any, *, momentum: float, dtype: Any):
+        self.spec, self.momentum, self.dtype = spec, momentum, dtype
+
+    def add_head(
+        self, features: int, classes: int, hidden_units: int, dropout_rate: float, rngs: nnx.Rngs
+    ) -> None:
+        self.head = Head(
+            features, classes, hidden_units=hidden_units, dropout_rate=dropout_rate, rngs=rngs
+        )
+
+    def __call__(
+        self,
+        x: Array,
+        *,
+        batch_stats_in: Collection[str] = (),
+        example_weights: Array | None = None,
+        dropout_key: Array | None = None,
+        axis_name: str | None = None,
+        start: str | None = None,
+        stop: str | None = None,
+    ) -> Array:
+        """Runs the stages from `start` to `stop`, both included; the arguments are `ResNet`'s.
+
+        Args:
+          x: what `start` takes: for the first stage preprocessed images `[N, H, W, 3]`.
+
+        Returns:
+          The output of `stop`; of `head`, logits `[N, classes]` in float32.
+        """
+        for name in stages_between(self.spec.stages, start, stop):
+            if name == "pool":
+                x = global_average(x)
+            elif name == "head":
+                x = self.head(x, dropout_key)
+            else:
+                x = getattr(self, name)(
+                    x.astype(self.dtype),
+                    epsilon=self.spec.epsilon,
+                    momentum=self.momentum,
+                    use_batch_stats=name in batch_stats_in,
+                    example_weights=example_weights,
+                    axis_name=axis_name,
+                )
+        return x

@@ -9,17 +9,15 @@ stage: `block2/conv3_block1_1_conv/kernel`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from covid_flax.models.blocks import add_named, batch_norm, conv_same, global_average
+from covid_flax.models.blocks import StagedNetwork, add_named, batch_norm, conv_same
 from covid_flax.models.conv import max_pool_3x3_s2
-from covid_flax.models.layers import BatchNorm, Conv, stages_between
-from covid_flax.models.resnet import Head
+from covid_flax.models.layers import BatchNorm, Conv
 
 Array = jax.Array
 _STEM = 64
@@ -115,7 +113,7 @@ class _Top(nnx.Module):
         return nnx.relu(batch_norm(self.bn, x, **bn))
 
 
-class DenseNet(nnx.Module):
+class DenseNet(StagedNetwork):
     """DenseNet: preprocessed images to logits; the arguments are those of `EfficientNet`."""
 
     def __init__(
@@ -129,7 +127,7 @@ class DenseNet(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.spec, self.momentum, self.dtype = spec, momentum, dtype
+        super().__init__(spec, momentum=momentum, dtype=dtype)
         self.stem = _Stem(rngs=rngs)
         features = _STEM
         for i, depth in enumerate(spec.depths, 1):
@@ -137,41 +135,4 @@ class DenseNet(nnx.Module):
             setattr(self, f"block{i}", _Stage(i + 1, features, depth, transition, rngs=rngs))
             features = (features + depth * _GROWTH) // (2 if transition else 1)
         self.top = _Top(features)
-        self.head = Head(
-            features, num_classes, hidden_units=hidden_units, dropout_rate=dropout_rate, rngs=rngs
-        )
-
-    def __call__(
-        self,
-        x: Array,
-        *,
-        batch_stats_in: Collection[str] = (),
-        example_weights: Array | None = None,
-        dropout_key: Array | None = None,
-        axis_name: str | None = None,
-        start: str | None = None,
-        stop: str | None = None,
-    ) -> Array:
-        """Runs the stages from `start` to `stop`, both included; the arguments are `ResNet`'s.
-
-        Args:
-          x: what `start` takes: for `stem` preprocessed images `[N, H, W, 3]`.
-
-        Returns:
-          The output of `stop`; of `head`, logits `[N, num_classes]` in float32.
-        """
-        for name in stages_between(self.spec.stages, start, stop):
-            if name == "pool":
-                x = global_average(x)
-            elif name == "head":
-                x = self.head(x, dropout_key)
-            else:
-                x = getattr(self, name)(
-                    x.astype(self.dtype),
-                    epsilon=self.spec.epsilon,
-                    momentum=self.momentum,
-                    use_batch_stats=name in batch_stats_in,
-                    example_weights=example_weights,
-                    axis_name=axis_name,
-                )
-        return x
+        self.add_head(features, num_classes, hidden_units, dropout_rate, rngs)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
 from typing import Any, ClassVar
 
 import jax
@@ -18,14 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from covid_flax.models.blocks import (
+    Activation,
     DepthwiseConv,
+    NamedConvBN,
+    StagedNetwork,
     add_named,
     batch_norm,
     conv_same,
     global_average,
 )
-from covid_flax.models.layers import BatchNorm, Conv, stages_between
-from covid_flax.models.resnet import Head
+from covid_flax.models.layers import BatchNorm, Conv
 
 Array = jax.Array
 
@@ -124,24 +125,11 @@ def _blocks(spec: EfficientNetSpec) -> dict[str, list[_Block]]:
     return stages
 
 
-class _ConvBN(nnx.Module):
-    """The stem, the top: a convolution, its batch norm, the activation."""
-
-    def __init__(self, name: str, inputs: int, outputs: int, size: int, *, rngs: nnx.Rngs):
-        self.prefix = name
-        conv = Conv(inputs, outputs, size, use_bias=False, rngs=rngs)
-        add_named(self, {f"{name}_conv": conv, f"{name}_bn": BatchNorm(outputs)})
-
-    def __call__(self, x: Array, activate: Any, stride: int, **bn: Any) -> Array:
-        y = conv_same(getattr(self, f"{self.prefix}_conv"), x, stride)
-        return activate(batch_norm(getattr(self, f"{self.prefix}_bn"), y, **bn))
-
-
 class _Stage(nnx.Module):
     """The blocks of one stage, their layers side by side."""
 
-    def __init__(self, blocks: list[_Block], *, lite: bool, rngs: nnx.Rngs):
-        self.blocks, self.lite = tuple(blocks), lite
+    def __init__(self, blocks: list[_Block], *, lite: bool, activation: Activation, rngs: nnx.Rngs):
+        self.blocks, self.lite, self.activation = tuple(blocks), lite, activation
 
         def conv(inputs: int, outputs: int, use_bias: bool = False) -> Conv:
             return Conv(inputs, outputs, 1, use_bias=use_bias, rngs=rngs)
@@ -160,7 +148,8 @@ class _Stage(nnx.Module):
             layers |= {"project_conv": conv(wide, b.outputs), "project_bn": BatchNorm(b.outputs)}
             add_named(self, {f"{b.name}_{name}": layer for name, layer in layers.items()})
 
-    def __call__(self, x: Array, activate: Any, **bn: Any) -> Array:
+    def __call__(self, x: Array, **bn: Any) -> Array:
+        activate = self.activation
         for b in self.blocks:
 
             def layer(name: str, prefix: str = b.name) -> Any:
@@ -181,7 +170,7 @@ class _Stage(nnx.Module):
         return x
 
 
-class EfficientNet(nnx.Module):
+class EfficientNet(StagedNetwork):
     """EfficientNet: preprocessed images to logits.
 
     Args:
@@ -205,54 +194,16 @@ class EfficientNet(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.spec, self.momentum, self.dtype = spec, momentum, dtype
-        self.stem = _ConvBN("stem", 3, spec.channels(32), 3, rngs=rngs)
-        features = 0
+        super().__init__(spec, momentum=momentum, dtype=dtype)
+        activation = nnx.relu6 if spec.lite else nnx.swish
+        how: dict[str, Any] = {"activation": activation, "rngs": rngs}
+        features = spec.channels(32)
+        self.stem = NamedConvBN(3, features, 3, 2, conv="stem_conv", bn="stem_bn", **how)
         for name, blocks in _blocks(spec).items():
-            setattr(self, name, _Stage(blocks, lite=spec.lite, rngs=rngs))
+            setattr(self, name, _Stage(blocks, lite=spec.lite, **how))
             features = blocks[-1].outputs
         if spec.top:
-            self.top = _ConvBN("top", features, spec.channels(1280), 1, rngs=rngs)
-            features = spec.channels(1280)
-        self.head = Head(
-            features, num_classes, hidden_units=hidden_units, dropout_rate=dropout_rate, rngs=rngs
-        )
-
-    def __call__(
-        self,
-        x: Array,
-        *,
-        batch_stats_in: Collection[str] = (),
-        example_weights: Array | None = None,
-        dropout_key: Array | None = None,
-        axis_name: str | None = None,
-        start: str | None = None,
-        stop: str | None = None,
-    ) -> Array:
-        """Runs the stages from `start` to `stop`, both included; the arguments are `ResNet`'s.
-
-        Args:
-          x: what `start` takes: for `stem` preprocessed images `[N, H, W, 3]`.
-
-        Returns:
-          The output of `stop`; of `head`, logits `[N, num_classes]` in float32.
-        """
-        activate = nnx.relu6 if self.spec.lite else nnx.swish
-        for name in stages_between(self.spec.stages, start, stop):
-            bn: dict[str, Any] = {
-                "epsilon": self.spec.epsilon,
-                "momentum": self.momentum,
-                "use_batch_stats": name in batch_stats_in,
-                "example_weights": example_weights,
-                "axis_name": axis_name,
-            }
-            if name == "pool":
-                x = global_average(x)
-            elif name == "head":
-                x = self.head(x, dropout_key)
-            elif name in ("stem", "top"):
-                stride = 2 if name == "stem" else 1
-                x = getattr(self, name)(x.astype(self.dtype), activate, stride, **bn)
-            else:
-                x = getattr(self, name)(x.astype(self.dtype), activate, **bn)
-        return x
+            wide = spec.channels(1280)
+            self.top = NamedConvBN(features, wide, 1, 1, conv="top_conv", bn="top_bn", **how)
+            features = wide
+        self.add_head(features, num_classes, hidden_units, dropout_rate, rngs)

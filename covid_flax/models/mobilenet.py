@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import jax
@@ -18,14 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from covid_flax.models.blocks import (
+    Activation,
     DepthwiseConv,
+    NamedConvBN,
+    StagedNetwork,
     add_named,
     batch_norm,
     conv_same,
     global_average,
 )
-from covid_flax.models.layers import BatchNorm, Conv, stages_between
-from covid_flax.models.resnet import Head
+from covid_flax.models.layers import BatchNorm, Conv
 
 Array = jax.Array
 
@@ -157,7 +158,7 @@ MOBILENETS = {
     ),
 }
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+_ACTIVATIONS: dict[str, Activation] = {
     "relu": nnx.relu,
     "relu6": nnx.relu6,
     "hard_swish": nnx.hard_swish,
@@ -169,19 +170,6 @@ def _narrow(wide: int) -> int:
     wanted = wide / 4
     rounded = max(8, int(wanted + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * wanted else rounded
-
-
-class _ConvBN(nnx.Module):
-    """The stem, the top: a convolution, its batch norm, the activation."""
-
-    def __init__(self, inputs: int, names: tuple[str, str, int], size: int, *, rngs: nnx.Rngs):
-        self.conv_name, self.bn_name, outputs = names
-        conv = Conv(inputs, outputs, size, use_bias=False, rngs=rngs)
-        add_named(self, {self.conv_name: conv, self.bn_name: BatchNorm(outputs)})
-
-    def __call__(self, x: Array, activation: str, stride: int, **bn: Any) -> Array:
-        y = conv_same(getattr(self, self.conv_name), x, stride)
-        return _ACTIVATIONS[activation](batch_norm(getattr(self, self.bn_name), y, **bn))
 
 
 class _Stage(nnx.Module):
@@ -228,7 +216,7 @@ class _Stage(nnx.Module):
         return x
 
 
-class MobileNet(nnx.Module):
+class MobileNet(StagedNetwork):
     """MobileNet: preprocessed images to logits; the arguments are those of `EfficientNet`."""
 
     def __init__(
@@ -242,53 +230,13 @@ class MobileNet(nnx.Module):
         dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.spec, self.momentum, self.dtype = spec, momentum, dtype
-        self.stem = _ConvBN(3, spec.stem, 3, rngs=rngs)
+        super().__init__(spec, momentum=momentum, dtype=dtype)
+        how: dict[str, Any] = {"activation": _ACTIVATIONS[spec.activation], "rngs": rngs}
+        conv, bn, outputs = spec.stem
+        self.stem = NamedConvBN(3, outputs, 3, 2, conv=conv, bn=bn, **how)
         for name, blocks in spec.staged().items():
             setattr(self, name, _Stage(blocks, spec.bn, rngs=rngs))
-        self.top = _ConvBN(spec.blocks[-1].outputs, spec.top, 1, rngs=rngs)
-        self.head = Head(
-            spec.top[2],
-            num_classes,
-            hidden_units=hidden_units,
-            dropout_rate=dropout_rate,
-            rngs=rngs,
-        )
-
-    def __call__(
-        self,
-        x: Array,
-        *,
-        batch_stats_in: Collection[str] = (),
-        example_weights: Array | None = None,
-        dropout_key: Array | None = None,
-        axis_name: str | None = None,
-        start: str | None = None,
-        stop: str | None = None,
-    ) -> Array:
-        """Runs the stages from `start` to `stop`, both included; the arguments are `ResNet`'s.
-
-        Args:
-          x: what `start` takes: for `stem` preprocessed images `[N, H, W, 3]`.
-
-        Returns:
-          The output of `stop`; of `head`, logits `[N, num_classes]` in float32.
-        """
-        for name in stages_between(self.spec.stages, start, stop):
-            bn: dict[str, Any] = {
-                "epsilon": self.spec.epsilon,
-                "momentum": self.momentum,
-                "use_batch_stats": name in batch_stats_in,
-                "example_weights": example_weights,
-                "axis_name": axis_name,
-            }
-            if name == "pool":
-                x = global_average(x)
-            elif name == "head":
-                x = self.head(x, dropout_key)
-            elif name in ("stem", "top"):
-                stride = 2 if name == "stem" else 1
-                x = getattr(self, name)(x.astype(self.dtype), self.spec.activation, stride, **bn)
-            else:
-                x = getattr(self, name)(x.astype(self.dtype), **bn)
-        return x
+        conv, bn, features = spec.top
+        inputs = spec.blocks[-1].outputs
+        self.top = NamedConvBN(inputs, features, 1, 1, conv=conv, bn=bn, **how)
+        self.add_head(features, num_classes, hidden_units, dropout_rate, rngs)
