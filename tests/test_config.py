@@ -24,6 +24,8 @@ def _load(name, *argument):
     ("name", "argument"),
     [("quickstart", []), ("finetune", []), ("finetune", ["conv5"]), ("paper", []), ("tpu", [])]
     + [("lenet", []), ("alexnet", []), ("covid_ct", [])]
+    + [("best", []), ("robust", []), ("student", [])]
+    + [(name, v) for name in ("full_224", "full_299") for v in ([], ["tpu"])]
     + [("paper", [v]) for v in ("frozen", "caffe", "resize", "random", "nested", "frozen,nested")],
 )
 def test_every_configuration_is_valid_and_differs_as_said(name, argument):
@@ -44,7 +46,7 @@ def test_every_configuration_is_valid_and_differs_as_said(name, argument):
 
 
 def test_unknown_variants_are_refused():
-    for name in ("paper", "finetune"):
+    for name in ("paper", "finetune", "full_224", "full_299"):
         with pytest.raises(ValueError, match="no variant 'x'"):
             _load(name, "x")
 

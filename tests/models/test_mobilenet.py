@@ -96,6 +96,8 @@ def test_every_stage_is_keras_s(name):
     graph, params, stats = create_model(config, 4, 0)
     params, stats, report = load_weights(arrays, params, stats, source="keras")
     assert len(report.loaded) == len(arrays)
+    count = sum(x.size for x in jax.tree.leaves((params, stats)))
+    assert count - 4 * (network.output.shape[-1] + 1) == network.count_params()
     assert set(report.initialised) == {"predictions/kernel", "predictions/bias"}
 
     rng = np.random.default_rng(1)
@@ -113,3 +115,47 @@ def test_every_stage_is_keras_s(name):
         assert np.abs(got[stage] - judged).max() <= 1e-5 * scale, stage
     np.testing.assert_allclose(whole, got["head"], rtol=1e-5, atol=1e-6)
     assert set(MODELS[name].stages) == set(got)
+
+
+def test_training_uses_and_moves_batch_statistics_as_keras_does():
+    name = "mobilenet_v3_small"
+    network = keras.applications.MobileNetV3Small(
+        weights=None, include_top=False, input_shape=(64, 64, 3)
+    )
+    arrays = random_arrays(network)
+    for layer in network.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.momentum = 0.5  # nearer to one, rounding hides what the batch adds
+    config = base.get_config().model
+    with config.unlocked():
+        config.update(name=name, hidden_units=0, bn_momentum=0.5)
+    graph, params, stats = create_model(config, 4, 0)
+    params, stats, _ = load_weights(arrays, params, stats, source="keras")
+
+    images = np.random.default_rng(1).uniform(0, 255, (4, 64, 64, 3)).astype(np.float32)
+    trainable = [v.value for v in network.trainable_variables]
+    fixed = [v.value for v in network.non_trainable_variables]
+
+    @jax.jit
+    def judge(trainable, fixed, images):
+        return network.stateless_call(trainable, fixed, images, training=True)
+
+    @jax.jit
+    def train(params, stats, images):
+        model = nnx.merge(graph, params, stats, copy=True)
+        output = model(images, stop="top", batch_stats_in=MODELS[name].stages)
+        return output, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    want, fixed = judge(trainable, fixed, images)
+    got, moved = train(params, stats, images / np.float32(127.5) - 1)
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+    layers = {layer: new for stage in moved.values() for layer, new in stage.items()}
+    ends = {"moving_mean": "mean", "moving_variance": "var"}
+    checked = 0
+    for variable, new in zip(network.non_trainable_variables, fixed, strict=True):
+        layer, end = variable.path.split("/")
+        value = layers[layer][ends[end]]
+        assert not np.array_equal(value, variable.value), variable.path
+        assert np.abs(value - new).max() <= 1e-5 * np.abs(new).max(), variable.path
+        checked += 1
+    assert checked == len(jax.tree.leaves(stats))

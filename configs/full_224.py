@@ -1,0 +1,31 @@
+"""The whole database at 224 px: `best.py`'s network and recipe in half precision on one GPU.
+
+`full_224.py:tpu` is for the eight chips of a v5e TPU VM. docs/full_database.md says what either
+needs.
+"""
+
+import runpy
+from pathlib import Path
+
+# By path: configuration files are no package.
+_BEST = runpy.run_path(str(Path(__file__).with_name("best.py")))
+
+
+def get_config(variant: str = ""):
+    c = _BEST["get_config"]()
+    c.data.image_size = 224
+    c.model.dtype = "bfloat16"
+    c.train.batch_size = 128
+    # With the root of the batch's growth, as suits Adam (Malladi et al. 2022): twice.
+    c.optimizer.learning_rate = 2e-3
+    c.train.epochs = 30
+    c.augment.blur = 1.2  # pixels are half as wide
+    c.eval.batch_size = 256
+    if variant == "tpu":
+        c.train.batch_size = 1024
+        c.optimizer.learning_rate = 5e-3
+        c.optimizer.warmup_epochs = 3.0
+        c.eval.batch_size = 1024
+    elif variant:
+        raise ValueError(f"full_224.py has no variant {variant!r}: tpu")
+    return c
