@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from covid_flax import preemption
 from covid_flax.checkpoint import Checkpoints
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
@@ -143,7 +144,8 @@ def _loop(
     )
     sums = _host_sums(state.sums)
     state = layout.put_state(state)
-    with RunLog(run.workdir, loop["metrics_bytes"], step) as log, profile:
+    alone = jax.process_count() == 1
+    with RunLog(run.workdir, loop["metrics_bytes"], step) as log, profile, preemption.deferred():
         meter = Meter(config.train.epochs, job.steps_per_epoch, step, loop, peak_rate(run, job))
         while step < total_steps and not stopping.should_stop:
             # The next step at which something besides training is due.
@@ -151,6 +153,9 @@ def _loop(
             due = min((step // period + 1) * period for period in periods)
             if meter.first:
                 due = min(due, step + feed.first_steps)
+            elif alone:
+                rate = meter.rate / config.train.batch_size
+                due = min(due, step + max(1, int(rate * preemption.LOOK_EVERY_S)))
             due = profile.before(step, due)
             state = feed.advance(state, due - step, meter)
             step = due
@@ -162,10 +167,18 @@ def _loop(
                 sums = _host_sums(layout.get_state(state.sums))
                 count, loss, accuracy = _means(sums, before)
                 _refuse_non_finite(loss, since, step)
-                rate = float(job.schedule(step - 1))
-                log.interval(step, **meter.interval(step, count, loss, accuracy, rate))
-            if every and step % every == 0 and not epoch_ends:
+                learning_rate = float(job.schedule(step - 1))
+                figures = meter.interval(step, count, loss, accuracy, learning_rate)
+                log.interval(step, **figures)
+            logged = step == meter.last_step
+            stop = not epoch_ends and preemption.noticed(together=logged)
+            if not epoch_ends and (stop or (every and step % every == 0)):
                 save(layout.get_state(state), best=False)
+            if stop:
+                checkpoints.wait()
+                raise preemption.Terminated(
+                    f"SIGTERM: saved step {step:,}; the same command goes on from there"
+                )
             if not epoch_ends:
                 continue
 
@@ -178,7 +191,7 @@ def _loop(
                 "train",
                 loss=train_figures[0],
                 accuracy=train_figures[1],
-                learning_rate=rate,
+                learning_rate=learning_rate,
                 images_per_second=meter.epoch_rate,
             )
             state = dataclasses.replace(state, sums=layout.put_state(zero_sums()))
