@@ -42,6 +42,11 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
         state, stopping, loop = _start(run, job, checkpoints)
         step = int(state.step)
         if stopping.should_stop or step >= job.steps_per_epoch * config.train.epochs:
+            if not stopping.best_epoch:
+                raise UserError(
+                    f"{run.workdir}: training is complete, but its best checkpoint is damaged: "
+                    "evaluate --checkpoint=latest, or train anew in another --workdir"
+                )
             say(f"training is complete at step {step:,}")
         else:
             if job.start is not None:
@@ -70,12 +75,12 @@ def _start(
     average = config.train.ema_decay > 0
     new = create_state(run.params, run.batch_stats, trained, job.tx, config.seed, average=average)
     new = job.layout.place(new)
-    latest = checkpoints.latest_step
-    if latest is None and run.resumed:
+    found = checkpoints.resume(new)
+    if found is None and run.resumed:
         raise UserError(
             f"{run.workdir}/checkpoints: no sound checkpoint is left: remove the folder"
         )
-    if latest is None:
+    if found is None:
         stopping = EarlyStopping(
             mode="min" if config.train.monitor == "val_loss" else "max",
             min_delta=config.train.min_delta,
@@ -83,9 +88,13 @@ def _start(
         )
         clocks = {"elapsed": 0.0, "epoch_seconds": 0.0, "epoch_examples": 0.0}
         return new, stopping, {**clocks, "metrics_bytes": 0}
-    state, loop = checkpoints.load(latest, new)
+    latest, state, loop, best_is_lost = found
     say(f"resume: from step {latest:,}, epoch {latest / job.steps_per_epoch:.2f}")
-    return state, EarlyStopping.from_state_dict(loop["early_stopping"]), loop
+    stopping = EarlyStopping.from_state_dict(loop["early_stopping"])
+    if best_is_lost:
+        say(f"note: the best epoch so far, {stopping.best_epoch}, is lost: the best from here on")
+        stopping = dataclasses.replace(stopping, best=None, best_epoch=0)
+    return state, stopping, loop
 
 
 def _loop(

@@ -168,6 +168,24 @@ def test_a_kill_between_metrics_and_checkpoint_leaves_no_double_line(
     _assert_same_run(workdir, whole)
 
 
+def test_a_damaged_latest_checkpoint_costs_time_alone(
+    resumable, straight, tmp_path, monkeypatch, capsys
+):
+    whole = straight(resumable)
+    workdir = tmp_path / "run"
+    _train_killed_at(resumable, workdir, 7, monkeypatch)
+    files = [p for p in (workdir / "checkpoints/6").rglob("d/*") if p.is_file()]
+    data = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(bytes(content))
+    train(setup(resumable, workdir))
+    told = capsys.readouterr().out
+    assert "checkpoints/6 is damaged" in told and "resume: from step 4" in told
+    assert (workdir / "checkpoints_damaged/6").is_dir()
+    _assert_same_run(workdir, whole)
+
+
 def test_a_complete_run_is_left_as_it_is(resumable, straight):
     workdir = straight(resumable)
     before = (workdir / "metrics.jsonl").read_bytes()
