@@ -19,6 +19,7 @@ from ml_collections_configs import base
 _CHOICES = {
     "data.split": SPLITS,
     "data.interpolation": tuple(INTERPOLATIONS),
+    "data.on_bad_image": ("refuse", "skip"),
     "data.on_device": ("auto", "always", "never"),
     "model.name": tuple(MODELS),
     "model.preprocessing": ("", *MODES),

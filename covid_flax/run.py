@@ -30,13 +30,15 @@ from covid_flax.pretrained.load import array_names, load_weights
 from covid_flax.pretrained.read import read_weights
 from covid_flax.report.console import say
 
-# What may differ when a run goes on: nothing here changes a figure.
+# What may differ when a run goes on: nothing here changes a figure. The images used are
+# compared by themselves.
 _FREE_ON_RESUME = (
     "data.dir",
     "data.cache_dir",
     "data.store_gb",
     "data.num_threads",
     "data.prefetch",
+    "data.on_bad_image",
     "data.on_device",
     "train.feature_cache_gb",
     "train.feature_disk_gb",

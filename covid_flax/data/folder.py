@@ -11,7 +11,7 @@ import re
 import stat
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -72,8 +72,21 @@ class DataFolder:
         return self._tree.has(file)
 
     def num_bytes(self, file: str) -> int:
-        """Size of `file`."""
-        return self._tree.stamp(file)[0]
+        """Size of `file`, 0 where it cannot be read."""
+        return self._stamp(file)[0]
+
+    def without(self, files: Collection[str]) -> DataFolder:
+        """The folder as if it had not these images. UserError where a class has no other."""
+        left = [f for f in self.files if f.file not in files]
+        kept = {f.label for f in left}
+        for label in self.class_names:
+            if label not in kept:
+                raise UserError(
+                    f"no image of class {label} in {self.root} can be read: replace them, or "
+                    "remove the class"
+                )
+        groups = self.groups and {f.file: self.groups[f.file] for f in left}
+        return dataclasses.replace(self, files=left, groups=groups)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over every image's name, class, source, size and time of change.
@@ -82,9 +95,15 @@ class DataFolder:
         """
         digest = hashlib.sha256()
         for f in sorted(self.files, key=lambda f: f.file):
-            line = (f.file, f.label, f.source, *self._tree.stamp(f.file))
+            line = (f.file, f.label, f.source, *self._stamp(f.file))
             digest.update(repr(line).encode())
         return digest.hexdigest()
+
+    def _stamp(self, file: str) -> tuple[int, int]:
+        try:
+            return self._tree.stamp(file)
+        except UserError:  # told together with all that cannot be read
+            return 0, 0
 
 
 def open_folder(
@@ -172,11 +191,12 @@ class _Disk:
 
     def read(self, file: str) -> bytes:
         path = os.path.join(self._root, file)
+        self.stamp(file)
         try:
             with open(path, "rb") as f:
                 return f.read()
         except OSError as e:
-            raise UserError(f"cannot read {path}: {e.strerror}") from e
+            raise UserError(f"cannot read {path}: {e.strerror}: mend or remove it") from e
 
     def stamp(self, file: str) -> tuple[int, int]:
         path = os.path.join(self._root, file)

@@ -46,6 +46,7 @@ EVALUATION: dict[str, Any] = {
     "accuracy": float,
     "split": str,
     "data_dir": str,
+    "bad_images": {"*": str},
     "checkpoint": {},
     "calibration": {"ece": {"before!": float, "after!": float}},
     "alarms": [{"name!": str, "level!": str, "text!": str}],
