@@ -33,7 +33,7 @@ from covid_flax.evaluation.trained import (
     own_images,
     saved_run,
 )
-from covid_flax.files import write_atomically
+from covid_flax.files import parse_json, write_atomically
 from covid_flax.report.console import say
 
 SPLITS = ("val", "test", "train", "all")
@@ -136,7 +136,7 @@ def _read_calibrations(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         for entry in found.values():
             threshold = entry["abstain"]["threshold"]
             if not (

@@ -64,7 +64,7 @@ def test_skipped_images_leave_no_trace_on_the_figures(
     run = tmp_path / "run"
     config, report = _outcome(make_tiny_config, skipping, run, "skip")
     out = capfd.readouterr()[0]
-    assert "6 images are unreadable and left out: COVID/images/COVID-3.png" in out, out
+    assert "6 images that cannot be read are left out: COVID/images/COVID-3.png" in out, out
     _, expected = _outcome(make_tiny_config, without, tmp_path / "clean", "refuse")
 
     assert (run / "split.csv").read_bytes() == (tmp_path / "clean" / "split.csv").read_bytes()
@@ -79,7 +79,7 @@ def test_skipped_images_leave_no_trace_on_the_figures(
     assert clean["bad_images"] == expected["bad_images"] == {}
     assert saved["images"] == clean["images"]
     page = (run / "eval" / "val" / "report.html").read_text()
-    assert "6 images are unreadable and left out: COVID/images/COVID-3.png" in page
+    assert "6 images that cannot be read are left out: COVID/images/COVID-3.png" in page
     assert "<b>no" not in page
 
     # A second start, and an evaluation, look at the bad images alone.

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from covid_flax.data.decode import decode
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.errors import UserError, printable
-from covid_flax.files import write_atomically
+from covid_flax.files import parse_json, write_atomically
 
 # Part of the cache's key: raise it when what a record holds changes.
 RECORDS_VERSION = "1.0.0"
@@ -115,16 +115,15 @@ class Records:
             raise IndexError(f"record {i} of {len(self)}")
         try:
             record = self._source[int(i)]
-        except (OSError, RuntimeError, ValueError) as e:
+            image, texts = record["image"], (record["file"], record["label"], record["source"])
+            file, label, source = (text.decode() for text in texts)
+            if not isinstance(image, bytes):
+                raise TypeError(image)
+        except Exception as e:  # ArrayRecord, protobuf and TFDS raise many types
             raise UserError(
                 f"record {i} in {self.place} is damaged: delete that folder and run again"
             ) from e
-        return {
-            "image": record["image"],
-            "file": record["file"].decode(),
-            "label": record["label"].decode(),
-            "source": record["source"].decode(),
-        }
+        return {"image": image, "file": file, "label": label, "source": source}
 
 
 def prepare(
@@ -265,10 +264,10 @@ def _is_complete(place: Path) -> bool:
 def _marker(place: Path) -> dict[str, str] | None:
     """The bad images that complete records lack; None where the records are not complete."""
     try:
-        marker = json.loads((place / _MARKER).read_text())
+        marker = parse_json((place / _MARKER).read_text())
         whole = all((place / name).stat().st_size == n for name, n in marker["sizes"].items())
         return dict(marker.get("bad", {})) if whole else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -10,18 +10,19 @@ import os
 import re
 import stat
 import zipfile
-import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from covid_flax.data.decode import FORMATS_BY_SUFFIX
+from covid_flax.data.decode import FORMATS_BY_SUFFIX, MAX_PIXELS
 from covid_flax.errors import UserError
 
 KAGGLE_FOLDER = "COVID-19_Radiography_Dataset"
 GROUP_COLUMNS = ("group", "near_dup_group", "patient_id", "group_from_name")
+MAX_BYTES = 8 * MAX_PIXELS  # of a file: 16-bit RGBA without compression
 LAYOUTS = "<Class>/images/*.png (Kaggle's) or <Class>/*.png"
 
+_MAX_WORKBOOK = 100_000_000  # bytes, unpacked: openpyxl holds the texts in memory
 _SKIPPED_FOLDERS = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "masks"}
 
 
@@ -191,10 +192,10 @@ class _Disk:
 
     def read(self, file: str) -> bytes:
         path = os.path.join(self._root, file)
-        self.stamp(file)
+        _refuse_large(file, self.stamp(file)[0])
         try:
             with open(path, "rb") as f:
-                return f.read()
+                return f.read(MAX_BYTES)
         except OSError as e:
             raise UserError(f"cannot read {path}: {e.strerror}: mend or remove it") from e
 
@@ -216,6 +217,8 @@ class _Zip:
             self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
             raise UserError(f"{path} is a broken zip ({e}): download it again") from e
+        if len(set(self._zip.namelist())) < len(self._zip.namelist()):
+            raise UserError(f"{path} holds a name twice: pack it again")
         self._folders: dict[str, dict[str, None]] = {}
         self._files: dict[str, list[str]] = {}
         for info in self._zip.infolist():
@@ -241,16 +244,26 @@ class _Zip:
         return name in self._files.get(parent, [])
 
     def read(self, file: str) -> bytes:
+        _refuse_large(file, self.stamp(file)[0])
         try:
             return self._zip.read(file)
-        except (KeyError, OSError, EOFError, zlib.error, RuntimeError, zipfile.BadZipFile) as e:
+        except Exception as e:  # what it raises on damaged content depends on the compression
+            reason = " ".join(str(e).split()) or type(e).__name__
             raise UserError(
-                f"cannot read {file} in {self._path} ({e}): download the zip again"
+                f"cannot read {file} in {self._path} ({reason}): download the zip again"
             ) from e
 
     def stamp(self, file: str) -> tuple[int, int]:
         info = self._zip.getinfo(file)
         return info.file_size, info.CRC
+
+
+def _refuse_large(file: str, size: int) -> None:
+    """What a zip says a member unpacks to is more than it ever will."""
+    if size > MAX_BYTES:
+        raise UserError(
+            f"{file} has {size:,} bytes, above the limit of {MAX_BYTES:,}: shrink or remove it"
+        )
 
 
 def _open_tree(path: str) -> _Tree:
@@ -551,6 +564,9 @@ def _read_metadata(content: bytes) -> dict[str, str] | None:
     import openpyxl  # slow to import, and rarely needed
 
     try:
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            if sum(part.file_size for part in parts.infolist()) > _MAX_WORKBOOK:
+                return None
         book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
         sheet = book.worksheets[0]
         sheet.reset_dimensions()  # some writers store wrong ones

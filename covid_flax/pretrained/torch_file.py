@@ -8,6 +8,7 @@ are understood, and whatever else it holds is refused. Nothing of PyTorch is imp
 from __future__ import annotations
 
 import math
+import os
 import pickletools
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -136,9 +137,10 @@ def _read_storage(file: BinaryIO, storage: _Storage) -> np.ndarray:
         raise ValueError(f"storage {key} is {kind} of {count}")
     dtype = np.dtype(_DTYPES[kind])
     stated = int.from_bytes(file.read(8), "little")
-    data = file.read(count * dtype.itemsize)
-    if stated != count or len(data) != count * dtype.itemsize:
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    if stated != count or left < count * dtype.itemsize:
         raise ValueError(f"storage {key} is cut short")
+    data = file.read(count * dtype.itemsize)
     return np.frombuffer(data, dtype)
 
 
