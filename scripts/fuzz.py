@@ -4,7 +4,7 @@ Needs atheris (`pip install .[fuzz]`). The seeds are small valid files made here
 checksums of PNG and zip right half of the time, so that they get past them. A parser may return or
 raise UserError. Findings, each with the input that shows it:
 - any other exception;
-- a crash of the interpreter, or more than --timeout seconds for an input;
+- a crash of the interpreter, or more than --timeout seconds of the processor for an input;
 - more than --rss_limit_mb of memory;
 - a file opened for writing outside the target's own folder, one read that is no module of Python's,
   a connection, a process started, or a pickle loaded.
@@ -52,7 +52,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=100_000, help="executions")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--max_len", type=int, default=4096, help="bytes, or twice a seed's")
-    parser.add_argument("--timeout", type=int, default=10, help="seconds an input may take")
+    parser.add_argument(
+        "--timeout",
+        type=int,
+        default=10,
+        help="seconds of the processor an input may take; by the clock 30 times that",
+    )
     parser.add_argument("--rss_limit_mb", type=int, default=1500, help="of the whole process")
     parser.add_argument("--seconds", type=int, default=0, help="stop after so many; 0: never")
     parser.add_argument("--output", type=Path, help="folder for findings; default: a new one")
@@ -105,9 +110,13 @@ def _npz() -> list[bytes]:
     import numpy as np
 
     seeds = []
+    arrays: dict[str, Any] = {
+        "dense/kernel": np.ones((2, 2), np.float32),
+        "dense/bias": np.zeros(2),
+    }
     for save in (np.savez, np.savez_compressed):
         f = io.BytesIO()
-        save(f, **{"dense/kernel": np.ones((2, 2), np.float32), "dense/bias": np.zeros(2)})
+        save(f, **arrays)
         seeds.append(f.getvalue())
     return seeds
 
@@ -607,6 +616,7 @@ def _work(args: argparse.Namespace) -> None:
     def once(data: bytes) -> None:
         counted, refused = struct.unpack("<qq", counter[:16])
         guard.seen.clear()
+        start = time.process_time()
         guard.on = True
         try:
             parse(data)
@@ -620,6 +630,9 @@ def _work(args: argparse.Namespace) -> None:
             finding(f"{type(e).__name__} in {where}", data, traceback.format_exc())
         finally:
             guard.on = False
+        seconds = time.process_time() - start
+        if seconds > args.timeout:
+            finding(f"slow in {args.target}", data, f"{seconds:.1f} s")
         for what in guard.seen:
             finding(what, data, what)
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -642,7 +655,7 @@ def _work(args: argparse.Namespace) -> None:
         f"-runs={args.runs}",
         f"-seed={args.seed}",
         f"-max_len={max(args.max_len, 2 * max(map(len, seeds)))}",
-        f"-timeout={args.timeout}",
+        f"-timeout={30 * args.timeout}",
         f"-rss_limit_mb={args.rss_limit_mb + 500}",
         f"-artifact_prefix={args.output}/native-",
         "-print_final_stats=1",
@@ -701,7 +714,7 @@ def _drive(args: argparse.Namespace) -> int:
             print(f"{executed()[0]:,} executions, {seconds_used} s", file=sys.stderr)
             if status == 0:
                 break
-            crashes += 1
+            crashes += status != 3  # a worker that used too much memory told so as a finding
             tail = "\n".join(lines[-60:])
             (args.output / f"crash-{crashes}.txt").write_text(f"status {status}\n{tail}\n")
             if executed()[0] == before or crashes > 50:

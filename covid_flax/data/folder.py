@@ -217,6 +217,8 @@ class _Zip:
             self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
             raise UserError(f"{path} is a broken zip ({e}): download it again") from e
+        if "" in self._zip.namelist():
+            raise UserError(f"{path} is a broken zip (a member without a name): pack it again")
         if len(set(self._zip.namelist())) < len(self._zip.namelist()):
             raise UserError(f"{path} holds a name twice: pack it again")
         self._folders: dict[str, dict[str, None]] = {}
