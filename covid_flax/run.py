@@ -181,7 +181,7 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
             and isinstance(saved["preprocessing"], str)
             and isinstance(names, list)
             and all(isinstance(name, str) for name in names)
-            and all(Path(name).name == name for name in saved.get("members", ()))
+            and all(Path(name).name == name != ".." for name in saved.get("members", ()))
         )
     except (OSError, ValueError, KeyError, TypeError):
         whole = False

@@ -143,9 +143,9 @@ def test_a_csv_with_a_huge_field(tmp_path):
     for label in "AB":
         (tmp_path / label).mkdir()
         (tmp_path / label / "x.png").write_bytes(_png())
-    (tmp_path / "groups.csv").write_text("file,group\nA/x.png," + "x" * 1_000_000)
+    (tmp_path / "groups.csv").write_text("file,group\nA/x.png," + "x" * 200_000)
     _refused("groups.csv is not a readable UTF-8 csv: field larger", open_folder, str(tmp_path))
-    (tmp_path / "split.csv").write_text("file,label,split,group\nx,A,train," + "x" * 1_000_000)
+    (tmp_path / "split.csv").write_text("file,label,split,group\nx,A,train," + "x" * 200_000)
     _refused("cannot read .*field larger", read_split_csv, tmp_path / "split.csv")
 
 

@@ -7,6 +7,8 @@ network's.
 
 from __future__ import annotations
 
+import math
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,21 @@ def _read_npz(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is a zip but no npz (it holds {strange[0]}): give an .npz")
         if len(set(npz.files)) != len(npz.files):
             raise UserError(f"{path} holds an array's name twice: write the npz again")
+        for info in npz.zip.infolist():
+            _refuse_short(npz.zip, info)
         return {name: npz[name] for name in npz.files}
+
+
+def _refuse_short(npz: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    """NumPy reserves the memory that an array's header asks for, whatever follows it."""
+    with npz.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(member)
+    if math.prod(shape) * dtype.itemsize > info.file_size:
+        raise ValueError(f"{info.filename} is shorter than its shape {shape}")
 
 
 def _refuse_bomb(path: Path, unpacked: int) -> None:
