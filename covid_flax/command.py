@@ -22,7 +22,7 @@ from absl import app, flags, logging
 from covid_flax import distributed, preemption
 from covid_flax.config import flatten
 from covid_flax.data.dataset import cache_dir
-from covid_flax.errors import UserError
+from covid_flax.errors import UserError, printable
 from ml_collections_configs import base
 
 _FULL_OR_LOCKED = {
@@ -143,7 +143,7 @@ def _thread_error(args: threading.ExceptHookArgs) -> None:
 
 
 def _fail(line: str, status: int = 2) -> NoReturn:
-    line = " ".join(line.split())
+    line = printable(line)
     distributed.fail(line, status)
     print(f"error: {line}", file=sys.stderr, flush=True)
     sys.exit(status)

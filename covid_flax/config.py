@@ -19,6 +19,7 @@ from ml_collections_configs import base
 _CHOICES = {
     "data.split": SPLITS,
     "data.interpolation": tuple(INTERPOLATIONS),
+    "data.on_bad_image": ("refuse", "skip"),
     "data.on_device": ("auto", "always", "never"),
     "model.name": tuple(MODELS),
     "model.preprocessing": ("", *MODES),
@@ -137,15 +138,27 @@ def to_json(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def from_json(saved: dict[str, Any]) -> ml_collections.ConfigDict:
-    """The configuration of a saved run. Raises UserError for keys this version lacks."""
+    """The configuration of a saved run. UserError for keys this version lacks, and bad types."""
     config = base.get_config()
     known = flatten(config)
-    for key, value in flatten(saved).items():
+    try:
+        flat = flatten(saved)
+    except RecursionError:
+        raise UserError("config.json is nested too deeply: restore it") from None
+    for key, value in flat.items():
         if key not in known:
             raise UserError(f"config.json has the key {key!r}, which this version does not know")
         parts = key.split(".")
         section = config
         for part in parts[:-1]:
             section = section[part]
-        section[parts[-1]] = tuple(value) if isinstance(known[key], tuple) else value
+        try:
+            if value is None:
+                raise TypeError
+            section[parts[-1]] = tuple(value) if isinstance(known[key], tuple) else value
+        except (TypeError, ValueError):
+            raise UserError(
+                f"config.json has {key} = {str(value)[:40]!r}, of another type than "
+                f"{known[key]!r}: restore it"
+            ) from None
     return config

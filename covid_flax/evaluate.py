@@ -21,7 +21,7 @@ import jax
 from absl import flags
 
 from covid_flax.command import run_command
-from covid_flax.data.dataset import Dataset
+from covid_flax.data.dataset import Dataset, left_out
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import has_width
 from covid_flax.evaluation.predictions import Predictions, predictions_of
@@ -33,7 +33,7 @@ from covid_flax.evaluation.trained import (
     own_images,
     saved_run,
 )
-from covid_flax.files import write_atomically
+from covid_flax.files import parse_json, write_atomically
 from covid_flax.report.console import say
 
 SPLITS = ("val", "test", "train", "all")
@@ -112,6 +112,7 @@ def evaluate(
     )
     report["checkpoint"] = {"which": checkpoint, "step": run.step}
     report["data_dir"] = str(Path(data.folder.root).absolute())
+    report["bad_images"] = dict(data.bad_images)
     if class_map:
         report["class_map"] = dict(class_map)
     if split == "val":
@@ -135,7 +136,7 @@ def _read_calibrations(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         for entry in found.values():
             threshold = entry["abstain"]["threshold"]
             if not (
@@ -202,6 +203,8 @@ def print_report(report: Mapping[str, Any], output: Path) -> None:
         )
     for alarm in report["alarms"]:
         say(f"{alarm['level']}: {alarm['text']}")
+    if report.get("bad_images"):
+        say(f"{left_out(report['bad_images'])} (all in report.json)")
     if "note" in report:
         say(report["note"])
     say(f"written: {output}/report.html, report.json, predictions.csv, confusion_matrix.png")

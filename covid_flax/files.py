@@ -1,11 +1,21 @@
-"""Writing a small file so that nobody ever sees half of it."""
+"""Reading small files that may hold anything, and writing them so that nobody sees half of one."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 from covid_flax.errors import UserError
+
+
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads`. ValueError for all that is not JSON, and where it is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
 
 
 def write_atomically(path: Path, data: bytes) -> None:

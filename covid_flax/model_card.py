@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from markupsafe import Markup, escape
 
 from covid_flax.command import run_command
 from covid_flax.errors import UserError
-from covid_flax.files import write_atomically
+from covid_flax.files import parse_json, write_atomically
 from covid_flax.report.artefacts import Artefacts, read_artefacts
 from covid_flax.report.checklists import CLAIM, TRIPOD_AI, Item
 from covid_flax.report.statements import (
@@ -82,7 +81,7 @@ def read_facts(path: Path) -> dict[str, dict[str, str]]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        found = parse_json(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read --facts={path}: {e}") from e
     if not isinstance(found, dict):

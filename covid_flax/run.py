@@ -23,20 +23,22 @@ from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
-from covid_flax.files import write_atomically
+from covid_flax.files import parse_json, write_atomically
 from covid_flax.models import beginning_of, create_model, preprocessing_of, trained_stages
 from covid_flax.pretrained.fetch import resolve, sha256
 from covid_flax.pretrained.load import array_names, load_weights
 from covid_flax.pretrained.read import read_weights
 from covid_flax.report.console import say
 
-# What may differ when a run goes on: nothing here changes a figure.
+# What may differ when a run goes on: nothing here changes a figure. The images used are
+# compared by themselves.
 _FREE_ON_RESUME = (
     "data.dir",
     "data.cache_dir",
     "data.store_gb",
     "data.num_threads",
     "data.prefetch",
+    "data.on_bad_image",
     "data.on_device",
     "train.feature_cache_gb",
     "train.feature_disk_gb",
@@ -171,7 +173,7 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = parse_json(path.read_text(encoding="utf-8"))
         names = saved["class_names"]
         whole = (
             isinstance(saved["config"], dict)
@@ -179,6 +181,7 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
             and isinstance(saved["preprocessing"], str)
             and isinstance(names, list)
             and all(isinstance(name, str) for name in names)
+            and all(Path(name).name == name != ".." for name in saved.get("members", ()))
         )
     except (OSError, ValueError, KeyError, TypeError):
         whole = False

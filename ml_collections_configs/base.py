@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     d.nested_test = False  # paper-*: the paper's 20 % becomes `test`, `val` is drawn from the rest
     d.groups_file = ""  # csv of file and group; "" looks for groups.csv, then manifest.csv
     d.group_column = ""  # its column; "" takes group, near_dup_group, patient_id, group_from_name
+    d.on_bad_image = "refuse"  # refuse (to start, naming all) or skip: images that cannot be read
     d.image_size = 128  # side in pixels that the network sees
     d.intermediate_size = 0  # > 0: resize to this side first, then to image_size (the paper: 224)
     d.interpolation = "nearest"  # nearest, box, bilinear, hamming, bicubic or lanczos (Pillow's)

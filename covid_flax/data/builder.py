@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,14 @@ from tqdm import tqdm
 
 from covid_flax.data.decode import decode
 from covid_flax.data.folder import DataFolder, open_folder
-from covid_flax.errors import UserError
+from covid_flax.errors import UserError, printable
+from covid_flax.files import parse_json, write_atomically
 
 # Part of the cache's key: raise it when what a record holds changes.
 RECORDS_VERSION = "1.0.0"
 
 _MARKER = "complete.json"
+_NAMED = 20  # bad images in a message
 
 
 class ChestXrayFolder(tfds.core.GeneratorBasedBuilder):
@@ -91,10 +93,12 @@ class Records:
     Attributes:
       files: name of each, relative to the data folder.
       place: the folder that holds the records.
+      bad: images of the data folder that cannot be read and are left out: the reason by name.
     """
 
     files: list[str]
     place: Path
+    bad: Mapping[str, str]
     _source: Any = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
@@ -111,40 +115,49 @@ class Records:
             raise IndexError(f"record {i} of {len(self)}")
         try:
             record = self._source[int(i)]
-        except (OSError, RuntimeError, ValueError) as e:
+            image, texts = record["image"], (record["file"], record["label"], record["source"])
+            file, label, source = (text.decode() for text in texts)
+            if not isinstance(image, bytes):
+                raise TypeError(image)
+        except Exception as e:  # ArrayRecord, protobuf and TFDS raise many types
             raise UserError(
                 f"record {i} in {self.place} is damaged: delete that folder and run again"
             ) from e
-        return {
-            "image": record["image"],
-            "file": record["file"].decode(),
-            "label": record["label"].decode(),
-            "source": record["source"].decode(),
-        }
+        return {"image": image, "file": file, "label": label, "source": source}
 
 
-def prepare(folder: DataFolder, cache_dir: str | os.PathLike[str]) -> Records:
+def prepare(
+    folder: DataFolder, cache_dir: str | os.PathLike[str], *, on_bad_image: str = "refuse"
+) -> Records:
     """The folder's files as records, written under `cache_dir` the first time.
 
     Every image is decoded once to see that it can be, before a record is written. A second
     call with the same folder and cache opens what the first wrote. Records that are
     incomplete or whose files changed size are written anew.
 
+    Args:
+      folder: the images.
+      cache_dir: made where it is not there.
+      on_bad_image: what to do about images that cannot be read: `refuse` them, or `skip`, which
+        leaves them out of the records.
+
     Raises:
-      UserError: images that cannot be read (all are found, the first five named), or a
-        cache folder that is full or not writable.
+      UserError: images that cannot be read, all of them named, in a file where they are many;
+        a class of which no image can be; or a cache folder that is full or not writable.
     """
     cache_dir = Path(cache_dir).expanduser()
     place = cache_dir / _cache_key(folder)
     records = _open(place, folder)
     if records is None:
         try:
-            _write(folder, cache_dir, place)
+            _write(folder, cache_dir, place, on_bad_image)
         except (OSError, RuntimeError) as e:  # ArrayRecord's writer raises RuntimeError
             raise _cannot_write(cache_dir, folder, e) from e
         records = _open(place, folder)
     if records is None:
         raise UserError(f"the image records in {place} changed while they were opened: run again")
+    if records.bad and on_bad_image == "refuse":
+        raise _bad_images(folder, records.bad, place)
     return records
 
 
@@ -155,7 +168,7 @@ def _cache_key(folder: DataFolder) -> str:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def _write(folder: DataFolder, cache_dir: Path, place: Path) -> None:
+def _write(folder: DataFolder, cache_dir: Path, place: Path, on_bad_image: str) -> None:
     # By host: where a lock does not reach other hosts, each writes records of its own.
     partial = cache_dir / f".partial-{place.name}-{platform.node()}"
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -174,10 +187,13 @@ def _write(folder: DataFolder, cache_dir: Path, place: Path) -> None:
         )
         try:
             with bar:
-                _check_images(folder, bar)
+                bad = _check_images(folder, bar)
+                if bad and on_bad_image == "refuse":
+                    raise _bad_images(folder, bad, place)
                 partial.mkdir()
-                _build(folder, partial, bar)
-            _mark_complete(partial)
+                _build(folder.without(bad), partial, bar)
+                bar.update(len(bad))
+            _mark_complete(partial, bad)
             if not _is_complete(place):  # else another host was faster, and may be reading
                 shutil.rmtree(place, ignore_errors=True)
                 partial.rename(place)
@@ -185,27 +201,41 @@ def _write(folder: DataFolder, cache_dir: Path, place: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_images(folder: DataFolder, bar: tqdm) -> None:
-    """Decodes every image. UserError that tells of all that fail."""
+def _check_images(folder: DataFolder, bar: tqdm) -> dict[str, str]:
+    """Decodes every image; why it failed, of each that does."""
 
     def problem(file: str) -> str:
         try:
-            decode(folder.read(file), file)
-        except UserError as e:
-            return str(e)
+            return _problem(folder, file)
         finally:
             bar.update()
-        return ""
 
+    files = [f.file for f in folder.files]
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.filterwarnings("ignore", module="PIL")  # of what is reported below
-        problems = [p for p in pool.map(problem, [f.file for f in folder.files]) if p]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(
-            f"{len(problems)} of {len(folder.files)} images in {folder.root} cannot be used: "
-            f"{'; '.join(problems[:5])}{more}"
-        )
+        return {f: p for f, p in zip(files, pool.map(problem, files), strict=True) if p}
+
+
+def _problem(folder: DataFolder, file: str) -> str:
+    """Why an image cannot be used; "" for one that can."""
+    try:
+        decode(folder.read(file), file)
+    except UserError as e:
+        return printable(str(e))
+    return ""
+
+
+def _bad_images(folder: DataFolder, bad: Mapping[str, str], place: Path) -> UserError:
+    """Names them all: in the line itself, or those of a long list in a file."""
+    first, more = list(bad.values())[:_NAMED], ""
+    if len(bad) > _NAMED:
+        listed = place.with_name(f"bad-images-{place.name}.txt")
+        write_atomically(listed, "".join(f"{reason}\n" for reason in bad.values()).encode())
+        more = f"; and {len(bad) - _NAMED:,} more, all listed in {listed}"
+    return UserError(
+        f"{len(bad):,} of {len(folder.files):,} images in {folder.root} cannot be used "
+        f"(data.on_bad_image=skip leaves them out): {'; '.join(first)}{more}"
+    )
 
 
 def _build(folder: DataFolder, data_dir: Path, bar: tqdm) -> None:
@@ -217,36 +247,49 @@ def _build(folder: DataFolder, data_dir: Path, bar: tqdm) -> None:
     shutil.rmtree(data_dir / "downloads", ignore_errors=True)  # made empty by TFDS
 
 
-def _mark_complete(data_dir: Path) -> None:
+def _mark_complete(data_dir: Path, bad: Mapping[str, str]) -> None:
     files = [p for p in data_dir.rglob("*") if p.is_file()]
     for p in files:
         with open(p, "rb") as f:
             os.fsync(f.fileno())
     sizes = {str(p.relative_to(data_dir)): p.stat().st_size for p in files}
-    (data_dir / _MARKER).write_text(json.dumps({"sizes": sizes}))
+    (data_dir / _MARKER).write_text(json.dumps({"sizes": sizes, "bad": dict(bad)}))
 
 
 def _is_complete(place: Path) -> bool:
     """Whether all files that the marker names are there in full."""
+    return _marker(place) is not None
+
+
+def _marker(place: Path) -> dict[str, str] | None:
+    """The bad images that complete records lack; None where the records are not complete."""
     try:
-        sizes = json.loads((place / _MARKER).read_text())["sizes"]
-        return all((place / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        marker = parse_json((place / _MARKER).read_text())
+        whole = all((place / name).stat().st_size == n for name, n in marker["sizes"].items())
+        return dict(marker.get("bad", {})) if whole else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _open(place: Path, folder: DataFolder) -> Records | None:
     """The records of `folder` in `place`, or None where they are not whole."""
-    if not _is_complete(place):
+    bad = _marker(place)
+    if bad is None:
         return None
+    # What kept an image from being read may be gone without a trace on the file.
+    bad = {file: _problem(folder, file) for file in bad}
+    if not all(bad.values()):
+        shutil.rmtree(place, ignore_errors=True)
+        return None
+    files = [f.file for f in folder.files if f.file not in bad]
     with _quiet_tfds():
         builder = ChestXrayFolder(data_dir=place)
         source = builder.as_data_source(
             split="images", decoders={"image": tfds.decode.SkipDecoding()}
         )
-    if len(source) != len(folder.files):
+    if len(source) != len(files):
         return None
-    return Records([f.file for f in folder.files], place, source)
+    return Records(files, place, bad, source)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.data.pipeline import ImageSource, StoreSource
 from covid_flax.data.splits import Row, make_split
 from covid_flax.data.store import NoStoreError, build_store, open_store
-from covid_flax.errors import UserError
+from covid_flax.errors import UserError, printable
 
 
 def cache_dir(configured: str) -> Path:
@@ -34,6 +34,7 @@ class Dataset:
     rows: the split, one row an image.
     class_names: in the order of the class indices.
     notes: what a person should know of the data, a line each.
+    bad_images: images left out as they cannot be read: the reason by name.
     """
 
     folder: DataFolder
@@ -41,6 +42,7 @@ class Dataset:
     rows: Sequence[Row]
     class_names: tuple[str, ...]
     notes: Sequence[str] = ()
+    bad_images: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # By settings: the open store, or None where none could be had.
     _stores: dict[tuple[Any, ...], np.ndarray | None] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
@@ -111,6 +113,9 @@ def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
             "(Kaggle's COVID-19 Radiography Database, unpacked or its zip)"
         )
     folder = open_folder(root, groups_file=config.groups_file, group_column=config.group_column)
+    records = None
+    if config.on_bad_image == "skip":  # else later: what a split lacks is told at once
+        folder, records = prepare_readable(folder, config)
     rows = make_split(
         folder,
         split=config.split,
@@ -121,8 +126,29 @@ def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
         fold=config.fold,
         seed=seed if config.split_seed < 0 else config.split_seed,
     )
-    records = prepare(folder, cache_dir(config.cache_dir))
-    return Dataset(folder, records, rows, folder.class_names, _notes(folder, config.split))
+    if records is None:
+        folder, records = prepare_readable(folder, config)
+    notes = _notes(folder, config.split)
+    if records.bad:
+        notes.insert(0, f"{left_out(records.bad)} (all in config.json)")
+    return Dataset(folder, records, rows, folder.class_names, notes, records.bad)
+
+
+def prepare_readable(folder: DataFolder, config: Any) -> tuple[DataFolder, Records]:
+    """The images' records, and the folder without those that `data.on_bad_image` skips."""
+    place = cache_dir(config.cache_dir)
+    records = prepare(folder, place, on_bad_image=config.on_bad_image)
+    return folder.without(records.bad), records
+
+
+def left_out(bad_images: Collection[str]) -> str:
+    """`3 images are unreadable and left out: COVID/a.png, ...`."""
+    named = ", ".join(map(printable, list(bad_images)[:5]))
+    more = f" and {len(bad_images) - 5:,} more" if len(bad_images) > 5 else ""
+    are = (
+        "images that cannot be read are" if len(bad_images) > 1 else "image that cannot be read is"
+    )
+    return f"{len(bad_images):,} {are} left out: {named}{more}"
 
 
 def _notes(folder: DataFolder, split: str) -> list[str]:
@@ -161,4 +187,5 @@ def summary(data: Dataset) -> Mapping[str, Any]:
             }
             for split in splits
         },
+        "bad_images": dict(data.bad_images),
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import threading
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -31,8 +33,12 @@ INTERPOLATIONS = {
 }
 MAX_SIDE = 20_000
 MAX_PIXELS = 100_000_000
+MAX_PIXELS_PER_BYTE = 10_000  # above what a blank image comes to: deflate packs 1032 to 1
 
 _OPENED_FORMATS = ("PNG", "JPEG", "BMP", "DIB", "GIF", "TIFF", "WEBP")
+# Threads that decode: of images above so many pixels, one at a time.
+_LARGE = 16_000_000
+_one_large = threading.Lock()
 _PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -50,7 +56,7 @@ def decode(data: bytes, name: str) -> np.ndarray:
     Raises:
       UserError: `data` is empty, truncated, no image, of another format than the suffix
         of `name` says, of a pixel type with no plain 8-bit meaning, or larger than
-        `MAX_SIDE` pixels a side or `MAX_PIXELS` in all.
+        `MAX_SIDE` pixels a side, `MAX_PIXELS` in all or `MAX_PIXELS_PER_BYTE`.
     """
     if not data:
         raise UserError(f"{name} is an empty file (0 bytes): replace or remove it")
@@ -72,13 +78,20 @@ def decode(data: bytes, name: str) -> np.ndarray:
             )
         if max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
             raise _too_large(name, image.size)
+        pixels_here = image.width * image.height
+        if pixels_here > MAX_PIXELS_PER_BYTE * len(data):
+            raise UserError(
+                f"{name} has {len(data):,} bytes for {image.width:,} x {image.height:,} pixels, "
+                "fewer than an image takes: replace or remove it"
+            )
         # Pillow does not miss a PNG's end chunk once it has all rows.
         if image.format == "PNG" and _PNG_END not in data:
             raise UserError(f"{name} is truncated: replace or remove it")
         try:
-            image.load()
-            oriented = ImageOps.exif_transpose(image)
-            pixels = _to_rgb(oriented, name)
+            with _one_large if pixels_here > _LARGE else contextlib.nullcontext():
+                image.load()
+                oriented = ImageOps.exif_transpose(image)
+                pixels = _to_rgb(oriented, name)
         except UserError:
             raise
         except Exception as e:

@@ -10,18 +10,19 @@ import os
 import re
 import stat
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from covid_flax.data.decode import FORMATS_BY_SUFFIX
+from covid_flax.data.decode import FORMATS_BY_SUFFIX, MAX_PIXELS
 from covid_flax.errors import UserError
 
 KAGGLE_FOLDER = "COVID-19_Radiography_Dataset"
 GROUP_COLUMNS = ("group", "near_dup_group", "patient_id", "group_from_name")
+MAX_BYTES = 8 * MAX_PIXELS  # of a file: 16-bit RGBA without compression
 LAYOUTS = "<Class>/images/*.png (Kaggle's) or <Class>/*.png"
 
+_MAX_WORKBOOK = 100_000_000  # bytes, unpacked: openpyxl holds the texts in memory
 _SKIPPED_FOLDERS = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "masks"}
 
 
@@ -72,8 +73,21 @@ class DataFolder:
         return self._tree.has(file)
 
     def num_bytes(self, file: str) -> int:
-        """Size of `file`."""
-        return self._tree.stamp(file)[0]
+        """Size of `file`, 0 where it cannot be read."""
+        return self._stamp(file)[0]
+
+    def without(self, files: Collection[str]) -> DataFolder:
+        """The folder as if it had not these images. UserError where a class has no other."""
+        left = [f for f in self.files if f.file not in files]
+        kept = {f.label for f in left}
+        for label in self.class_names:
+            if label not in kept:
+                raise UserError(
+                    f"no image of class {label} in {self.root} can be read: replace them, or "
+                    "remove the class"
+                )
+        groups = self.groups and {f.file: self.groups[f.file] for f in left}
+        return dataclasses.replace(self, files=left, groups=groups)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over every image's name, class, source, size and time of change.
@@ -82,9 +96,15 @@ class DataFolder:
         """
         digest = hashlib.sha256()
         for f in sorted(self.files, key=lambda f: f.file):
-            line = (f.file, f.label, f.source, *self._tree.stamp(f.file))
+            line = (f.file, f.label, f.source, *self._stamp(f.file))
             digest.update(repr(line).encode())
         return digest.hexdigest()
+
+    def _stamp(self, file: str) -> tuple[int, int]:
+        try:
+            return self._tree.stamp(file)
+        except UserError:  # told together with all that cannot be read
+            return 0, 0
 
 
 def open_folder(
@@ -172,11 +192,12 @@ class _Disk:
 
     def read(self, file: str) -> bytes:
         path = os.path.join(self._root, file)
+        _refuse_large(file, self.stamp(file)[0])
         try:
             with open(path, "rb") as f:
-                return f.read()
+                return f.read(MAX_BYTES)
         except OSError as e:
-            raise UserError(f"cannot read {path}: {e.strerror}") from e
+            raise UserError(f"cannot read {path}: {e.strerror}: mend or remove it") from e
 
     def stamp(self, file: str) -> tuple[int, int]:
         path = os.path.join(self._root, file)
@@ -196,6 +217,10 @@ class _Zip:
             self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
             raise UserError(f"{path} is a broken zip ({e}): download it again") from e
+        if "" in self._zip.namelist():
+            raise UserError(f"{path} is a broken zip (a member without a name): pack it again")
+        if len(set(self._zip.namelist())) < len(self._zip.namelist()):
+            raise UserError(f"{path} holds a name twice: pack it again")
         self._folders: dict[str, dict[str, None]] = {}
         self._files: dict[str, list[str]] = {}
         for info in self._zip.infolist():
@@ -221,16 +246,26 @@ class _Zip:
         return name in self._files.get(parent, [])
 
     def read(self, file: str) -> bytes:
+        _refuse_large(file, self.stamp(file)[0])
         try:
             return self._zip.read(file)
-        except (KeyError, OSError, EOFError, zlib.error, RuntimeError, zipfile.BadZipFile) as e:
+        except Exception as e:  # what it raises on damaged content depends on the compression
+            reason = " ".join(str(e).split()) or type(e).__name__
             raise UserError(
-                f"cannot read {file} in {self._path} ({e}): download the zip again"
+                f"cannot read {file} in {self._path} ({reason}): download the zip again"
             ) from e
 
     def stamp(self, file: str) -> tuple[int, int]:
         info = self._zip.getinfo(file)
         return info.file_size, info.CRC
+
+
+def _refuse_large(file: str, size: int) -> None:
+    """What a zip says a member unpacks to is more than it ever will."""
+    if size > MAX_BYTES:
+        raise UserError(
+            f"{file} has {size:,} bytes, above the limit of {MAX_BYTES:,}: shrink or remove it"
+        )
 
 
 def _open_tree(path: str) -> _Tree:
@@ -531,6 +566,9 @@ def _read_metadata(content: bytes) -> dict[str, str] | None:
     import openpyxl  # slow to import, and rarely needed
 
     try:
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            if sum(part.file_size for part in parts.infolist()) > _MAX_WORKBOOK:
+                return None
         book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
         sheet = book.worksheets[0]
         sheet.reset_dimensions()  # some writers store wrong ones

@@ -137,6 +137,8 @@ def read_split_csv(path: str | os.PathLike[str]) -> list[Row]:
         raise UserError(f"cannot read {path}: {e}") from e
     if header != _COLUMNS or any(len(r) != 4 or r[2] not in _PARTS for r in listed):
         raise UserError(f"{path} is not a split file: it must have {','.join(_COLUMNS)}")
+    if len({r[0] for r in listed}) < len(listed):
+        raise UserError(f"{path} lists an image twice: restore it")
     return [Row(*r) for r in listed]
 
 

@@ -15,8 +15,7 @@ import numpy as np
 
 from covid_flax import config as config_lib
 from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
-from covid_flax.data.builder import prepare
-from covid_flax.data.dataset import Dataset, cache_dir
+from covid_flax.data.dataset import Dataset, prepare_readable
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.data.pipeline import Source
 from covid_flax.data.splits import Row, read_split_csv
@@ -218,6 +217,9 @@ def open_data(
     if class_map and not (data_dir and split == "all"):
         raise UserError("--class_map is for another folder: give --data_dir=DIR --split=all too")
     folder = open_folder(root, require_two_classes=False)
+    records = None
+    if config.data.on_bad_image == "skip":  # else later: what is missing is told at once
+        folder, records = prepare_readable(folder, config.data)
     class_names = tuple(saved["class_names"])
     if data_dir and split == "all":
         label = _labels_of(folder, class_names, class_map or {})
@@ -242,9 +244,10 @@ def open_data(
             raise UserError(
                 f"the run has no {split} split: choose one of {', '.join(sorted(present))}, all"
             )
-        _refuse_missing(wanted, folder)
-    records = prepare(folder, cache_dir(config.data.cache_dir))
-    return Dataset(folder, records, rows, class_names)
+        _refuse_missing(wanted, folder, records.bad if records else {})
+    if records is None:
+        folder, records = prepare_readable(folder, config.data)
+    return Dataset(folder, records, rows, class_names, bad_images=records.bad)
 
 
 def own_images(workdir: Path, saved: Mapping[str, Any]) -> tuple[DataFolder, list[Row]] | None:
@@ -276,9 +279,14 @@ def _labels_of(
     return label
 
 
-def _refuse_missing(rows: list[Row], folder: DataFolder) -> None:
+def _refuse_missing(rows: list[Row], folder: DataFolder, bad: Mapping[str, str]) -> None:
     there = {f.file for f in folder.files}
     missing = [row.file for row in rows if row.file not in there]
+    unread = [bad[file] for file in missing if file in bad]
+    if unread:
+        raise UserError(
+            f"{len(unread)} images of the run's split.csv can no longer be read, first {unread[0]}"
+        )
     if missing:
         raise UserError(
             f"{folder.root} lacks {len(missing)} images of the run's split.csv, first "

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -233,6 +233,15 @@ def _fetch_part(file: Published, part: Path, folder: Path) -> None:
             )
 
 
+class _SameScheme(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection from https to anything else."""
+
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: str):
+        if urllib.parse.urlsplit(newurl).scheme != urllib.parse.urlsplit(req.full_url).scheme:
+            raise urllib.error.URLError(f"redirected to {newurl}")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def _download(file: Published, out: BinaryIO, folder: Path) -> None:
     """Appends to `out` what it lacks of the file, or begins anew if the server must."""
     have = out.tell()
@@ -240,7 +249,8 @@ def _download(file: Published, out: BinaryIO, folder: Path) -> None:
     if have:
         request.add_header("Range", f"bytes={have}-")
     try:
-        response = urllib.request.urlopen(request, timeout=_TIMEOUT_S)
+        opener = urllib.request.build_opener(_SameScheme)
+        response = opener.open(request, timeout=_TIMEOUT_S)
     except urllib.error.HTTPError as e:
         if have and e.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             return  # the file there is shorter than promised: verification will say so
@@ -248,9 +258,6 @@ def _download(file: Published, out: BinaryIO, folder: Path) -> None:
     except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
         raise _unreachable(file, folder, str(getattr(e, "reason", e))) from None
     with response:
-        scheme = urllib.parse.urlsplit(file.url).scheme
-        if urllib.parse.urlsplit(response.geturl()).scheme != scheme:
-            raise _unreachable(file, folder, f"redirected to {response.geturl()}")
         start = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if have and not (response.status == http.client.PARTIAL_CONTENT and start):
             out.truncate(0)

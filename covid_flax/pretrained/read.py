@@ -7,17 +7,21 @@ network's.
 
 from __future__ import annotations
 
+import math
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 
-from covid_flax.errors import UserError
+from covid_flax.errors import UserError, printable
 from covid_flax.pretrained.names import from_lite_pytorch
 from covid_flax.pretrained.torch_file import MAGIC, read_torch
+
+# Of what a file says it unpacks to: bytes, and times its own size, which deflate cannot exceed.
+_MAX_BYTES = 4_000_000_000
+_MAX_RATIO = 1100
 
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGICS = (b"PK\x03\x04", b"PK\x05\x06")  # with members, without
@@ -69,10 +73,9 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
                 f"{path} is neither an HDF5 nor an npz file: give Keras's .h5, a Keras 3 "
                 ".weights.h5, or an .npz with Keras's names"
             )
-    # What h5py, zipfile and NumPy raise on damaged files.
-    except (OSError, KeyError, RuntimeError, ValueError, EOFError) as e:
-        raise _damaged(path, e) from None
-    except (zipfile.BadZipFile, zlib.error) as e:
+    except UserError:
+        raise
+    except Exception as e:  # h5py, zipfile, the decompressors and NumPy raise many types
         raise _damaged(path, e) from None
     if not raw:
         raise UserError(f"{path} holds no weights: save the network's weights again")
@@ -80,7 +83,7 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    why = " ".join(str(error).split())
+    why = printable(str(error))[:200] or type(error).__name__
     return UserError(
         f"{path} is truncated, damaged or no weight file ({why}): copy, download or export it again"
     )
@@ -111,6 +114,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
     # By NumPy's own reader on an open file: given a name, it would go by the suffix.
     with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
         members = npz.zip.namelist()
+        _refuse_bomb(path, sum(info.file_size for info in npz.zip.infolist()))
         if "model.weights.h5" in members:
             raise UserError(
                 f"{path} is a whole Keras model: load it in Keras and "
@@ -120,18 +124,46 @@ def _read_npz(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is a zip but no npz (it holds {strange[0]}): give an .npz")
         if len(set(npz.files)) != len(npz.files):
             raise UserError(f"{path} holds an array's name twice: write the npz again")
+        for info in npz.zip.infolist():
+            _refuse_short(npz.zip, info)
         return {name: npz[name] for name in npz.files}
+
+
+def _refuse_short(npz: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+    """NumPy reserves the memory that an array's header asks for, whatever follows it."""
+    with npz.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        if version == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(member)
+    if math.prod(shape) * dtype.itemsize > info.file_size:
+        raise ValueError(f"{info.filename} is shorter than its shape {shape}")
+
+
+def _refuse_bomb(path: Path, unpacked: int) -> None:
+    if unpacked > min(_MAX_BYTES, _MAX_RATIO * path.stat().st_size):
+        raise UserError(
+            f"{path} claims to unpack to {unpacked:,} bytes, more than it can hold: export it again"
+        )
 
 
 def _read_h5(path: Path) -> dict[str, Any]:
     with h5py.File(path, "r") as file:
-        root = file["model_weights"] if "model_weights" in file else file
+        root = file
+        if "model_weights" in file:
+            if not isinstance(file.get("model_weights", getlink=True), h5py.HardLink):
+                raise UserError(f"{path} links to another place: export it again")
+            root = file["model_weights"]
         datasets: list[tuple[str, h5py.Dataset]] = []
-        root.visititems(
+        root.visititems(  # follows no link out of the file
             lambda name, item: (
                 datasets.append((name, item)) if isinstance(item, h5py.Dataset) else None
             )
         )
+        if any(d.external or d.is_virtual for _, d in datasets):
+            raise UserError(f"{path} keeps values in other files: export it again")
+        _refuse_bomb(path, sum(d.nbytes for _, d in datasets if d.dtype.kind == "f"))
         if any("/vars/" in f"/{name}" for name, _ in datasets):
             named = _keras3_names(path, root, datasets)
         else:
@@ -143,7 +175,8 @@ def _read_h5(path: Path) -> dict[str, Any]:
                 continue
             if name in raw:
                 raise UserError(f"{path} holds {name} twice: save one network's weights alone")
-            raw[name] = dataset[()]
+            # What is not of a float type is refused without being read.
+            raw[name] = dataset[()] if dataset.dtype.kind == "f" else np.empty(0, dataset.dtype)
         return raw
 
 

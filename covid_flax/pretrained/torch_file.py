@@ -7,10 +7,11 @@ are understood, and whatever else it holds is refused. Nothing of PyTorch is imp
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -44,13 +45,13 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
       ValueError: another layout, instructions that no state dict needs, or a truncated file.
     """
     try:
-        with path.open("rb") as file:
-            return _read(file)
+        # In memory: of a file, a read of as many bytes as a pickle claims is of that size.
+        return _read(io.BytesIO(path.read_bytes()))
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError) as e:
         raise ValueError(f"its pickle is damaged ({e})") from None
 
 
-def _read(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read(file: io.BytesIO) -> dict[str, np.ndarray]:
     for _ in range(3):  # the magic number, the protocol, the machine it was written on
         _follow(file)
     state, keys = _follow(file), _follow(file)
@@ -66,7 +67,7 @@ def _read(file: BinaryIO) -> dict[str, np.ndarray]:
     return {str(name): _view(value, storages) for name, value in state.items()}
 
 
-def _follow(file: BinaryIO) -> Any:
+def _follow(file: io.BytesIO) -> Any:
     """What one pickle describes."""
     stack: list[Any] = []
     memo: dict[int, Any] = {}
@@ -130,15 +131,16 @@ def _tensor(value: Any) -> tuple[_Storage, int, tuple[int, ...], tuple[int, ...]
     return storage, offset, shape, strides
 
 
-def _read_storage(file: BinaryIO, storage: _Storage) -> np.ndarray:
+def _read_storage(file: io.BytesIO, storage: _Storage) -> np.ndarray:
     kind, key, count = storage
     if kind not in _DTYPES or not isinstance(count, int) or not 0 <= count <= _LARGEST:
         raise ValueError(f"storage {key} is {kind} of {count}")
     dtype = np.dtype(_DTYPES[kind])
     stated = int.from_bytes(file.read(8), "little")
-    data = file.read(count * dtype.itemsize)
-    if stated != count or len(data) != count * dtype.itemsize:
+    left = file.getbuffer().nbytes - file.tell()
+    if stated != count or left < count * dtype.itemsize:
         raise ValueError(f"storage {key} is cut short")
+    data = file.read(count * dtype.itemsize)
     return np.frombuffer(data, dtype)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation.predictions import read_predictions
+from covid_flax.files import parse_json
 
 # What `fault` compares a file with: a type, the list of one shape, or an object's shapes by key,
 # of which a name that ends in ! must be there and "*" stands for every key.
@@ -46,6 +46,7 @@ EVALUATION: dict[str, Any] = {
     "accuracy": float,
     "split": str,
     "data_dir": str,
+    "bad_images": {"*": str},
     "checkpoint": {},
     "calibration": {"ece": {"before!": float, "after!": float}},
     "alarms": [{"name!": str, "level!": str, "text!": str}],
@@ -240,7 +241,7 @@ def read_object(
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"{path} is damaged: {mend}") from e
     wrong = fault(found, shape) if isinstance(found, dict) else "no object"

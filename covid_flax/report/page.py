@@ -17,6 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from covid_flax import __version__
+from covid_flax.data.dataset import left_out
 from covid_flax.evaluation.alarms import CHECKS
 from covid_flax.evaluation.intervals import has_width
 from covid_flax.evaluation.predictions import Predictions
@@ -333,10 +334,12 @@ def _facts(report: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[tup
     data, model = config.get("data") or {}, config.get("model") or {}
     train, optimizer = config.get("train") or {}, config.get("optimizer") or {}
     step = checkpoint.get("step")
+    bad = report.get("bad_images")
     pairs = [
         ("Run", run.get("name")),
         ("Baseline", run.get("baseline")),
         ("Images", f"{report.get('split') or ''} split of {report.get('data_dir') or 'unknown'}"),
+        ("Not scored", bad and f"{left_out(bad)} (all in report.json)"),
         ("Checkpoint", checkpoint and f"{checkpoint.get('which')}, step {_plain(step)}"),
         ("Network", model.get("name")),
         ("Trained part", model.get("trainable")),

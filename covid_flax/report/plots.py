@@ -7,7 +7,6 @@ made without pyplot, so nothing global changes and no display is needed.
 from __future__ import annotations
 
 import io
-import json
 import math
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -21,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from covid_flax.errors import UserError
-from covid_flax.files import write_atomically
+from covid_flax.files import parse_json, write_atomically
 
 # Okabe and Ito's colours, told apart by all common kinds of colour vision; the line styles differ
 # as well, for grey prints.
@@ -63,7 +62,7 @@ def read_metrics(metrics_jsonl: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             record["split"], record["epoch"], record["loss"], record["accuracy"]
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):

@@ -1,6 +1,7 @@
 """The download, against a server on the loopback that misbehaves on demand."""
 
 import concurrent.futures
+import dataclasses
 import hashlib
 import http.server
 import os
@@ -24,6 +25,8 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.ranges, self.cut_at = CONTENT, [], None
         self.honours_range, self.status = True, 200
+        self.location, self.stall = "", threading.Event()
+        self.stall.set()  # nothing waits for it then
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -33,6 +36,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         s = self.server
         s.ranges.append(self.headers.get("Range"))
+        if s.location and self.path != "/elsewhere":
+            self.send_response(302)
+            self.send_header("Location", s.location)
+            return self.end_headers()
         if s.status != 200:
             return self.send_error(s.status)
         body, start = s.content, 0
@@ -48,6 +55,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         end = len(body) if s.cut_at is None else s.cut_at
         self.wfile.write(body[start:end])
+        s.stall.wait(20)
         self.close_connection = True
 
 
@@ -157,6 +165,39 @@ def test_wrong_file_in_the_cache_is_left_and_named(server, published, tmp_path):
 def test_server_error(server, published, tmp_path, status):
     server.status = status
     assert f"HTTP {status}" in refusal(published, tmp_path)
+
+
+def test_a_redirection_is_followed_within_the_scheme_alone(server, published, tmp_path):
+    port = server.server_port
+    for other in (f"https://127.0.0.1:{port}/x", f"ftp://127.0.0.1:{port}/x", "file:///etc/passwd"):
+        server.location = other
+        with pytest.raises(UserError, match=r"cannot download net.h5 .(redirected to |HTTP 302)"):
+            fetch._fetch(published, tmp_path)
+    assert len(server.ranges) == 3  # nobody asked the other place
+    assert {p.name for p in tmp_path.iterdir()} <= {".net.h5.lock"}
+    server.location = "/elsewhere"
+    assert fetch._fetch(published, tmp_path).read_bytes() == CONTENT
+
+
+def test_a_server_that_stalls(server, published, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "_TIMEOUT_S", 0.2)
+    server.cut_at = 300_000
+    server.stall.clear()
+    with pytest.raises(UserError, match=r"cut at .*timed out.*: run again"):
+        fetch._fetch(published, tmp_path)
+    server.stall.set()
+    assert not (tmp_path / "net.h5").exists()
+    assert (tmp_path / "net.h5.part").stat().st_size <= 300_000
+    server.cut_at = None
+    assert fetch._fetch(published, tmp_path).read_bytes() == CONTENT
+
+
+def test_an_endless_answer_is_read_no_further_than_the_file(server, published, tmp_path):
+    server.content = CONTENT + bytes(50_000_000)
+    with pytest.raises(UserError) as e:
+        fetch._fetch(dataclasses.replace(published, md5="0" * 32), tmp_path)
+    assert "gave something other than the published file" in str(e.value)
+    assert {p.name for p in tmp_path.iterdir()} == {".net.h5.lock"}
 
 
 def test_offline_says_what_to_put_where(server, published, tmp_path):
