@@ -17,10 +17,10 @@ def get_config():
     c.augment.shift = 0.08
     c.augment.rotate = 12.0
     c.augment.scale = 0.15
-    c.augment.contrast = 0.5
-    c.augment.gamma = 0.5
-    c.augment.blur = 1.5
-    c.augment.noise = 0.06
-    c.augment.erase = 0.4
-    c.augment.border = 0.15
+    c.augment.contrast = 0.4
+    c.augment.gamma = 0.4
+    c.augment.blur = 1.2
+    c.augment.noise = 0.03
+    c.augment.erase = 0.3
+    c.augment.border = 0.12
     return c

@@ -2,38 +2,54 @@
 
 One checkpoint holds the whole state of a run: the arrays (parameters, optimiser, batch
 statistics, RNG key, running sums) and, as JSON beside them, what the loop needs to go on
-(data iterator, early stopping, elapsed time, length of the metrics file).
+(data iterator, early stopping, elapsed time, length of the metrics file). The JSON also keeps a
+record of what was saved, SHA-256 of all arrays included, that is checked when it is loaded: Orbax
+itself does not see a flipped bit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
+import importlib.metadata
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
 
+from covid_flax import __version__, distributed
 from covid_flax.errors import UserError
+from covid_flax.report.console import say
 
 _policies = ocp.training.preservation_policies
 
+SET_ASIDE = "checkpoints_damaged"  # beside the checkpoints
+
+
+class DamagedError(UserError):
+    """A checkpoint that does not hold what was saved."""
+
 
 class _Best:
-    """Preserves the newest checkpoint that was saved as the best so far.
+    """Preserves the best checkpoint so far.
 
     Orbax's own `BestN` compares metrics; the rule for "best" here is early stopping's
     (Keras: an improvement by more than `min_delta`, the first of equals), so the loop
     says it and this policy keeps it.
     """
 
+    def __init__(self) -> None:
+        self.step: int | None = None
+
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         del context
-        best = [bool((c.metrics or {}).get("best")) for c in checkpoints]
-        last = max((i for i, b in enumerate(best) if b), default=-1)
-        return [i == last for i in range(len(checkpoints))]
+        return [c.step == self.step for c in checkpoints]
 
 
 class Checkpoints:
@@ -49,15 +65,18 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, writing: bool = False):
         self._directory = directory
+        self._best = _Best()
         with _readable(f"the checkpoints in {directory}"):
             self._orbax = ocp.training.Checkpointer(
                 directory.absolute(),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=_policies.AnyPreservationPolicy(
-                    [_policies.LatestN(1), _Best()]
+                    [_policies.LatestN(1), self._best]
                 ),
                 cleanup_tmp_directories=writing,
             )
+        with contextlib.suppress(DamagedError):  # `resume`, or who asks for the best, will say so
+            self._best.step = self.best_step
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -74,8 +93,18 @@ class Checkpoints:
           loop: JSON of the loop's own state.
           best: whether this is the best so far.
         """
+        if best:
+            self._best.step = step
+        record = {
+            "step": step,
+            "best_step": self._best.step,
+            "arrays": _digest_of_arrays(state),
+            "layout": _digest_of_layout(state),
+            "versions": _versions(),
+        }
+        contents = {"loop": loop, "record": record}
         self._orbax.save_async(
-            step, state, metrics={"best": int(best)}, custom_metadata={"loop": loop}
+            step, state, custom_metadata={**contents, "sha256": _digest_of_json(contents)}
         )
 
     def wait(self) -> None:
@@ -88,12 +117,27 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        return max(self.steps, default=None)
+        """Raises DamagedError where a newer one than Orbax knows is there."""
+        latest = max(self.steps, default=None)
+        for step in self._unlisted:
+            if latest is None or step > latest:
+                raise self._damaged(step, "it was not finished, or files are missing")
+        return latest
 
     @property
     def best_step(self) -> int | None:
-        best = [c.step for c in self._orbax.checkpoints if (c.metrics or {}).get("best")]
-        return max(best, default=None)
+        """As the newest checkpoint says. Raises DamagedError: it cannot, or that one is gone."""
+        newest = self.latest_step
+        if newest is None:
+            return None
+        record = self._contents(newest).get("record")
+        if record is None:
+            marks = {c.step: (c.metrics or {}).get("best") for c in self._orbax.checkpoints}
+            return max((step for step, mark in marks.items() if mark), default=None)
+        best = record["best_step"]
+        if best is not None and best not in self.steps:
+            raise self._damaged(best, "the best so far, it is gone or files are missing")
+        return best
 
     def load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """The state at `step`, placed as `like` is, and the loop's JSON.
@@ -103,30 +147,204 @@ class Checkpoints:
           like: pytree of arrays or ShapeDtypeStructs with shardings: the target.
 
         Raises:
-          UserError: the checkpoint is damaged, or of another model.
+          DamagedError: it does not hold what was saved.
+          UserError: it is of another model.
         """
+        contents = self._contents(step)
+        record = contents.get("record")
+        if record is not None and record["layout"] != _digest_of_layout(like):
+            raise UserError(
+                f"checkpoint {self._directory}/{step} is of another model"
+                f"{self._first_difference(step, like)}: give the run's own configuration"
+            )
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        with _readable(f"checkpoint {self._directory}/{step}"):
+        with self._sound(step, record):
             state = self._orbax.load(step, abstract)
-            loop = (self._orbax.metadata(step).custom_metadata or {})["loop"]
-        return state, loop
+        if record is None:
+            say(f"note: checkpoint {step:,} is an earlier version's, without a digest: unchecked")
+        elif _digest_of_arrays(state) != record["arrays"]:
+            raise self._damaged(step, "its arrays are not those that were saved")
+        return state, contents["loop"]
+
+    def resume(self, like: Any) -> tuple[int, Any, dict[str, Any], bool] | None:
+        """The newest sound checkpoint, for the process that trains; None where there is none.
+
+        Damaged ones that are newer, and a damaged best, are moved to `checkpoints_damaged`.
+
+        Args:
+          like: as of `load`.
+
+        Returns:
+          Step, state, the loop's JSON, and whether the best so far is lost.
+
+        Raises:
+          UserError: none is sound, or it is of another model. Nothing is moved then.
+        """
+        damaged: dict[int, str] = {}
+        found = None
+        for step in sorted({*self.steps, *self._unlisted}, reverse=True):
+            try:
+                found = (step, *self.load(step, like))
+                break
+            except DamagedError as e:
+                damaged[step] = str(e)
+        if found is None:
+            if damaged:
+                raise UserError(
+                    f"{self._directory}: every checkpoint is damaged "
+                    f"({', '.join(map(str, damaged))}): restore one, or choose another --workdir"
+                )
+            return None
+        step, state, loop = found
+        record = self._contents(step).get("record")
+        best = record["best_step"] if record is not None else self._marked_before(step)
+        lost = False
+        if best is not None and best != step:
+            try:
+                if best not in self.steps:
+                    raise self._damaged(best, "the best so far, it is gone or files are missing")
+                self.load(best, like)
+            except DamagedError as e:
+                damaged[best], lost = str(e), True
+        for number, line in damaged.items():
+            say(f"note: {line}")
+            self._set_aside(number)
+        if damaged:
+            self._orbax.reload()
+            say(f"note: going on from step {step:,}; what is damaged lies in {SET_ASIDE}")
+        self._best.step = None if lost else best
+        return step, state, loop, lost
+
+    def _marked_before(self, step: int) -> int | None:
+        marks = {c.step: (c.metrics or {}).get("best") for c in self._orbax.checkpoints}
+        return max((s for s, mark in marks.items() if mark and s <= step), default=None)
+
+    @property
+    def _unlisted(self) -> list[int]:
+        """Steps with a folder that Orbax does not take for a checkpoint."""
+        if not self._directory.is_dir():
+            return []
+        there = (int(p.name) for p in self._directory.iterdir() if p.name.isdecimal())
+        return sorted(set(there) - set(self.steps))
+
+    def _contents(self, step: int) -> dict[str, Any]:
+        """The checked JSON of a checkpoint; without `record` where an earlier version wrote it."""
+        if step not in self.steps:
+            raise self._damaged(step, "it was not finished, or files are missing")
+        with self._sound(step, None):
+            contents = dict(self._orbax.metadata(step).custom_metadata or {})
+            if contents.keys() == {"loop"}:
+                return contents
+            digest = contents.pop("sha256")
+            if digest != _digest_of_json(contents) or contents["record"]["step"] != step:
+                raise ValueError("its JSON is not what was saved")
+        return contents
+
+    @contextlib.contextmanager
+    def _sound(self, step: int, record: dict[str, Any] | None) -> Iterator[None]:
+        """Whatever Orbax raises on files that are not as it wrote them, as one line."""
+        try:
+            yield
+        except Exception as e:
+            if isinstance(e, OSError) and e.errno in _NOT_DAMAGE:
+                raise
+            why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            if record is None:
+                why = f"or of another model: {why}"
+            elif record["versions"] != _versions():
+                wrote = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
+                why = f"or unknown here, for {wrote} wrote it: {why}"
+            raise self._damaged(step, why) from e
+
+    def _damaged(self, step: int, why: str) -> DamagedError:
+        others = ", ".join(str(s) for s in self.steps if s != step) or "none"
+        return DamagedError(
+            f"checkpoint {self._directory}/{step} is damaged ({why}): restore it, or take another "
+            f"step (there are: {others})"
+        )
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            place = self._directory.parent / SET_ASIDE
+            place.mkdir(exist_ok=True)
+            number = 0
+            while (target := place / f"{step}{f'.{number}' if number else ''}").exists():
+                number += 1
+            with contextlib.suppress(FileNotFoundError):  # a best that is gone altogether
+                (self._directory / str(step)).rename(target)
+        distributed.barrier(f"checkpoint {step} set aside")
+
+    def _first_difference(self, step: int, like: Any) -> str:
+        """Where the saved arrays begin to differ from `like`, as far as Orbax tells."""
+        try:
+            saved = _shapes(self._orbax.metadata(step).metadata)
+        except Exception:  # the record has told that they differ, which is enough
+            return ""
+        wanted = _shapes(like)
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                here, there = wanted.get(name, "nothing"), saved.get(name, "nothing")
+                return f" ({name}: it has {there}, this network {here})"
+        return ""
+
+
+_NOT_DAMAGE = (errno.ENOSPC, errno.EROFS, errno.EACCES)
 
 
 @contextlib.contextmanager
 def _readable(what: str) -> Iterator[None]:
-    """Whatever Orbax raises on files that are not as it wrote them, as one line."""
     try:
         yield
     except Exception as e:
-        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES):
+        if isinstance(e, OSError) and e.errno in _NOT_DAMAGE:
             raise
         why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise UserError(
-            f"{what}: damaged, or of another model: restore it, or remove the damaged step's "
-            f"folder to go on from an older one ({why})"
-        ) from e
+        raise DamagedError(f"{what} cannot be listed ({why}): restore them") from e
+
+
+def _versions() -> dict[str, str]:
+    orbax = importlib.metadata.version("orbax-checkpoint")
+    return {"covid_flax": __version__, "orbax-checkpoint": orbax}
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """`float32[3, 3, 64, 64]` by the names of the path, whatever kind of node they come from."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): (
+            f"{np.dtype(leaf.dtype).name}{list(leaf.shape)}"
+        )
+        for path, leaf in leaves
+    }
+
+
+def _digest_of_layout(tree: Any) -> str:
+    """SHA-256 of names, types and shapes."""
+    return _digest_of_json(_shapes(tree))
+
+
+def _digest_of_arrays(tree: Any) -> str:
+    """SHA-256 of all values, in the order of the tree; the same however they are placed."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        digest.update(np.ascontiguousarray(_on_host(leaf)).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _on_host(x: jax.Array) -> np.ndarray:
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    if not x.is_fully_replicated:
+        assert isinstance(x.sharding, NamedSharding)
+        whole = NamedSharding(x.sharding.mesh, PartitionSpec())
+        x = jax.jit(lambda x: x, out_shardings=whole)(x)
+    return np.asarray(x.addressable_data(0))
+
+
+def _digest_of_json(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def has_checkpoints(directory: Path) -> bool:

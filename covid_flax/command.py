@@ -19,7 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
 from absl import app, flags, logging
 
-from covid_flax import distributed
+from covid_flax import distributed, preemption
 from covid_flax.config import flatten
 from covid_flax.data.dataset import cache_dir
 from covid_flax.errors import UserError
@@ -42,6 +42,8 @@ def run_command(
 ) -> None:
     """Parses the flags, runs `main`, and exits: 0, or 2 for an error the user can mend.
 
+    130 is an interrupt's status, 143 SIGTERM's (see `covid_flax.preemption`), 1 anything else's.
+
     Args:
       main: the command.
       together: whether several processes may run it as one, see `covid_flax.distributed`.
@@ -57,6 +59,7 @@ def run_command(
     threading.excepthook = _thread_error
     if together:
         distributed.define_flags()
+        preemption.catch()
     try:
         arguments = _parse(sys.argv, positional)
         if together:
@@ -69,6 +72,10 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         distributed.fail("the reader of its output is gone", 141, printed=True)
         sys.exit(141)
+    except preemption.Terminated as e:
+        print(e, file=sys.stderr, flush=True)
+        distributed.fail(str(e), preemption.STATUS, printed=True)
+        sys.exit(preemption.STATUS)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         distributed.fail("interrupted", 130, printed=True)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from covid_flax import preemption
 from covid_flax.checkpoint import Checkpoints
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
@@ -43,6 +44,11 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
         state, stopping, loop = _start(run, job, checkpoints)
         step = int(state.step)
         if stopping.should_stop or step >= job.steps_per_epoch * config.train.epochs:
+            if not stopping.best_epoch:
+                raise UserError(
+                    f"{run.workdir}: training is complete, but its best checkpoint is damaged: "
+                    "evaluate --checkpoint=latest, or train anew in another --workdir"
+                )
             say(f"training is complete at step {step:,}")
         else:
             if job.start is not None:
@@ -71,12 +77,12 @@ def _start(
     average = config.train.ema_decay > 0
     new = create_state(run.params, run.batch_stats, trained, job.tx, config.seed, average=average)
     new = job.layout.place(new)
-    latest = checkpoints.latest_step
-    if latest is None and run.resumed:
+    found = checkpoints.resume(new)
+    if found is None and run.resumed:
         raise UserError(
             f"{run.workdir}/checkpoints: no sound checkpoint is left: remove the folder"
         )
-    if latest is None:
+    if found is None:
         stopping = EarlyStopping(
             mode="min" if config.train.monitor == "val_loss" else "max",
             min_delta=config.train.min_delta,
@@ -84,9 +90,13 @@ def _start(
         )
         clocks = {"elapsed": 0.0, "epoch_seconds": 0.0, "epoch_examples": 0.0}
         return new, stopping, {**clocks, "metrics_bytes": 0}
-    state, loop = checkpoints.load(latest, new)
+    latest, state, loop, best_is_lost = found
     say(f"resume: from step {latest:,}, epoch {latest / job.steps_per_epoch:.2f}")
-    return state, EarlyStopping.from_state_dict(loop["early_stopping"]), loop
+    stopping = EarlyStopping.from_state_dict(loop["early_stopping"])
+    if best_is_lost:
+        say(f"note: the best epoch so far, {stopping.best_epoch}, is lost: the best from here on")
+        stopping = dataclasses.replace(stopping, best=None, best_epoch=0)
+    return state, stopping, loop
 
 
 def _loop(
@@ -165,7 +175,8 @@ def _loop(
         state = dataclasses.replace(state, sums={**state.sums, **layout.place(counts)})
     sums = _host_sums(state.sums)
     state = layout.put_state(state)
-    with RunLog(run.workdir, loop["metrics_bytes"], step) as log, profile:
+    alone = jax.process_count() == 1
+    with RunLog(run.workdir, loop["metrics_bytes"], step) as log, profile, preemption.deferred():
         meter = Meter(config.train.epochs, job.steps_per_epoch, step, loop, peak_rate(run, job))
         while step < total_steps and not stopping.should_stop:
             # The next step at which something besides training is due.
@@ -173,6 +184,9 @@ def _loop(
             due = min((step // period + 1) * period for period in periods)
             if meter.first:
                 due = min(due, step + feed.first_steps)
+            elif alone:
+                rate = meter.rate / config.train.batch_size
+                due = min(due, step + max(1, int(rate * preemption.LOOK_EVERY_S)))
             due = profile.before(step, due)
             state = feed.advance(state, due - step, meter)
             step = due
@@ -190,10 +204,18 @@ def _loop(
                 row = int(sums.get("skipped_in_a_row", 0))
                 if row >= min(MOST_SKIPPED, job.steps_per_epoch):
                     refuse(f"{row:,} updates in a row were skipped, none finite", step - row)
-                rate = float(job.schedule(step - 1))
-                log.interval(step, **meter.interval(step, count, loss, accuracy, rate))
-            if every and step % every == 0 and not epoch_ends:
+                learning_rate = float(job.schedule(step - 1))
+                figures = meter.interval(step, count, loss, accuracy, learning_rate)
+                log.interval(step, **figures)
+            logged = step == meter.last_step
+            stop = not epoch_ends and preemption.noticed(together=logged)
+            if not epoch_ends and (stop or (every and step % every == 0)):
                 save(layout.get_state(state), best=False)
+            if stop:
+                checkpoints.wait()
+                raise preemption.Terminated(
+                    f"SIGTERM: saved step {step:,}; the same command goes on from there"
+                )
             if not epoch_ends:
                 continue
 
@@ -207,7 +229,7 @@ def _loop(
                 "train",
                 loss=train_figures[0],
                 accuracy=train_figures[1],
-                learning_rate=rate,
+                learning_rate=learning_rate,
                 images_per_second=meter.epoch_rate,
                 **skipped,
             )

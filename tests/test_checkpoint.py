@@ -1,11 +1,13 @@
 """What is kept, and that what comes back is what went in."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from covid_flax.checkpoint import Checkpoints, resolve_step
+from covid_flax.checkpoint import Checkpoints, DamagedError, resolve_step
 from covid_flax.errors import UserError
 from covid_flax.mesh import make_layout
 
@@ -103,12 +105,117 @@ def test_a_damaged_checkpoint_is_named(kind, tmp_path):
         c.load(3, tree)
 
 
-def test_another_model_s_checkpoint_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "other",
+    [{"more": jnp.zeros(2)}, {"params": {"conv1": {"kernel": jnp.zeros((3, 4))}}}],
+)
+def test_another_model_s_checkpoint_is_refused(other, tmp_path):
     with Checkpoints(tmp_path, writing=True) as c:
         c.save(3, _tree(3), {}, best=True)
-    other = make_layout("jit").put_state({**_tree(0), "more": jnp.zeros(2)})
-    with pytest.raises(UserError, match="another model"), Checkpoints(tmp_path) as c:
-        c.load(3, other)
+    other = make_layout("jit").put_state({**_tree(0), **other})
+    difference = r"of another model \((more|params/conv1/kernel): it has "
+    with Checkpoints(tmp_path) as c:
+        with pytest.raises(UserError, match=difference) as e:
+            c.load(3, other)
+        assert not isinstance(e.value, DamagedError)
+        with pytest.raises(UserError, match=difference):  # no reason to take an older one
+            c.resume(other)
+
+
+def _flip_a_bit_of_the_arrays(step_folder, seed):
+    files = [p for p in step_folder.rglob("d/*") if p.is_file()]
+    data = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    rng = np.random.default_rng(seed)
+    content[rng.integers(len(content) // 4, len(content))] ^= 1 << rng.integers(8)
+    data.write_bytes(bytes(content))
+
+
+def _two(tmp_path, best):
+    rng = np.random.default_rng(0)
+    trees = {s: {"w": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)} for s in (3, 8)}
+    trees = {s: make_layout("jit").put_state(tree) for s, tree in trees.items()}
+    with Checkpoints(tmp_path / "c", writing=True) as c:
+        for step, tree in trees.items():
+            c.save(step, tree, {"a": step}, best=step in best)
+    return trees
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flipped_bit_is_found_and_the_best_taken_instead(seed, tmp_path, capsys):
+    trees = _two(tmp_path, best=[3])
+    _flip_a_bit_of_the_arrays(tmp_path / "c/8", seed)
+    with Checkpoints(tmp_path / "c") as c, pytest.raises(DamagedError, match="there are: 3"):
+        c.load(8, trees[8])
+    assert (tmp_path / "c/8").exists()  # who reads moves nothing
+    with Checkpoints(tmp_path / "c", writing=True) as c:
+        step, tree, loop, lost = c.resume(trees[8])
+        assert (step, loop, lost, c.steps) == (3, {"a": 3}, False, [3])
+        np.testing.assert_array_equal(tree["w"], trees[3]["w"])
+        c.save(8, trees[8], {"a": 8}, best=False)  # as the run that goes on will
+    assert "8 is damaged" in capsys.readouterr().out
+    assert (tmp_path / "checkpoints_damaged/8").is_dir()
+    with Checkpoints(tmp_path / "c") as c:
+        assert (c.best_step, c.steps) == (3, [3, 8])
+
+
+def test_a_damaged_best_is_never_replaced_in_silence(tmp_path, capsys):
+    trees = _two(tmp_path, best=[3])
+    _flip_a_bit_of_the_arrays(tmp_path / "c/3", 0)
+    with Checkpoints(tmp_path / "c") as c:
+        assert c.best_step == 3
+        with pytest.raises(DamagedError, match="checkpoint .*3 is damaged"):
+            c.load(3, trees[3])
+    with Checkpoints(tmp_path / "c", writing=True) as c:
+        step, _, _, lost = c.resume(trees[8])
+        assert (step, lost, c.steps) == (8, True, [8])
+    assert "3 is damaged" in capsys.readouterr().out
+    with Checkpoints(tmp_path / "c") as c, pytest.raises(DamagedError, match="the best so far"):
+        resolve_step(c, "best")
+    with Checkpoints(tmp_path / "c", writing=True) as c:  # killed before it saved, and again
+        assert c.resume(trees[8])[3]
+        c.save(9, trees[3], {"a": 9}, best=True)
+        c.wait()
+        assert (c.best_step, c.steps) == (9, [9])
+
+
+@pytest.mark.parametrize("gone", ["folder", "_CHECKPOINT_METADATA"])
+def test_a_best_that_is_gone_is_missed(gone, tmp_path):
+    trees = _two(tmp_path, best=[3])
+    if gone == "folder":
+        shutil.rmtree(tmp_path / "c/3")
+    else:
+        (tmp_path / "c/3" / gone).unlink()
+    with Checkpoints(tmp_path / "c") as c, pytest.raises(DamagedError, match="3 is damaged"):
+        c.load(resolve_step(c, "best"), trees[3])
+
+
+def test_nothing_is_moved_where_nothing_is_sound(tmp_path):
+    trees = _two(tmp_path, best=[3])
+    for step in (3, 8):
+        _flip_a_bit_of_the_arrays(tmp_path / f"c/{step}", 1)
+    with (
+        Checkpoints(tmp_path / "c", writing=True) as c,
+        pytest.raises(UserError, match=r"every checkpoint is damaged \(8, 3\)"),
+    ):
+        c.resume(trees[3])
+    assert {p.name for p in (tmp_path / "c").iterdir()} == {"3", "8"}
+
+
+def test_an_earlier_version_s_checkpoint_is_taken_with_a_note(tmp_path, capsys):
+    """Before there were digests, the best was marked in Orbax's metrics."""
+    trees = _two(tmp_path, best=[])
+    with Checkpoints(tmp_path / "old", writing=True) as c:
+        c._orbax.save(3, trees[3], metrics={"best": 1}, custom_metadata={"loop": {"a": 3}})
+    with Checkpoints(tmp_path / "old", writing=True) as c:
+        assert c.best_step == 3
+        step, tree, loop, lost = c.resume(trees[8])
+        assert (step, loop, lost) == (3, {"a": 3}, False)
+        np.testing.assert_array_equal(tree["w"], trees[3]["w"])
+        c.save(8, trees[8], {"a": 8}, best=False)
+    with Checkpoints(tmp_path / "old") as c:
+        assert (c.best_step, c.steps) == (3, [3, 8])
+    assert "without a digest" in capsys.readouterr().out
 
 
 def test_a_reader_leaves_a_save_under_way_alone(tmp_path):

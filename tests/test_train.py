@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from small_resnet import with_batch_norm
 
 from covid_flax import feed as feed_lib
+from covid_flax import preemption
 from covid_flax.checkpoint import Checkpoints
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
@@ -109,6 +112,41 @@ def test_killed_and_resumed_equals_undisturbed(kill, resumable, straight, tmp_pa
     _assert_same_run(workdir, whole)
 
 
+@pytest.mark.parametrize("made", [2, 8])  # amid an epoch, and at an epoch's last step
+def test_sigterm_saves_and_the_run_goes_on(made, resumable, straight, tmp_path, monkeypatch):
+    whole = straight(resumable)
+    workdir = tmp_path / "run"
+    resumable.train.log_every_steps = 1
+    real = feed_lib.train_iterator
+
+    class Preempted:
+        def __init__(self, *args, **kwargs):
+            self.batches, self.made = real(*args, **kwargs), 0
+
+        def __next__(self):
+            self.made += 1
+            if self.made == made:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return next(self.batches)
+
+        def __getattr__(self, name):
+            return getattr(self.batches, name)
+
+    monkeypatch.setattr(feed_lib, "train_iterator", Preempted)
+    before = signal.getsignal(signal.SIGTERM)
+    preemption.catch()
+    try:
+        with pytest.raises(preemption.Terminated, match="saved step"):
+            train(setup(resumable, workdir))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.undo()
+    with Checkpoints(workdir / "checkpoints") as c:
+        assert c.latest_step == (made if made % 4 else made + 1)
+    train(setup(resumable, workdir))
+    _assert_same_run(workdir, whole)
+
+
 def test_a_kill_between_metrics_and_checkpoint_leaves_no_double_line(
     resumable, straight, tmp_path, monkeypatch
 ):
@@ -127,6 +165,24 @@ def test_a_kill_between_metrics_and_checkpoint_leaves_no_double_line(
     monkeypatch.undo()
     assert _lines(workdir) == _lines(whole)[:4]
     train(setup(resumable, workdir))
+    _assert_same_run(workdir, whole)
+
+
+def test_a_damaged_latest_checkpoint_costs_time_alone(
+    resumable, straight, tmp_path, monkeypatch, capsys
+):
+    whole = straight(resumable)
+    workdir = tmp_path / "run"
+    _train_killed_at(resumable, workdir, 7, monkeypatch)
+    files = [p for p in (workdir / "checkpoints/6").rglob("d/*") if p.is_file()]
+    data = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(bytes(content))
+    train(setup(resumable, workdir))
+    told = capsys.readouterr().out
+    assert "checkpoints/6 is damaged" in told and "resume: from step 4" in told
+    assert (workdir / "checkpoints_damaged/6").is_dir()
     _assert_same_run(workdir, whole)
 
 

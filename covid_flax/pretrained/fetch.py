@@ -1,7 +1,7 @@
 """Keras's published ImageNet weights: one download, resumable, verified.
 
 The file is never under its final name before its size and MD5 (as Keras publishes it, in
-`keras/src/applications/resnet.py`) agree; until then it is `<name>.part`.
+`keras/src/applications/`) agree; until then it is `<name>.part`.
 """
 
 from __future__ import annotations
@@ -41,13 +41,43 @@ class Published:
         return self.url.rsplit("/", 1)[1]
 
 
-# By `model.name`: the weights that `model.weights=imagenet` means.
+_KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
+_EFFICIENTNET = "https://storage.googleapis.com/keras-applications"
+
+# By `model.name`: the weights that `model.weights=imagenet` means. MobileNetV2's are missing, for
+# Keras publishes no hash of them.
 IMAGENET = {
     "resnet50": Published(
-        url="https://storage.googleapis.com/tensorflow/keras-applications/resnet/"
-        "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5",
-        size=94_765_736,
-        md5="4d473c1dd8becc155b73f8504c6f6626",
+        f"{_KERAS}/resnet/resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        94_765_736,
+        "4d473c1dd8becc155b73f8504c6f6626",
+    ),
+    "efficientnet_b0": Published(
+        f"{_EFFICIENTNET}/efficientnetb0_notop.h5", 16_705_208, "50bc09e76180e00e4465e1a485ddc09d"
+    ),
+    "efficientnet_b1": Published(
+        f"{_EFFICIENTNET}/efficientnetb1_notop.h5", 27_018_416, "74c4e6b3e1f6a1eea24c589628592432"
+    ),
+    "efficientnet_b2": Published(
+        f"{_EFFICIENTNET}/efficientnetb2_notop.h5", 31_790_344, "111f8e2ac8aa800a7a99e3239f7bfb39"
+    ),
+    "efficientnet_b3": Published(
+        f"{_EFFICIENTNET}/efficientnetb3_notop.h5", 43_941_136, "af6d107764bb5b1abb91932881670226"
+    ),
+    "mobilenet_v3_small": Published(
+        f"{_KERAS}/mobilenet_v3/weights_mobilenet_v3_small_224_1.0_float_no_top_v2.h5",
+        4_334_752,
+        "d3e8ec802a04aa4fc771ee12a9a9b836",
+    ),
+    "mobilenet_v3_large": Published(
+        f"{_KERAS}/mobilenet_v3/weights_mobilenet_v3_large_224_1.0_float_no_top_v2.h5",
+        12_683_000,
+        "07fb09a5933dd0c8eaafa16978110389",
+    ),
+    "densenet121": Published(
+        f"{_KERAS}/densenet/densenet121_weights_tf_dim_ordering_tf_kernels_notop.h5",
+        29_084_464,
+        "30ee3e1110167f948a6b9946edeeb738",
     ),
 }
 

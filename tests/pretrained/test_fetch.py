@@ -4,7 +4,9 @@ import concurrent.futures
 import hashlib
 import http.server
 import os
+import re
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,12 +188,23 @@ def test_disk_that_is_full(server, published, tmp_path):
 
 
 def test_published_facts_are_those_of_keras():
-    """Against the table in the Keras that is installed."""
-    from keras.src.applications import resnet
+    """Against the tables in the Keras that is installed."""
+    from keras.src.applications import densenet, efficientnet, mobilenet_v3, resnet
 
-    file = fetch.IMAGENET["resnet50"]
-    assert file.md5 == resnet.WEIGHTS_HASHES["resnet50"][1]
-    assert file.url.startswith(resnet.BASE_WEIGHTS_PATH) and file.url.startswith("https://")
+    resnets = resnet.BASE_WEIGHTS_PATH + "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
+    expected = {"resnet50": (resnets, resnet.WEIGHTS_HASHES["resnet50"][1])}
+    for b in ("b0", "b1", "b2", "b3"):
+        url = f"{efficientnet.BASE_WEIGHTS_PATH}efficientnet{b}_notop.h5"
+        expected[f"efficientnet_{b}"] = (url, efficientnet.WEIGHTS_HASHES[b][1])
+    for size in ("small", "large"):
+        name = f"{size}_224_1.0_float"
+        url = f"{mobilenet_v3.BASE_WEIGHT_PATH}weights_mobilenet_v3_{name}_no_top_v2.h5"
+        expected[f"mobilenet_v3_{size}"] = (url, mobilenet_v3.WEIGHTS_HASHES[name][1])
+    source = Path(densenet.__file__).read_text()
+    [hashed] = re.findall(r'DENSENET121_WEIGHT_PATH_NO_TOP,[^)]*file_hash="(\w+)"', source)
+    expected["densenet121"] = (densenet.DENSENET121_WEIGHT_PATH_NO_TOP, hashed)
+    assert {model: (file.url, file.md5) for model, file in fetch.IMAGENET.items()} == expected
+    assert all(file.url.startswith("https://") for file in fetch.IMAGENET.values())
 
 
 def test_keras_own_copy_is_taken_if_it_is_whole(server, published, tmp_path, monkeypatch):

