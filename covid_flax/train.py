@@ -83,6 +83,9 @@ def _start(
             f"{run.workdir}/checkpoints: no sound checkpoint is left: remove the folder"
         )
     if found is None:
+        metrics = run.workdir / "metrics.jsonl"
+        if metrics.exists() and metrics.stat().st_size:
+            say(f"note: {run.workdir} has figures but no checkpoint: it begins anew")
         stopping = EarlyStopping(
             mode="min" if config.train.monitor == "val_loss" else "max",
             min_delta=config.train.min_delta,
