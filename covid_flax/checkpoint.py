@@ -66,6 +66,7 @@ class Checkpoints:
     def __init__(self, directory: Path, *, writing: bool = False):
         self._directory = directory
         self._best = _Best()
+        self._saving: Any = None
         with _readable(f"the checkpoints in {directory}"):
             self._orbax = ocp.training.Checkpointer(
                 directory.absolute(),
@@ -82,7 +83,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
 
     def save(self, step: int, state: Any, loop: dict[str, Any], *, best: bool) -> None:
         """Starts an asynchronous save; waits for an earlier one, raising its error.
@@ -103,12 +107,17 @@ class Checkpoints:
             "versions": _versions(),
         }
         contents = {"loop": loop, "record": record}
-        self._orbax.save_async(
+        self.wait()
+        self._saving = self._orbax.save_async(
             step, state, custom_metadata={**contents, "sha256": _digest_of_json(contents)}
         )
 
     def wait(self) -> None:
-        """Until the last save is on disk."""
+        """Until the last save is on disk; raises its error."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            # Its thread, event loop and three open files end when the result is taken, not before.
+            saving.result()
         self._orbax.wait()
 
     @property
@@ -248,7 +257,7 @@ class Checkpoints:
         try:
             yield
         except Exception as e:
-            if isinstance(e, OSError) and e.errno in _NOT_DAMAGE:
+            if _is_no_damage(e):
                 raise
             why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
             if record is None:
@@ -290,7 +299,12 @@ class Checkpoints:
         return ""
 
 
-_NOT_DAMAGE = (errno.ENOSPC, errno.EROFS, errno.EACCES)
+def _is_no_damage(e: Exception) -> bool:
+    """Whether the machine lacks something, rather than the file."""
+    machine_s = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    if isinstance(e, OSError) and e.errno in machine_s:
+        return True
+    return isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)
 
 
 @contextlib.contextmanager
@@ -298,7 +312,7 @@ def _readable(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if isinstance(e, OSError) and e.errno in _NOT_DAMAGE:
+        if _is_no_damage(e):
             raise
         why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise DamagedError(f"{what} cannot be listed ({why}): restore them") from e
@@ -333,13 +347,17 @@ def _digest_of_arrays(tree: Any) -> str:
     return digest.hexdigest()
 
 
+def _same(x: jax.Array) -> jax.Array:
+    return x
+
+
 def _on_host(x: jax.Array) -> np.ndarray:
     if x.is_fully_addressable:
         return np.asarray(x)
     if not x.is_fully_replicated:
         assert isinstance(x.sharding, NamedSharding)
         whole = NamedSharding(x.sharding.mesh, PartitionSpec())
-        x = jax.jit(lambda x: x, out_shardings=whole)(x)
+        x = jax.jit(_same, out_shardings=whole)(x)
     return np.asarray(x.addressable_data(0))
 
 

@@ -31,6 +31,7 @@ _CHOICES = {
     "train.last_batch": ("keep", "drop"),
     "train.monitor": ("val_loss", "val_accuracy"),
     "train.class_weights": ("none", "balanced"),
+    "train.on_non_finite": ("stop", "skip"),
     "train.parallel": ("jit", "pmap"),
 }
 # Least allowed value, greatest, or None.

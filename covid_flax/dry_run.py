@@ -36,7 +36,8 @@ def dry_run(run: Run) -> None:
     state = create_state(run.params, run.batch_stats, stages, job.tx, config.seed, average=average)
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
     batch = config.train.batch_size
-    step_config = dataclasses.replace(job.step_config, axis_name=None)
+    # A cost that skipping does not change.
+    step_config = dataclasses.replace(job.step_config, axis_name=None, skip_non_finite=False)
     step = jax.jit(make_train_step(run.graphdef, job.tx, step_config), donate_argnums=0)
     compiled = step.lower(state, batch_shapes(run, job.start, batch)).compile()
     cost = compiled.cost_analysis() or {}

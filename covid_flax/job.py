@@ -112,6 +112,7 @@ def make_job(run: Run) -> Job:
             micro_batch=config.train.micro_batch // (devices if layout.axis_name else 1),
             ema_decay=config.train.ema_decay,
             teacher=_teacher(run),
+            skip_non_finite=config.train.on_non_finite == "skip",
             axis_name=layout.axis_name,
         ),
     )
@@ -173,7 +174,12 @@ def peak_rate(run: Run, job: Job) -> float:
     )
     batch = batch_shapes(run, job.start, config.train.batch_size)
     how = dataclasses.replace(
-        job.step_config, axis_name=None, micro_batch=0, ema_decay=0.0, teacher=None
+        job.step_config,
+        axis_name=None,
+        micro_batch=0,
+        ema_decay=0.0,
+        teacher=None,
+        skip_non_finite=False,
     )
     step = jax.jit(make_train_step(run.graphdef, job.tx, how))
     cost = step.lower(state, batch).cost_analysis()

@@ -29,6 +29,7 @@ from covid_flax.pretrained.fetch import resolve, sha256
 from covid_flax.pretrained.load import array_names, load_weights
 from covid_flax.pretrained.read import read_weights
 from covid_flax.report.console import say
+from ml_collections_configs import base
 
 # What may differ when a run goes on: nothing here changes a figure. The images used are
 # compared by themselves.
@@ -46,6 +47,7 @@ _FREE_ON_RESUME = (
     "train.parallel",
     "train.shard_state",
     "train.checkpoint_every_steps",
+    "train.on_non_finite",  # where it matters, the run could not go on without the change
 )
 _PACKAGES = (
     "jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets ml_collections numpy pillow"
@@ -205,7 +207,9 @@ def only_trainer(workdir: Path) -> Iterator[None]:
 
 
 def _refuse_changes(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
-    before, after = config_lib.flatten(saved), config_lib.flatten(now)
+    # Keys that came after the run was begun had their defaults.
+    defaults = config_lib.flatten(config_lib.to_json(base.get_config()))
+    before, after = defaults | config_lib.flatten(saved), config_lib.flatten(now)
     changed = [
         f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,7 +32,8 @@ class TrainState:
       batch_stats: batch norm's running statistics.
       opt_state: Optax's.
       rng: uint32 key data; step t draws from `fold_in(rng, t)`.
-      sums: of the running epoch, float32: `loss`, `correct`, `count`.
+      sums: of the running epoch, float32: `loss`, `correct`, `count`; where updates may be
+        skipped, `skipped` and `skipped_in_a_row` too, which no checkpoint's arrays have.
       average: moving averages of `params` and `batch_stats` under these names; empty where
         none are kept.
     """
@@ -82,6 +84,8 @@ class StepConfig:
         gradients of a batch's parts are added up.
       ema_decay: > 0: of the moving averages of parameters and batch statistics.
       teacher: whose answers to the same augmented images are learned from, or None.
+      skip_non_finite: a batch whose loss or gradients are not finite changes nothing but the
+        step's number and the counts of `zero_skipped`, which the state's sums must have.
       axis_name: mapped axis to average over, None under jit.
     """
 
@@ -94,11 +98,25 @@ class StepConfig:
     micro_batch: int = 0
     ema_decay: float = 0.0
     teacher: Teacher | None = None
+    skip_non_finite: bool = False
     axis_name: str | None = None
+
+    def chance_loss(self, classes: int) -> float:
+        """The mean loss of answers that give every class the same probability."""
+        labels = math.log(classes)
+        if self.teacher is None:
+            return labels
+        share, temperature = self.teacher.weight, self.teacher.temperature
+        return ((1 - share) + share * temperature**2) * labels
 
 
 def zero_sums() -> dict[str, Array]:
     return {name: jnp.zeros((), jnp.float32) for name in ("loss", "correct", "count")}
+
+
+def zero_skipped() -> dict[str, Array]:
+    """What the sums have besides where updates may be skipped: how many, and up to now in a row."""
+    return {name: jnp.zeros((), jnp.float32) for name in ("skipped", "skipped_in_a_row")}
 
 
 def create_state(
@@ -289,9 +307,12 @@ def make_train_step(
             params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            sums=jax.tree.map(jnp.add, state.sums, sums),
+            sums={**state.sums, **{name: state.sums[name] + x for name, x in sums.items()}},
             average=average,
         )
+        if config.skip_non_finite:
+            finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(optax.global_norm(grads))
+            new_state = _unless_skipped(finite, state, new_state)
         return new_state, sums["loss"] / sums["count"]
 
     return step
@@ -307,6 +328,16 @@ def _example_weights(batch: dict[str, Array], axis: str | None) -> Array | None:
     real = batch["mask"].astype(jnp.float32)
     count = jnp.sum(real)
     return real / (count if axis is None else lax.pmean(count, axis))
+
+
+def _unless_skipped(finite: Array, state: TrainState, new: TrainState) -> TrainState:
+    """`new` where `finite`; else `state`, at the next step and with one more update skipped."""
+    chosen = jax.tree.map(lambda x, y: jnp.where(finite, x, y), new, state)
+    counts = {
+        "skipped": state.sums["skipped"] + ~finite,
+        "skipped_in_a_row": jnp.where(finite, 0.0, state.sums["skipped_in_a_row"] + 1),
+    }
+    return dataclasses.replace(chosen, step=new.step, sums={**chosen.sums, **counts})
 
 
 def _moving_average(average: Tree, new: Tree, step: Array, decay: float) -> Tree:

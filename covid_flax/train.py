@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from covid_flax import preemption
@@ -16,6 +17,7 @@ from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.feed import make_feed
 from covid_flax.job import Job, cache_features, make_job, peak_rate
+from covid_flax.numerics import MOST_SKIPPED, all_finite, divergence, non_finite_error
 from covid_flax.predict import compile_apply, mean_loss, predict
 from covid_flax.profile import Profile
 from covid_flax.recalibrate import is_due as recalibration_is_due
@@ -23,7 +25,7 @@ from covid_flax.recalibrate import make_recalibration
 from covid_flax.report.console import Meter, say
 from covid_flax.report.log import RunLog
 from covid_flax.run import Run, only_trainer
-from covid_flax.step import TrainState, create_state, make_eval_step, zero_sums
+from covid_flax.step import TrainState, create_state, make_eval_step, zero_skipped, zero_sums
 
 
 def train(run: Run, profile: tuple[int, int] | None = None) -> None:
@@ -81,6 +83,9 @@ def _start(
             f"{run.workdir}/checkpoints: no sound checkpoint is left: remove the folder"
         )
     if found is None:
+        metrics = run.workdir / "metrics.jsonl"
+        if metrics.exists() and metrics.stat().st_size:
+            say(f"note: {run.workdir} has figures but no checkpoint: it begins anew")
         stopping = EarlyStopping(
             mode="min" if config.train.monitor == "val_loss" else "max",
             min_delta=config.train.min_delta,
@@ -123,6 +128,10 @@ def _loop(
     apply = compile_apply(eval_step)
     val_labels = run.data.labels("val")
     recalibrate = make_recalibration(run, job) if recalibration_is_due(run, job) else None
+    skipping = job.step_config.skip_non_finite
+    # Adam's moments keep a NaN for good: this finds any bad gradient since it last looked.
+    finite = jax.jit(all_finite)
+    losses: list[float] = loop.get("train_losses", [])
 
     def validate(state: TrainState) -> tuple[float, float]:
         params, batch_stats = state.for_evaluation()
@@ -137,11 +146,24 @@ def _loop(
         )
         return mean_loss(logits, val_labels), float(np.mean(logits.argmax(-1) == val_labels))
 
+    def refuse(what: str, since: int) -> NoReturn:
+        checkpoints.wait()
+        last = checkpoints.latest_step
+        good = "no checkpoint yet"
+        if last is not None:
+            good = f"last good checkpoint: step {last:,} in {run.workdir / 'checkpoints'}"
+        raise non_finite_error(what, since + 1, step, config, good)
+
     def save(state: TrainState, *, best: bool) -> None:
+        if not finite(state):
+            refuse("the loss or a gradient is not finite", meter.last_step)
+        state, skipped = _without_skipped(state)
         loop = {
             "iterator": feed.batches.get_state(),
             "early_stopping": stopping.state_dict(),
             "metrics_bytes": log.metrics_bytes,
+            "train_losses": list(losses),
+            "skipped": skipped,
             **meter.clocks,
         }
         checkpoints.save(step, state, loop, best=best)
@@ -151,6 +173,9 @@ def _loop(
         f"training: {total_steps:,} steps, {job.steps_per_epoch:,} an epoch, on "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}; compiling the step"
     )
+    if skipping:
+        counts = zero_skipped() | jax.tree.map(jnp.float32, loop.get("skipped", {}))
+        state = dataclasses.replace(state, sums={**state.sums, **layout.place(counts)})
     sums = _host_sums(state.sums)
     state = layout.put_state(state)
     alone = jax.process_count() == 1
@@ -175,7 +200,13 @@ def _loop(
                 before, since = sums, meter.last_step
                 sums = _host_sums(layout.get_state(state.sums))
                 count, loss, accuracy = _means(sums, before)
-                _refuse_non_finite(loss, since, step)
+                if not skipping and not math.isfinite(loss):
+                    refuse(f"the loss is {loss}", since)
+                if not finite(state):
+                    refuse("a gradient or weight is not finite", since)
+                row = int(sums.get("skipped_in_a_row", 0))
+                if row >= min(MOST_SKIPPED, job.steps_per_epoch):
+                    refuse(f"{row:,} updates in a row were skipped, none finite", step - row)
                 learning_rate = float(job.schedule(step - 1))
                 figures = meter.interval(step, count, loss, accuracy, learning_rate)
                 log.interval(step, **figures)
@@ -194,6 +225,7 @@ def _loop(
             # ---- end of an epoch: log, validate, judge, save --------------------------------
             epoch = step // job.steps_per_epoch
             _, *train_figures = _means(sums)
+            skipped = {"skipped": int(sums["skipped"])} if skipping else {}
             log.epoch(
                 step,
                 epoch,
@@ -202,8 +234,9 @@ def _loop(
                 accuracy=train_figures[1],
                 learning_rate=learning_rate,
                 images_per_second=meter.epoch_rate,
+                **skipped,
             )
-            state = dataclasses.replace(state, sums=layout.put_state(zero_sums()))
+            state = dataclasses.replace(state, sums=layout.put_state(_next_sums(sums)))
             copy = layout.get_state(state)
             if recalibrate is not None:
                 # What is validated, saved and trained on is one and the same.
@@ -211,6 +244,8 @@ def _loop(
                 state = layout.put_state(copy)
             sums = _host_sums(copy.sums)
             val_loss, val_accuracy = validate(copy)
+            if not math.isfinite(val_loss):
+                refuse(f"the validation loss is {val_loss}", step - job.steps_per_epoch)
             log.epoch(step, epoch, "val", loss=val_loss, accuracy=val_accuracy)
             improved = stopping.update(
                 val_loss if config.train.monitor == "val_loss" else val_accuracy
@@ -218,7 +253,12 @@ def _loop(
             patience = f" of {stopping.patience}" if stopping.patience else ""
             verdict = f"no better for {stopping.wait}{patience}"
             verdict = "best so far" if improved else verdict
+            if skipping:
+                verdict += f" | {skipped['skipped']:,} updates skipped"
             meter.end_epoch(epoch, train_figures, (val_loss, val_accuracy), verdict)
+            losses.append(train_figures[0])
+            if note := divergence(losses, job.step_config.chance_loss(len(run.data.class_names))):
+                say(f"note: {note}")
             save(copy, best=improved)
             del copy
         checkpoints.wait()
@@ -229,14 +269,22 @@ def _host_sums(sums: dict[str, jax.Array]) -> dict[str, float]:
 
 
 def _means(sums: dict[str, float], before: dict[str, float] | None = None) -> tuple[float, ...]:
-    """Examples, mean loss and accuracy of what `sums` has over `before`."""
+    """Examples, mean loss and accuracy of what `sums` has over `before`; NaN of no examples."""
     new = {name: value - (before[name] if before else 0.0) for name, value in sums.items()}
-    return new["count"], new["loss"] / new["count"], new["correct"] / new["count"]
+    per = new["count"] or math.nan
+    return new["count"], new["loss"] / per, new["correct"] / per
 
 
-def _refuse_non_finite(loss: float, since: int, step: int) -> None:
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} between steps {since + 1} and {step}: lower "
-            "optimizer.learning_rate or set optimizer.clip_norm, in a new --workdir"
-        )
+def _next_sums(sums: dict[str, float]) -> dict[str, jax.Array]:
+    """Of the next epoch's beginning: a row of skipped updates goes on."""
+    if "skipped" not in sums:
+        return zero_sums()
+    row = jnp.float32(sums["skipped_in_a_row"])
+    return {**zero_sums(), **zero_skipped(), "skipped_in_a_row": row}
+
+
+def _without_skipped(state: TrainState) -> tuple[TrainState, dict[str, float]]:
+    """The state as checkpoints have it, which is the same with and without skipping."""
+    sums = dict(state.sums)
+    skipped = {name: float(sums.pop(name)) for name in zero_skipped() if name in sums}
+    return dataclasses.replace(state, sums=sums), skipped

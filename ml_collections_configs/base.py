@@ -84,6 +84,7 @@ def get_config() -> ml_collections.ConfigDict:
     t.teacher = ""  # folder of a run of the same split, from whose answers this one learns too
     t.teacher_weight = 0.7  # share of the loss that they make
     t.teacher_temperature = 2.0  # that softens them
+    t.on_non_finite = "stop"  # at a loss or gradient that is not finite: stop, or skip that update
     t.recalibrate = 2560  # plain images that batch norm's statistics are of, if augmented; 0 off
     t.shard_state = False  # spread parameters and optimiser over the devices (jit)
     t.feature_cache_gb = 8.0  # memory for the outputs of frozen stages, where caching is exact

@@ -1,6 +1,8 @@
 """What is kept, and that what comes back is what went in."""
 
+import os
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -230,3 +232,18 @@ def test_a_reader_leaves_a_save_under_way_alone(tmp_path):
         c.wait()
         saved, _ = c.load(1, tree)
     np.testing.assert_array_equal(saved["w"], tree["w"])
+
+
+def test_saves_leave_no_thread_and_no_open_file_behind(tmp_path):
+    def held():
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
+
+    with Checkpoints(tmp_path, writing=True) as c:
+        for step in range(12):
+            c.save(step, _tree(step), {}, best=False)
+            if step == 3:
+                c.wait()
+                threads, files = held()
+        c.wait()
+        assert held()[0] <= threads + 1
+        assert held()[1] <= files + 1
