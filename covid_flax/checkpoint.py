@@ -301,8 +301,8 @@ class Checkpoints:
 
 def _is_no_damage(e: Exception) -> bool:
     """Whether the machine lacks something, rather than the file."""
-    machine_s = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-    if isinstance(e, OSError) and e.errno in machine_s:
+    of_machine = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    if isinstance(e, OSError) and e.errno in of_machine:
         return True
     return isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)
 
