@@ -3,13 +3,15 @@
 # make test-all     the same with the slow tests of several devices and processes
 # make tpu-compiler set up scripts/aot_compile.py (make test does so too)
 # make lock         resolve the lock files anew from pyproject.toml
+# make sbom         write build/sbom.cdx.json, what requirements.lock installs (CycloneDX)
+# make audit        ask PyPI for known vulnerabilities of what requirements.lock installs
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := runs/quickstart-demo
 
-.PHONY: quickstart test test-all lint tpu-compiler lock clean
+.PHONY: quickstart test test-all lint tpu-compiler lock sbom audit clean
 
 quickstart: $(VENV)/.runtime
 	rm -rf $(QUICKSTART)
@@ -59,5 +61,17 @@ lock: $(VENV)/.made
 	  --no-header --extra test --constraint requirements.lock \
 	  --output-file requirements-test.lock pyproject.toml requirements-build.txt
 
+build/supply-chain/.made:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
+
+sbom: build/supply-chain/.made requirements.lock
+	build/supply-chain/bin/cyclonedx-py requirements --pyproject pyproject.toml \
+	  --output-reproducible --of JSON --output-file build/sbom.cdx.json requirements.lock
+
+audit: build/supply-chain/.made requirements.lock
+	build/supply-chain/bin/pip-audit --require-hashes --disable-pip --strict --requirement requirements.lock
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
