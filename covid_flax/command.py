@@ -59,7 +59,6 @@ def run_command(
     threading.excepthook = _thread_error
     if together:
         distributed.define_flags()
-        preemption.catch()
     try:
         arguments = _parse(sys.argv, positional)
         if together:

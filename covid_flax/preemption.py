@@ -1,61 +1,55 @@
 """SIGTERM: how TPU VMs, preemptible machines and Slurm say that a run's time is up.
 
-While steps are made it is only noted; the loop then saves and ends in good order. At any other
-time the command ends at once, for nothing would be lost that a save could keep. A second SIGTERM
-ends it at once in either case.
+While steps are made it is noted, and the loop saves and ends in good order. At any other time, or
+the second time, it ends the process at once, as it ends any: there is nothing that a save could
+keep, and the process may be in a call that no Python code interrupts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-STATUS = 143  # 128 + SIGTERM, as a shell reports it
+STATUS = 143  # 128 + SIGTERM, as a shell reports one that the signal ended too
 
 # Between two looks at whether a notice has come, where steps are slow. Of the 30 s of grace that
 # machines commonly give, most is then left for the save.
 LOOK_EVERY_S = 5.0
 
-_LINE = "SIGTERM: ended; the same command goes on from what was saved"
 _noted = False
-_deferred = False
 
 
 class Terminated(BaseException):
     """Ends the command with `STATUS`; its text is the line to print."""
 
 
-def catch() -> None:
-    """From here on SIGTERM raises `Terminated`, or is noted within `deferred`."""
+def _note(number: int, frame: Any) -> None:
     global _noted
-    _noted = False
-    signal.signal(signal.SIGTERM, _on_sigterm)
-
-
-def _on_sigterm(number: int, frame: Any) -> None:
-    global _noted
-    if _deferred and not _noted:
-        _noted = True
-        return
-    raise Terminated(_LINE)
+    _noted = True
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Within, SIGTERM is only noted; leaving it, a note that nobody heeded ends the command."""
-    global _deferred, _noted
-    _deferred = True
+    """Within, the first SIGTERM is only noted; leaving it, one not yet heeded is."""
+    global _noted
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where Python lets nobody handle signals
+        return
+    before = signal.signal(signal.SIGTERM, _note)
     try:
         yield
     finally:
-        _deferred, noted, _noted = False, _noted, False
+        signal.signal(signal.SIGTERM, before)
+        noted, _noted = _noted, False
     if noted:
-        raise Terminated(_LINE)
+        raise Terminated("SIGTERM: ended; the same command goes on from what was saved")
 
 
 def noticed(*, together: bool) -> bool:

@@ -5,6 +5,7 @@ The judge is the run of one process with one device.
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,6 +20,7 @@ import pytest
 from run_update import update
 from tensorboardX.proto.event_pb2 import Event
 
+from covid_flax.checkpoint import Checkpoints
 from covid_flax.distributed import Cluster, from_flags
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
@@ -264,8 +266,23 @@ def test_a_killed_process_ends_the_others(config, tmp_path):
     assert "process" in run.the_error(0)
 
 
-def test_sigterm_ends_a_process_and_then_the_others(tmp_path):
-    """JAX's preemption service would swallow it."""
+def test_sigterm_to_one_saves_the_same_step_of_all(config, tmp_path):
+    config.train.epochs, config.train.patience, config.train.log_every_steps = 10_000, 0, 1
+    workdir = tmp_path / "run"
+    command = ["-m", "covid_flax.main", *_main(config, tmp_path, workdir)]
+    run = _Processes(tmp_path / "main", [command, command])
+    run.wait_for(0, "epoch 1/10000 done")
+    run.popen[1].terminate()
+    run.wait(143, 143)
+    # The one that says so first may end the other before it does.
+    told = {n for i in (0, 1) for n in re.findall(r"SIGTERM: saved step ([\d,]+);", run.err(i))}
+    assert len(told) == 1
+    with Checkpoints(workdir / "checkpoints") as c:
+        assert c.latest_step == int(told.pop().replace(",", ""))
+
+
+def test_sigterm_ends_a_process_that_waits_and_then_the_others(tmp_path):
+    """JAX's preemption service would swallow it, and no handler of ours would come to run."""
     run = _Processes(tmp_path / "run", [["-c", _WAITS, "wait"]] * 2, flags=["--peer_timeout=2"])
     run.wait_for(0, "here")
     run.wait_for(1, "here")

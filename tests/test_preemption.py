@@ -2,54 +2,69 @@
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 
 from covid_flax import command, preemption
 
 
-@pytest.fixture(autouse=True)
-def handler():
-    before = signal.getsignal(signal.SIGTERM)
-    preemption.catch()
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 def _sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_ends_at_once_where_nothing_is_to_be_saved():
-    with pytest.raises(preemption.Terminated):
-        _sigterm()
-
-
 def test_is_noted_where_a_save_comes_first():
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(preemption.Terminated), preemption.deferred():
         assert not preemption.noticed(together=True)
         _sigterm()
         assert preemption.noticed(together=True) and preemption.noticed(together=False)
+    assert signal.getsignal(signal.SIGTERM) == before
     with preemption.deferred():
         assert not preemption.noticed(together=True)
 
 
 def test_a_second_one_does_not_wait():
-    with preemption.deferred():
-        _sigterm()
-        with pytest.raises(preemption.Terminated):
-            _sigterm()
-        raise_nothing_more = preemption.noticed(together=True)
-        preemption.catch()
-    assert raise_nothing_more
+    code = """
+import os, signal
+from covid_flax import preemption
+with preemption.deferred():
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("noted", flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("too late")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "noted\n")
+
+
+def test_a_thread_may_train():
+    """As in a sweep; Python lets the main thread alone handle signals."""
+    failed = []
+
+    def work():
+        try:
+            with preemption.deferred():
+                pass
+        except BaseException as e:
+            failed.append(e)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed
 
 
 def test_the_command_says_so_and_ends_with_143(monkeypatch, capsys):
+    def main():
+        with preemption.deferred():
+            _sigterm()
+
     monkeypatch.setattr("sys.argv", ["command"])
-    monkeypatch.setattr(command.distributed, "define_flags", lambda: None)
-    monkeypatch.setattr(command.distributed, "initialize", lambda: None)
     with pytest.raises(SystemExit) as e:
-        command.run_command(_sigterm, together=True)
+        command.run_command(main)
     assert e.value.code == 143
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "SIGTERM" in told and "goes on" in told
