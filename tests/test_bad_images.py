@@ -94,7 +94,7 @@ def test_skipped_images_leave_no_trace_on_the_figures(
 
     # The same folder, and the same records, under the other setting.
     config.data.on_bad_image = "refuse"
-    with pytest.raises(UserError, match="6 of 83 images in .* cannot be used") as e:
+    with pytest.raises(UserError, match="6 of 85 images in .* cannot be used") as e:
         setup(config, tmp_path / "other")
     assert all(reason in str(e.value) for reason in bad.values())
     assert not (tmp_path / "other").exists()
