@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ def write_atomically(path: Path, data: bytes) -> None:
       UserError: the system refused (read-only, full, a folder of that name); the old file is whole.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    mine = f".{path.name}.{platform.node()}."
+    part = path.with_name(f"{mine}{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_parts_of_the_dead(path.parent, mine)
         try:
             part.write_bytes(data)
             os.replace(part, path)
@@ -38,3 +41,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise UserError(
             f"cannot write {path} ({error.strerror}): free the place or name another folder"
         ) from error
+
+
+def _remove_parts_of_the_dead(folder: Path, beginning: str) -> None:
+    """What processes of this host left that were killed between writing and renaming."""
+    for name in os.listdir(folder):
+        number = name.removeprefix(beginning).removesuffix(".part")
+        if name == f"{beginning}{number}.part" and number.isdecimal():
+            try:
+                os.kill(int(number), 0)
+            except ProcessLookupError:
+                (folder / name).unlink(missing_ok=True)
+            except (PermissionError, OverflowError):
+                pass  # another user's, or no process's number
