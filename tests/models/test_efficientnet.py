@@ -71,7 +71,13 @@ def by_stage(graph_state, x):
     return outputs, model(x)
 
 
-@pytest.mark.parametrize("name, kind", [("efficientnet_b0", "B0"), ("efficientnet_b2", "B2")])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("efficientnet_b0", "B0"),
+        pytest.param("efficientnet_b2", "B2", marks=pytest.mark.slow),
+    ],
+)
 def test_every_stage_is_keras_s(name, kind):
     network = getattr(keras.applications, f"EfficientNet{kind}")(
         weights=None, include_top=False, input_shape=(64, 64, 3)
@@ -103,7 +109,7 @@ def test_every_stage_is_keras_s(name, kind):
     np.testing.assert_allclose(whole, got["head"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["B1", "B3"])
+@pytest.mark.parametrize("kind", [pytest.param("B1", marks=pytest.mark.slow), "B3"])
 def test_as_many_parameters_as_keras_s(kind):
     network = getattr(keras.applications, f"EfficientNet{kind}")(weights=None, include_top=False)
     spec = MODELS[f"efficientnet_{kind.lower()}"]
