@@ -207,4 +207,6 @@ def test_the_note_of_a_diverging_run():
     assert divergence([1.4], 1.386) is None
     assert divergence([1.4, 1.1, 0.2, 0.9], 1.386) is None  # up, but better than chance
     assert divergence([1.4, 1.1, 1.5], 1.386) is None  # noise about chance
+    assert divergence([40.0], 1.386) is None  # the first epoch may begin anywhere
     assert "diverges" in divergence([1.4, 1.1, 5.0], 1.386)
+    assert "diverges" in divergence([2240.0, 1360.0], 1.386)  # falling, from nowhere
