@@ -71,7 +71,7 @@ def divergence(losses: Sequence[float], chance: float) -> str | None:
         )
     if before and last > 2 * chance:  # a run may be far off from its first epoch on
         return (
-            f"training diverges: the loss {last:.4g} is more than twice the {chance:.4g} of chance: "
-            "lower optimizer.learning_rate"
+            f"training diverges: the loss {last:.4g} is more than twice the {chance:.4g} of "
+            "chance: lower optimizer.learning_rate"
         )
     return None
