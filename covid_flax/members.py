@@ -85,6 +85,8 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
         reports[name] = {"val": evaluate(workdir / name, data=run.data)}
         if run.data.files("test"):
             reports[name]["test"] = evaluate(workdir / name, split="test", data=run.data)
+        # Its programs, some 20 MB, serve no other member; those find theirs on the disk.
+        jax.clear_caches()
     if jax.process_index() == 0:
         _write_whole(config, workdir, list(configs))
     distributed.barrier("members")

@@ -240,6 +240,7 @@ def runs(args: argparse.Namespace, place: Path) -> dict[str, Any]:
             evaluate(workdir, data=run.data)
         del run
         shutil.rmtree(workdir)
+        jax.clear_caches()  # as between the members of a repeated run
         gc.collect()
         counts = {"arrays": len(jax.live_arrays()), "objects": len(gc.get_objects())}
         seconds = time.process_time() - began
