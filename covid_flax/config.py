@@ -84,6 +84,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "augment.noise": (0, 1),
     "augment.erase": (0, 1),
     "augment.border": (0, 0.45),
+    "augment.mixup": (0, 10),
+    "augment.cutmix": (0, 10),
     "eval.batch_size": (1, None),
 }
 

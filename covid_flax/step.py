@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from covid_flax.augment import Augment, augment
+from covid_flax.augment import Augment, augment, mix
 from covid_flax.models.preprocess import preprocess
 
 Array = jax.Array
@@ -226,12 +226,19 @@ def make_train_step(
             start=config.start,
         )
         labels = batch["label"]
-        losses = cross_entropy(
-            logits,
-            labels,
-            label_smoothing=config.label_smoothing,
-            class_weights=config.class_weights,
-        )
+
+        def label_losses(labels: Array) -> Array:
+            return cross_entropy(
+                logits,
+                labels,
+                label_smoothing=config.label_smoothing,
+                class_weights=config.class_weights,
+            )
+
+        losses = label_losses(labels)
+        if "share" in batch:
+            own = batch["share"]
+            losses = own * losses + (1 - own) * label_losses(batch["other"])
         if teacher is not None:
             distilled = distillation_loss(logits, batch["teacher"], teacher.temperature)
             losses = (1 - teacher.weight) * losses + teacher.weight * distilled
@@ -287,7 +294,12 @@ def make_train_step(
             key = jax.random.fold_in(key, lax.axis_index(axis))
         augment_key, dropout_key = jax.random.split(key)
         if not cached:
-            x = augment(augment_key, batch["image"], config.augment)
+            how = config.augment
+            x = augment(augment_key, batch["image"], how)
+            if how.mixup or how.cutmix:
+                x, share = mix(jax.random.fold_in(augment_key, 1), x, how, batch.get("mask"))
+                # Its own share of the labels too, and the labels of what was mixed in.
+                batch = {**batch, "share": share, "other": jnp.roll(batch["label"], 1)}
             if teacher is not None:
                 batch = {**batch, "teacher": lax.stop_gradient(teacher.logits(x))}
             batch = {**batch, "image": preprocess(x, config.preprocessing)}

@@ -102,6 +102,8 @@ def get_config() -> ml_collections.ConfigDict:
     a.noise = 0.0  # normal, of a deviation up to this share of white
     a.erase = 0.0  # in half of the images a box of up to this share of each side made one grey
     a.border = 0.0  # in half of the images black bands of up to this share on every side
+    a.mixup = 0.0  # > 0: averaged in pairs, labels too; shares from Beta(this, this), 0.2 is usual
+    a.cutmix = 0.0  # > 0: a box of another image pasted in, labels by its area; 1.0 is usual
 
     c.eval = e = ml_collections.ConfigDict()
     e.batch_size = 64  # over all devices; changes no figure

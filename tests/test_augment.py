@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from scipy import ndimage
+from scipy import ndimage, stats
 
-from covid_flax.augment import Augment, augment
+from covid_flax.augment import Augment, augment, mix
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +163,54 @@ def test_borders_and_boxes_are_where_they_may_be(images):
         np.testing.assert_array_equal(box, np.outer(box.any(1), box.any(0)))
         assert box.any(1).sum() <= 21 and box.any(0).sum() <= 16
         assert len(np.unique(image[box])) == 1
+
+
+def _mix(images, seed=0, real=None, **how):
+    mixed, share = mix(jax.random.key(seed), images, Augment(**how), real)
+    return np.asarray(mixed), np.asarray(share)
+
+
+def test_mixup_averages_neighbours_by_a_beta_share(images):
+    shares = []
+    for seed in range(20):
+        mixed, share = _mix(images, seed, mixup=0.4)
+        s, other = share[:, None, None, None], np.roll(images, 1, 0)
+        np.testing.assert_allclose(mixed, s * images + (1 - s) * other, atol=1e-3)
+        shares.append(share)
+    folded = 2 * np.concatenate(shares) - 1  # the Beta's larger part
+    assert folded.min() >= 0
+    judge = np.abs(2 * stats.beta(0.4, 0.4).rvs(20_000, random_state=0) - 1)
+    assert stats.ks_2samp(folded, judge).pvalue > 0.01
+
+
+def test_cutmix_pastes_one_box_whose_area_is_the_share_that_goes(images):
+    mixed, share = _mix(images, cutmix=1.0)
+    other = np.roll(images, 1, 0)
+    pasted = np.all(mixed == other, -1)
+    assert np.all(pasted | np.all(mixed == images, -1))
+    np.testing.assert_allclose(1 - pasted.mean((1, 2)), share, atol=1e-6)
+    assert 0.5 <= share.min() < 0.6 and 0.9 < share.max() <= 1
+    places = set()
+    for inside in pasted:
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+        if len(rows):
+            assert inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+            places.add((rows[0], columns[0]))
+    assert len(places) > 30
+
+
+def test_both_mixings_take_turns(images):
+    mixed, _ = _mix(images, mixup=1.0, cutmix=1.0)
+    other = np.roll(images, 1, 0)
+    cut = np.all((mixed == other) | (mixed == images), (1, 2, 3))
+    assert 18 <= cut.sum() <= 46
+
+
+@pytest.mark.parametrize("how", [{"mixup": 1.0}, {"cutmix": 1.0}])
+def test_what_only_fills_a_batch_up_is_mixed_into_nothing(images, how):
+    real = np.arange(len(images)) < 40
+    mixed, share = _mix(images, real=real, **how)
+    # The first's neighbour is the last, which is no real one.
+    assert share[0] == 1 and np.array_equal(mixed[0], images[0])
+    assert np.all(share[1:40] < 1) or "cutmix" in how
+    np.testing.assert_array_equal(share[41:], 1)

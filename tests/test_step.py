@@ -85,6 +85,42 @@ def test_loss_and_sums_match_a_forward_pass_in_numpy(model, batch):
     assert float(state.sums["correct"]) == correct
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_mixed_images_answer_for_both_labels(batch, weighted, monkeypatch):
+    """The loss is Keras's of the mixed targets."""
+    share = np.linspace(0.5, 1, 8, dtype=np.float32)
+    monkeypatch.setattr("covid_flax.step.mix", lambda key, x, how, real: (x, jnp.asarray(share)))
+    model = _without_dropout()
+    weights = (0.5, 2.0, 1.0, 3.5) if weighted else None
+    how = {"label_smoothing": 0.1, "class_weights": weights, "augment": Augment(mixup=0.2)}
+    _, loss = _step(model, **how)(_state(model, STAGES), batch)
+    answers = keras.ops.softmax(make_eval_step(model[0], "unit")(*model[1:], batch["image"]))
+    labels, loss_of = np.asarray(batch["label"]), keras.losses.CategoricalCrossentropy
+    onehot, weight = np.eye(4), np.array(weights or [1] * 4)
+    judge = loss_of(label_smoothing=0.1, reduction=None)
+    if weighted:
+        other = np.roll(labels, 1)
+        expected = share * judge(onehot[labels], answers) * weight[labels]
+        expected += (1 - share) * judge(onehot[other], answers) * weight[other]
+    else:
+        targets = (
+            share[:, None] * onehot[labels] + (1 - share[:, None]) * onehot[np.roll(labels, 1)]
+        )
+        expected = judge(targets, answers)
+    np.testing.assert_allclose(float(loss), np.mean(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", [{"mixup": 0.4}, {"cutmix": 1.0}])
+def test_mixing_leaves_no_trace_of_what_fills_a_batch_up(batch, how):
+    step, state = _plain_step(_without_dropout(), augment=Augment(**how))
+    mask = {"mask": jnp.arange(8) < 5}
+    a, loss = jax.jit(step)(state, {**batch, **mask})
+    other = batch["image"].at[5:].set(0)
+    b, again = jax.jit(step)(state, {**batch, **mask, "image": other})
+    assert float(loss) == float(again)
+    _assert_close(a.params, b.params, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("trainable", ["all", "conv5", "head"])
 def test_only_what_is_trained_changes(model, batch, trainable):
     config = base.get_config().model
