@@ -194,11 +194,11 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         found = None
         for step in sorted({*self.steps, *self._unlisted}, reverse=True):
-            try:
-                found = (step, *self.load(step, like))
+            loaded, why = self._load_everywhere(step, like)
+            if loaded is not None:
+                found = (step, *loaded)
                 break
-            except DamagedError as e:
-                damaged[step] = str(e)
+            damaged[step] = why
         if found is None:
             if damaged:
                 raise UserError(
@@ -211,12 +211,13 @@ class Checkpoints:
         best = record["best_step"] if record is not None else self._marked_before(step)
         lost = False
         if best is not None and best != step:
-            try:
-                if best not in self.steps:
-                    raise self._damaged(best, "the best so far, it is gone or files are missing")
-                self.load(best, like)
-            except DamagedError as e:
-                damaged[best], lost = str(e), True
+            if best not in self.steps:
+                missing = "the best so far, it is gone or files are missing"
+                loaded, why = None, str(self._damaged(best, missing))
+            else:
+                loaded, why = self._load_everywhere(best, like)
+            if loaded is None:
+                damaged[best], lost = why, True
         for number, line in damaged.items():
             say(f"note: {line}")
             self._set_aside(number)
@@ -225,6 +226,19 @@ class Checkpoints:
             say(f"note: going on from step {step:,}; what is damaged lies in {SET_ASIDE}")
         self._best.step = None if lost else best
         return step, state, loop, lost
+
+    def _load_everywhere(
+        self, step: int, like: Any
+    ) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
+        """As `load`; or None and why, in all processes alike, where it is damaged for one."""
+        loaded, why = None, ""
+        try:
+            loaded = self.load(step, like)
+        except DamagedError as e:
+            why = str(e)
+        if distributed.anywhere(loaded is None):
+            return None, why or str(self._damaged(step, "as another process read it"))
+        return loaded, ""
 
     def _marked_before(self, step: int) -> int | None:
         marks = {c.step: (c.metrics or {}).get("best") for c in self._orbax.checkpoints}

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from absl import flags
 from jax._src import cloud_tpu_init
 from jax._src import distributed as jax_distributed
@@ -308,6 +309,15 @@ def barrier(name: str) -> None:
     """Waits until every process has come here; nothing in a run of one. Once for each name."""
     if _watch is not None:
         _watch.client.wait_at_barrier(f"covid_flax/{name}", _DAY_MS)
+
+
+def anywhere(here: bool) -> bool:
+    """Whether it is so in any process of the run; all must ask."""
+    if jax.process_count() == 1:
+        return here
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.array(here))))
 
 
 def shutdown() -> None:

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
+
+from covid_flax import distributed
 
 STATUS = 143  # 128 + SIGTERM, as a shell reports one that the signal ended too
 
@@ -61,8 +62,4 @@ def noticed(*, together: bool) -> bool:
     """
     if jax.process_count() == 1:
         return _noted
-    if not together:
-        return False
-    from jax.experimental import multihost_utils
-
-    return bool(np.any(multihost_utils.process_allgather(np.array(_noted))))
+    return together and distributed.anywhere(_noted)

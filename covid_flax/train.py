@@ -26,6 +26,7 @@ from covid_flax.report.console import Meter, say
 from covid_flax.report.log import RunLog
 from covid_flax.run import Run, only_trainer
 from covid_flax.step import TrainState, create_state, make_eval_step, zero_skipped, zero_sums
+from covid_flax.stragglers import find_straggler
 
 
 def train(run: Run, profile: tuple[int, int] | None = None) -> None:
@@ -255,7 +256,10 @@ def _loop(
             verdict = "best so far" if improved else verdict
             if skipping:
                 verdict += f" | {skipped['skipped']:,} updates skipped"
+            held_up = find_straggler(meter.epoch_waiting)
             meter.end_epoch(epoch, train_figures, (val_loss, val_accuracy), verdict)
+            if held_up:
+                say(f"note: {held_up}")
             losses.append(train_figures[0])
             if note := divergence(losses, job.step_config.chance_loss(len(run.data.class_names))):
                 say(f"note: {note}")

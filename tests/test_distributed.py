@@ -52,6 +52,40 @@ Checkpoints.save = save_and_stop
 flags.mark_flag_as_required("config")
 run_command(main._main, together=True)
 """
+# `main`, in which process 1 takes long over its batches.
+_SLOW = """
+import sys, time
+import jax
+from absl import flags
+from covid_flax import feed, main
+from covid_flax.command import run_command
+advance = feed.HostFeed.advance
+def slow(self, state, steps, meter):
+    if jax.process_index() == 1:
+        with meter.waiting():
+            time.sleep(1)
+    return advance(self, state, steps, meter)
+feed.HostFeed.advance = slow
+flags.mark_flag_as_required("config")
+run_command(main._main, together=True)
+"""
+# `main`, in which process 1 reads other arrays from the checkpoint of a step than were saved.
+_MISREADS = """
+import sys
+import jax
+from absl import flags
+from covid_flax import checkpoint, main
+from covid_flax.command import run_command
+last, load = int(sys.argv.pop(1)), checkpoint.Checkpoints.load
+def misread(self, step, like):
+    found = load(self, step, like)
+    if step == last and jax.process_index() == 1:
+        raise self._damaged(step, "its arrays are not those that were saved")
+    return found
+checkpoint.Checkpoints.load = misread
+flags.mark_flag_as_required("config")
+run_command(main._main, together=True)
+"""
 # A command that waits, but for the process that is told to fail.
 _WAITS = """
 import sys, time
@@ -236,6 +270,31 @@ def test_a_run_goes_on_in_any_number_of_processes(config, one_device, tmp_path):
         assert ("resume: from step 2" in done.out(0)) == (until > 2)
         assert f"on {processes * devices} x cpu" in done.out(0)
     _assert_run_of(config, workdir, one_device(config))
+
+
+@pytest.mark.slow
+def test_who_holds_the_others_up_is_named(config, tmp_path):
+    command = ["-c", _SLOW, *_main(config, tmp_path, tmp_path / "run")]
+    done = _Processes(tmp_path / "both", [command, command]).wait(0, 0)
+    assert re.search(r"note: process 1 waited for its images \d+% of the epoch", done.out(0))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_misreads_is_given_up_by_all(config, one_device, tmp_path):
+    workdir = tmp_path / "run"
+    command = ["-c", _UNTIL, 3, *_main(config, tmp_path, workdir)]
+    _Processes(tmp_path / "until3", [command, command]).wait(2, 2)
+    with Checkpoints(workdir / "checkpoints") as c:
+        before = max(step for step in c.steps if step < 3) if len(c.steps) > 1 else None
+    command = ["-c", _MISREADS, 3, *_main(config, tmp_path, workdir)]
+    run = _Processes(tmp_path / "again", [command, command])
+    if before is None:
+        run.wait(2, 2)
+        assert "every checkpoint is damaged (3)" in run.err(0)
+        assert (workdir / "checkpoints" / "3").exists()
+    else:
+        run.wait(0, 0)
+        assert f"resume: from step {before}" in run.out(0)
 
 
 def test_a_user_error_ends_all(config, tmp_path):

@@ -64,7 +64,7 @@ class Meter:
         self.epoch_seconds = clocks["epoch_seconds"]
         self.epoch_examples = clocks["epoch_examples"]
         self.step_seconds, self.timed_steps = 0.0, 0
-        self.waited = 0.0
+        self.waited = self.epoch_waited = 0.0
         self.rate, self.untimed_examples, self.untimed_steps = 0.0, 0, 0
 
     @property
@@ -100,6 +100,7 @@ class Meter:
         now = time.monotonic()
         seconds, steps = now - self.last, step - self.last_step
         waited, self.waited = self.waited, 0.0
+        self.epoch_waited += 0.0 if self.first else waited
         self.last, self.last_step = now, step
         figures = {"loss": loss, "accuracy": accuracy, "learning_rate": learning_rate}
         if self.first:
@@ -144,6 +145,11 @@ class Meter:
         """Images a second of the epoch that ends, evaluation left out."""
         return self.epoch_examples / self.epoch_seconds if self.epoch_examples else self.rate
 
+    @property
+    def epoch_waiting(self) -> float:
+        """Share of those seconds in which this process waited for a batch."""
+        return min(1.0, self.epoch_waited / self.epoch_seconds) if self.epoch_seconds else 0.0
+
     def end_epoch(
         self,
         epoch: int,
@@ -158,5 +164,5 @@ class Meter:
             f"{duration(self.clocks['elapsed'])}"
         )
         self.epoch_seconds, self.epoch_examples = 0.0, 0.0
-        self.waited = 0.0
+        self.waited = self.epoch_waited = 0.0
         self.last = time.monotonic()
