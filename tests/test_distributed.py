@@ -117,7 +117,7 @@ class _Processes:
         directory.mkdir()
         self.directory, count = directory, len(commands)
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        xla = f"--xla_force_host_platform_device_count={devices}"
+        xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
         env = os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
         meet = [f"--coordinator=127.0.0.1:{_port()}", f"--num_processes={count}"]
         self.popen = []

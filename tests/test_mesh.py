@@ -36,7 +36,8 @@ def _run(devices, *runs):
 
     And evaluates those that do not go on from another's checkpoint.
     """
-    env = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    env = dict(os.environ, XLA_FLAGS=flags)
     argument = json.dumps([devices, *((json.loads(c.to_json()), str(w)) for c, w in runs)])
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, argument], env=env, capture_output=True, text=True

@@ -65,7 +65,7 @@ def test_where_nothing_is_augmented_or_followed_they_stay(config, tmp_path):
         assert not is_due(run, make_job(run))
 
 
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_the_checkpoint_that_is_evaluated_has_them(config, tmp_path, ema):
     config.train.ema_decay = ema
     config.train.epochs = 1

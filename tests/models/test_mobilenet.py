@@ -84,7 +84,14 @@ def by_stage(graph_state, x):
     return outputs, model(x)
 
 
-@pytest.mark.parametrize("name", KERAS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenet_v2",
+        pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
+        "mobilenet_v3_large",
+    ],
+)
 def test_every_stage_is_keras_s(name):
     network = getattr(keras.applications, KERAS[name])(
         weights=None, include_top=False, input_shape=(64, 64, 3)

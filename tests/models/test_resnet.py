@@ -145,14 +145,14 @@ def paper_model(size, dropout=0.5):
     return model
 
 
-@pytest.mark.parametrize("size", [128, 224])
+@pytest.mark.parametrize("size", [128, pytest.param(224, marks=pytest.mark.slow)])
 def test_every_stage_equals_keras_with_the_papers_head(size):
     keras_model = paper_model(size)
     model = our_model(keras_model, num_classes=4)
     assert_stages_close(model, keras_model, colour_images(2, size))
 
 
-@pytest.mark.parametrize("size", [128, 224])
+@pytest.mark.parametrize("size", [pytest.param(128, marks=pytest.mark.slow), 224])
 def test_every_stage_equals_keras_with_the_imagenet_top(size):
     keras_model = keras.applications.ResNet50(weights=None, input_shape=(size, size, 3))
     randomize(keras_model)

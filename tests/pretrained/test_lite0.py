@@ -85,7 +85,8 @@ def test_the_short_form_is_its_first_layers(weight_file):
     apply = jax.jit(lambda x: nnx.merge(whole, params, stats)(x, stop="block5"))
     apply_short = jax.jit(lambda x: nnx.merge(short, short_params, short_stats)(x, stop="block5"))
     np.testing.assert_allclose(apply(images), apply_short(images), rtol=1e-4, atol=1e-4)
-    assert np.isfinite(nnx.merge(short, short_params, short_stats)(images[:1])).all()
+    answers = jax.eval_shape(lambda x: nnx.merge(short, short_params, short_stats)(x), images)
+    assert answers.shape == (len(images), 4)
 
 
 class _Runs:

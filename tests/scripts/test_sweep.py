@@ -384,6 +384,7 @@ def test_the_command_refuses_in_one_line(bad, words, tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.slow
 def test_a_grid_of_two_real_runs(tmp_path, phantom_dir, cache_dir):
     workdir = tmp_path / "sweep"
     done = command(
