@@ -14,6 +14,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from orbax.checkpoint.experimental import v1 as ocp
 
 from covid_flax import __version__, distributed
 from covid_flax.errors import UserError
-from covid_flax.report.console import say
+from covid_flax.report.console import duration, say
 
 _policies = ocp.training.preservation_policies
 
 SET_ASIDE = "checkpoints_damaged"  # beside the checkpoints
+SLOW_WRITE_S = 5.0  # for which training may wait for a checkpoint without a word
 
 
 class DamagedError(UserError):
@@ -107,7 +109,14 @@ class Checkpoints:
             "versions": _versions(),
         }
         contents = {"loop": loop, "record": record}
+        started = time.monotonic()
         self.wait()
+        waited = time.monotonic() - started
+        if waited > SLOW_WRITE_S:
+            say(
+                f"note: training waited {duration(waited)} until the checkpoint before step "
+                f"{step:,} was on the disk: write fewer, or choose a faster disk for --workdir"
+            )
         self._saving = self._orbax.save_async(
             step, state, custom_metadata={**contents, "sha256": _digest_of_json(contents)}
         )

@@ -8,8 +8,6 @@ from pathlib import Path
 _CACHE = Path(tempfile.gettempdir()) / f"covid_flax-test-xla-{os.getuid()}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# Tests compile far more than they compute; `XLA_FLAGS= make test-all` optimises as users' runs do.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import pytest
 

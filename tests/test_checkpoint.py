@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -247,3 +248,29 @@ def test_saves_leave_no_thread_and_no_open_file_behind(tmp_path):
         c.wait()
         assert held()[0] <= threads + 1
         assert held()[1] <= files + 1
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.0, False), (0.3, True)])
+def test_a_slow_disk_is_spoken_of(seconds, said, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("covid_flax.checkpoint.SLOW_WRITE_S", 0.2)
+    with Checkpoints(tmp_path) as c:
+        c.save(1, _tree(1), {}, best=True)
+        c.wait()
+        slow = threading.Event()
+        monkeypatch.setattr(c, "_saving", _Slow(slow, seconds))
+        c.save(2, _tree(2), {}, best=True)
+        assert slow.is_set()
+        assert c.latest_step == 2
+    note = "until the checkpoint before step 2 was on the disk"
+    assert (note in capsys.readouterr().out) == said
+
+
+class _Slow:
+    """A save under way that takes so long."""
+
+    def __init__(self, done, seconds):
+        self.done, self.seconds = done, seconds
+
+    def result(self):
+        time.sleep(self.seconds)
+        self.done.set()

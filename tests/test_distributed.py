@@ -117,7 +117,7 @@ class _Processes:
         directory.mkdir()
         self.directory, count = directory, len(commands)
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        xla = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+        xla = f"--xla_force_host_platform_device_count={devices}"
         env = os.environ | {"XLA_FLAGS": xla, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
         meet = [f"--coordinator=127.0.0.1:{_port()}", f"--num_processes={count}"]
         self.popen = []
@@ -325,6 +325,7 @@ def test_a_killed_process_ends_the_others(config, tmp_path):
     assert "process" in run.the_error(0)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_saves_the_same_step_of_all(config, tmp_path):
     config.train.epochs, config.train.patience, config.train.log_every_steps = 10_000, 0, 1
     workdir = tmp_path / "run"

@@ -11,6 +11,8 @@ import forked
 import h5py
 import pytest
 
+from covid_flax.checkpoint import Checkpoints
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -187,3 +189,20 @@ def test_a_full_disk(tmp_path, args):
         preexec_fn=limit,
     )
     _refused(done, "cannot write")
+
+
+@pytest.mark.slow
+def test_the_same_command_twice_gives_the_same_bits(tmp_path, args):
+    """Each in a process of its own, that compiles everything itself."""
+    arrays, predictions = [], []
+    for name in ("one", "two"):
+        run = tmp_path / name
+        what = ["--config=configs/lenet.py", f"--workdir={run}", *args]
+        small = ["--config.train.epochs=2", "--config.augment.flip=True", "--config.seed=5"]
+        done = _command("main", *what, *small, JAX_ENABLE_COMPILATION_CACHE="false")
+        assert done.returncode == 0, done.stderr[-3000:]
+        with Checkpoints(run / "checkpoints") as c:
+            arrays.append([c._contents(step)["record"]["arrays"] for step in c.steps])
+        predictions.append((run / "eval" / "val" / "predictions.csv").read_bytes())
+    assert arrays[0] == arrays[1] and len(arrays[0][0]) == 64
+    assert predictions[0] == predictions[1]

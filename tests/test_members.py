@@ -61,6 +61,7 @@ def test_the_whole_is_its_members_together(folds):
     assert again["accuracy"] == summary["whole"]["test"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_trained_members_are_not_trained_again(folds, capsys):
     config, workdir, summary = folds
     assert train_members(config, workdir) == summary

@@ -36,8 +36,7 @@ def _run(devices, *runs):
 
     And evaluates those that do not go on from another's checkpoint.
     """
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    env = dict(os.environ, XLA_FLAGS=flags)
+    env = dict(os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}")
     argument = json.dumps([devices, *((json.loads(c.to_json()), str(w)) for c, w in runs)])
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM, argument], env=env, capture_output=True, text=True

@@ -85,7 +85,7 @@ def test_loss_and_sums_match_a_forward_pass_in_numpy(model, batch):
     assert float(state.sums["correct"]) == correct
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_mixed_images_answer_for_both_labels(batch, weighted, monkeypatch):
     """The loss is Keras's of the mixed targets."""
     share = np.linspace(0.5, 1, 8, dtype=np.float32)
@@ -110,7 +110,7 @@ def test_mixed_images_answer_for_both_labels(batch, weighted, monkeypatch):
     np.testing.assert_allclose(float(loss), np.mean(expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", [{"mixup": 0.4}, {"cutmix": 1.0}])
+@pytest.mark.parametrize("how", [{"mixup": 0.4, "cutmix": 1.0}])
 def test_mixing_leaves_no_trace_of_what_fills_a_batch_up(batch, how):
     step, state = _plain_step(_without_dropout(), augment=Augment(**how))
     mask = {"mask": jnp.arange(8) < 5}
@@ -187,6 +187,7 @@ def test_dropout_and_augmentation_follow_seed_and_step(model, batch):
     assert float(step(later, batch)[1]) != float(loss)
 
 
+@pytest.mark.slow
 def test_training_learns(batch):
     """Eight images, forty steps, no dropout: anything but a broken gradient fits them."""
     config = base.get_config().model

@@ -102,7 +102,7 @@ def resumable(tiny_config):
 
 
 # Checkpoints fall on steps 3, 4 (epoch), 6, 8 (epoch), 9, 12 (epoch).
-@pytest.mark.parametrize("kill", [3, 7])
+@pytest.mark.parametrize("kill", [pytest.param(3, marks=pytest.mark.slow), 7])
 def test_killed_and_resumed_equals_undisturbed(kill, resumable, straight, tmp_path, monkeypatch):
     whole = straight(resumable)
     workdir = tmp_path / "run"
@@ -112,7 +112,8 @@ def test_killed_and_resumed_equals_undisturbed(kill, resumable, straight, tmp_pa
     _assert_same_run(workdir, whole)
 
 
-@pytest.mark.parametrize("made", [2, 8])  # amid an epoch, and at an epoch's last step
+# Amid an epoch, and at an epoch's last step.
+@pytest.mark.parametrize("made", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_sigterm_saves_and_the_run_goes_on(made, resumable, straight, tmp_path, monkeypatch):
     whole = straight(resumable)
     workdir = tmp_path / "run"
@@ -246,6 +247,7 @@ def test_cached_frozen_stages_change_no_result(trainable, tiny_config, tmp_path)
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_images_on_the_device_change_no_result(tiny_config, tmp_path):
     """Many steps a dispatch, gathered on the device; and a run may go on the other way."""
     tiny_config.train.epochs = 2
@@ -282,6 +284,7 @@ def test_averaged_weights_are_what_is_evaluated(tiny_config, tmp_path):
     assert abs(val_line["loss"] - report["loss"]) > 1e-5  # rounding would be 1e-7
 
 
+@pytest.mark.slow
 def test_a_trace_of_chosen_steps_is_written(tiny_config, tmp_path, capsys):
     tiny_config.train.epochs = 1
     tiny_config.model.trainable = "head"
@@ -302,6 +305,7 @@ def test_settings_that_do_not_go_together_are_named(key, value, tiny_config, tmp
         train(setup(tiny_config, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_dry_run_first_changes_nothing(tiny_config, tmp_path):
     """The weights are loaded again, not left at random: there is no checkpoint yet."""
     with_batch_norm(tiny_config)  # whose arrays have Keras names

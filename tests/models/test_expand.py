@@ -114,6 +114,7 @@ def test_the_stem_pools_first_and_gives_the_same(half_model):
     np.testing.assert_allclose(np.asarray(got, np.float32), np.max(windows, 0), rtol=2**-7)
 
 
+@pytest.mark.slow
 def test_the_network_trains_the_same_either_way(half_model, monkeypatch):
     """In float32, so that only the formulas differ: loss, statistics and all gradients."""
     model = build(jnp.float32)

@@ -130,6 +130,7 @@ def _records(workdir):
     return [json.loads(line) for line in lines]
 
 
+@pytest.mark.slow
 def test_it_trains_and_cached_stages_change_nothing(tiny_config, tmp_path):
     """The configuration's whole way: train, checkpoint, evaluate; frozen stages cached or not."""
     c = tiny_config

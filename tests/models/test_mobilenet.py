@@ -87,7 +87,7 @@ def by_stage(graph_state, x):
 @pytest.mark.parametrize(
     "name",
     [
-        "mobilenet_v2",
+        pytest.param("mobilenet_v2", marks=pytest.mark.slow),
         pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
         "mobilenet_v3_large",
     ],
@@ -124,6 +124,7 @@ def test_every_stage_is_keras_s(name):
     assert set(MODELS[name].stages) == set(got)
 
 
+@pytest.mark.slow
 def test_training_uses_and_moves_batch_statistics_as_keras_does():
     name = "mobilenet_v3_small"
     network = keras.applications.MobileNetV3Small(
