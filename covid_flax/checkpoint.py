@@ -111,15 +111,15 @@ class Checkpoints:
         contents = {"loop": loop, "record": record}
         started = time.monotonic()
         self.wait()
-        waited = time.monotonic() - started
-        if waited > SLOW_WRITE_S:
-            say(
-                f"note: training waited {duration(waited)} until the checkpoint before step "
-                f"{step:,} was on the disk: write fewer, or choose a faster disk for --workdir"
-            )
         self._saving = self._orbax.save_async(
             step, state, custom_metadata={**contents, "sha256": _digest_of_json(contents)}
         )
+        waited = time.monotonic() - started
+        if waited > SLOW_WRITE_S:
+            say(
+                f"note: training waited {duration(waited)} for the disk to save step {step:,}: "
+                "write fewer checkpoints, or choose a faster disk for --workdir"
+            )
 
     def wait(self) -> None:
         """Until the last save is on disk; raises its error."""

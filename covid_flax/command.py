@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import NoReturn
 
 # Before JAX and TensorStore load: their C++ logs are not the user's concern.
@@ -57,6 +58,7 @@ def run_command(
         # A second start finds its programs compiled; JAX_COMPILATION_CACHE_DIR overrides it.
         jax.config.update("jax_compilation_cache_dir", str(cache_dir("") / "xla"))
     threading.excepthook = _thread_error
+    sys.excepthook = _error_of_nobody
     if together:
         distributed.define_flags()
     try:
@@ -139,6 +141,14 @@ def _thread_error(args: threading.ExceptHookArgs) -> None:
     """A checkpoint's writer thread meets a full disk first; the main thread raises it again."""
     if _disk_error(args.exc_value) is None:
         threading.__excepthook__(args)
+
+
+def _error_of_nobody(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """TensorStore prints one for every write that a failed checkpoint leaves under way."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def _fail(line: str, status: int = 2) -> NoReturn:

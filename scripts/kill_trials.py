@@ -106,8 +106,11 @@ def finish(run: Path, cache: Path, log: Path) -> int:
         return -1
 
 
-def outcome(run: Path) -> dict[str, Any]:
-    """What a finished run left, clocks and its own name taken out."""
+def outcome(run: Path, *, one_device: bool = True) -> dict[str, Any]:
+    """What a finished run left, clocks and its own name taken out.
+
+    Arrays that lay on several devices count as the digest that was saved with them.
+    """
     import hashlib
 
     import jax
@@ -119,12 +122,14 @@ def outcome(run: Path) -> dict[str, Any]:
     with Checkpoints(run / "checkpoints") as c:
         found["best and latest"] = (c.best_step, c.latest_step, c.steps)
         for step in c.steps:
-            leaves = jax.tree_util.tree_leaves_with_path(c._orbax.load(step))
-            for path, leaf in leaves:
+            contents = c._orbax.metadata(step).custom_metadata or {}
+            found[f"step {step} digest"] = contents["record"]["arrays"]
+            saved = c._orbax.load(step) if one_device else {}
+            for path, leaf in jax.tree_util.tree_leaves_with_path(saved):
                 array = np.asarray(leaf)
                 name = f"step {step} {jax.tree_util.keystr(path)}"
                 found[name] = hashlib.sha256(array.tobytes()).hexdigest()
-            loop = dict((c._orbax.metadata(step).custom_metadata or {})["loop"])
+            loop = dict(contents["loop"])
             for clock in ("elapsed", "epoch_seconds", "epoch_examples", "metrics_bytes"):
                 loop.pop(clock)
             found[f"step {step} loop"] = loop

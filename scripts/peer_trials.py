@@ -126,7 +126,7 @@ def main() -> int:
             print(fault, file=sys.stderr)
             return 1
         usual_s = time.monotonic() - started
-        wanted = outcome(home / "run")
+        wanted = outcome(home / "run", one_device=False)
         print(f"undisturbed: {usual_s:.1f} s, {len(wanted)} things to compare", flush=True)
         while len(kills) < args.kills:
             home = Path(folder) / f"run-{runs}"
@@ -137,7 +137,9 @@ def main() -> int:
                     break
                 kills.append(kill)
             fault = finish(home, args.peer_timeout)
-            found = [fault] if fault else differences(outcome(home / "run"), wanted)
+            found = (
+                [fault] if fault else differences(outcome(home / "run", one_device=False), wanted)
+            )
             faults += [f"run {runs}: {name}" for name in found]
             runs += 1
             print(f"{len(kills)} kills in {runs} runs, {len(faults)} differences", flush=True)

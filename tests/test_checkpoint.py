@@ -261,7 +261,7 @@ def test_a_slow_disk_is_spoken_of(seconds, said, tmp_path, capsys, monkeypatch):
         c.save(2, _tree(2), {}, best=True)
         assert slow.is_set()
         assert c.latest_step == 2
-    note = "until the checkpoint before step 2 was on the disk"
+    note = "for the disk to save step 2"
     assert (note in capsys.readouterr().out) == said
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -44,9 +45,23 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._file.close()
-        self._tensorboard.close()
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            self._file.close()
+            self._tensorboard.close()
+        except OSError:
+            self._abandon()
+            if error is None:  # else that one is told, which met the full disk first
+                raise
+
+    def _abandon(self) -> None:
+        """Else TensorBoard's thread and its handler at exit would each print a traceback."""
+        writer = self._tensorboard.file_writer.event_writer
+        if not writer._closed:
+            writer._closed = True
+            writer._worker.stop()
+            with contextlib.suppress(OSError):
+                writer._ev_writer._py_recordio_writer._writer.close()
 
     def epoch(self, step: int, epoch: int, split: str, **figures: float) -> None:
         """One line of `metrics.jsonl`, and the same to TensorBoard."""

@@ -1,6 +1,9 @@
 """Judge: TensorBoard's own file format, read back record by record."""
 
+import errno
 import json
+import subprocess
+import sys
 
 import jax
 from tensorboardX.proto.event_pb2 import Event
@@ -73,3 +76,27 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
 def test_durations():
     said = [duration(s) for s in (0.04, 9.94, 59.6, 187, 3727)]
     assert said == ["0.0s", "9.9s", "1:00", "3:07", "1:02:07"]
+
+
+_FILLS_UP = """
+import resource, sys
+from pathlib import Path
+from covid_flax.report.log import RunLog
+try:
+    with RunLog(Path(sys.argv[1])) as log:
+        log.epoch(4, 1, "train", loss=0.5)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))
+        for step in range(100):
+            log.epoch(step, 1, "val", loss=0.125)
+except OSError as e:
+    print(type(e).__name__, e.errno)
+"""
+
+
+def test_a_full_disk_is_told_once(tmp_path):
+    """No traceback of TensorBoard's thread, nor at the process's exit."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FILLS_UP, tmp_path], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and done.stdout.split() == ["OSError", str(errno.EFBIG)]
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
