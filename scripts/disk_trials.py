@@ -1,6 +1,6 @@
 """A run whose disk fills up, turns read-only or is slow, while it trains.
 
-    python scripts/disk_trials.py [--trials 5] [--seed 0] [--json FILE]
+    python scripts/disk_trials.py [--trials 5] [--kinds slow] [--seed 0] [--json FILE]
 
 The run of `kill_trials.py` is made once undisturbed, then again, and once its first checkpoint is
 there, after a random time:
@@ -9,7 +9,7 @@ there, after a random time:
   lowered; a full disk fails the same calls).
 - "read-only": the run's folders may no longer be written to. Root's training gives up root's right
   to write there all the same (by setpriv).
-- "slow": every renaming and flushing of a file takes four seconds (by strace, where it is
+- "slow": every renaming and flushing of a file takes two seconds (by strace, where it is
   installed).
 
 Under the first two the run must end with status 2 and one line, its last checkpoint sound. Then the
@@ -37,7 +37,9 @@ from kill_trials import LIMIT_S, command, differences, finish, outcome
 
 AS_ANY_USER = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 KINDS = ("full", "read-only", "slow")
-_SLOW = "fsync,fdatasync,rename,renameat,renameat2:delay_exit=4000000"
+_CALLS = "fsync,fdatasync,rename,renameat,renameat2"
+_STRACE = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={_CALLS}")
+_SLOW = (*_STRACE, "-e", f"inject={_CALLS}:delay_exit=2000000")
 
 
 def start(home: Path, before: Sequence[str] = ()) -> subprocess.Popen:
@@ -77,7 +79,7 @@ def trial(kind: str, home: Path, rng: random.Random, wanted: dict[str, Any]) -> 
     home.mkdir()
     result: dict[str, Any] = {"kind": kind, "line": "", "faults": []}
     if kind == "slow":
-        process = start(home, ["strace", "-f", "-qq", "-e", "trace=none", "-e", f"inject={_SLOW}"])
+        process = start(home, _SLOW)
         status = process.wait(LIMIT_S)
         notes = [line for line in log.read_text().splitlines() if "training waited" in line]
         result["line"] = notes[0] if notes else "(no note)"
@@ -105,6 +107,7 @@ def trial(kind: str, home: Path, rng: random.Random, wanted: dict[str, Any]) -> 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trials", type=int, default=5, help="of each kind")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -118,7 +121,7 @@ def main() -> int:
             print((home / "log").read_text(), file=sys.stderr)
             return 1
         wanted = outcome(home / "run")
-        kinds = [kind for kind in KINDS if kind != "slow" or shutil.which("strace")]
+        kinds = [kind for kind in args.kinds if kind != "slow" or shutil.which("strace")]
         for number in range(args.trials):
             for kind in kinds:
                 result = trial(kind, place / f"{kind}-{number}", rng, wanted)

@@ -100,7 +100,9 @@ def _figures(folder: DataFolder, threads: int) -> np.ndarray:
 
     files = [f.file for f in folder.files]
     with ThreadPoolExecutor(threads) as pool:
-        return np.stack(list(tqdm(pool.map(one, files), total=len(files), unit=" images")))
+        return np.stack(
+            list(tqdm(pool.map(one, files), total=len(files), unit=" images", leave=False))
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
