@@ -4,8 +4,9 @@
 
 The run of `kill_trials.py`, by two processes over loopback, is made once undisturbed. Then it is
 made again and again: one of the two is killed (SIGKILL) at a random instant, the other must end by
-itself, with a status that is not 0 and a line about its peer, within `--peer_timeout` and 40 s.
-Both are then started again, and after three kills left alone: what the run leaves must be what the
+itself, with a status that is not 0 and a line about its peer, within `--peer_timeout` and 40 s;
+that is also longer than it is told to wait for a peer that never came (`--init_timeout`). Both are
+then started again, and after three kills left alone: what the run leaves must be what the
 undisturbed one left, as in `kill_trials.py`. A difference, a hang or a silent end is a failure;
 exit status 1.
 """
@@ -31,6 +32,7 @@ from kill_trials import LIMIT_S, command, differences, outcome
 KILLS_A_RUN = 3
 # JAX's own patience with its coordinator beyond ours, and as much again for a loaded machine.
 BEYOND_TIMEOUT_S = 40.0
+INIT_TIMEOUT_S = 25
 
 
 def start(home: Path, peer_timeout: int) -> list[subprocess.Popen]:
@@ -48,6 +50,7 @@ def start(home: Path, peer_timeout: int) -> list[subprocess.Popen]:
                         *command(home / "run", home / "cache"),
                         *meet,
                         f"--peer_timeout={peer_timeout}",
+                        f"--init_timeout={INIT_TIMEOUT_S}",
                     ],
                     stdout=out,
                     stderr=out,
