@@ -178,7 +178,8 @@ def mix(key: Array, images: Array, how: Augment, real: Array | None = None) -> t
     if real is not None:
         share = jnp.where(jnp.roll(real, 1), share, 1.0)
     other = jnp.roll(images, 1, axis=0)
-    averaged = other + share[:, None, None, None] * (images - other)
+    part = share[:, None, None, None]
+    averaged = part * images + (1 - part) * other  # exactly the image where all of it stays
     if not how.cutmix:
         return averaged, share
     # A box wholly inside, of whole pixels: the share is what it leaves.

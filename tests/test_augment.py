@@ -214,3 +214,11 @@ def test_what_only_fills_a_batch_up_is_mixed_into_nothing(images, how):
     assert share[0] == 1 and np.array_equal(mixed[0], images[0])
     assert np.all(share[1:40] < 1) or "cutmix" in how
     np.testing.assert_array_equal(share[41:], 1)
+
+
+@pytest.mark.parametrize("how", [{"mixup": 1.0}, {"cutmix": 1.0}])
+def test_not_a_bit_of_what_fills_up_is_mixed_in(how):
+    """Greys far apart, whose difference rounds."""
+    x = np.random.default_rng(2).uniform(0, 255, (8, 6, 6, 3)).astype(np.float32) ** 3 / 255**2
+    mixed, _ = _mix(x, real=np.arange(8) < 5, **how)
+    np.testing.assert_array_equal(mixed[0], x[0])
