@@ -14,7 +14,7 @@ there, after a random time:
 
 Under the first two the run must end with status 2 and one line, its last checkpoint sound. Then the
 disk is well again, and the same command must end with just what the undisturbed run left. The slow
-run must end so at once. Anything else is a failure; exit status 1.
+run must end so at once, and say that it waited. Anything else is a failure; exit status 1.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ def trial(kind: str, home: Path, rng: random.Random, wanted: dict[str, Any]) -> 
         status = process.wait(LIMIT_S)
         notes = [line for line in log.read_text().splitlines() if "training waited" in line]
         result["line"] = notes[0] if notes else "(no note)"
+        if not notes:
+            result["faults"].append("it was not slow, or not a word was said of it")
     else:
         process = start(home)
         while process.poll() is None and not any(run.glob("checkpoints/[0-9]*")):

@@ -1,9 +1,9 @@
 """Every key is checked, documented and survives JSON; every configuration file loads."""
 
-import importlib.util
 import re
 from pathlib import Path
 
+import by_path
 import pytest
 
 from covid_flax import config as config_lib
@@ -14,10 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def _load(name, *argument):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*argument)
+    return by_path.load(f"configs/{name}.py").get_config(*argument)
 
 
 @pytest.mark.parametrize(

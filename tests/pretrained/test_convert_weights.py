@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import by_path
 import numpy as np
 import pytest
 
@@ -61,13 +62,7 @@ def test_opt_in_writes_what_is_there(arrays, tmp_path):
 
 def test_refusals_are_one_line_and_write_nothing(arrays, tmp_path, capsys, monkeypatch):
     """In process, to save the start of Python; the exit status is what main returns."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(
-        "convert_weights", ROOT / "scripts" / "convert_weights.py"
-    )
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = by_path.load("scripts/convert_weights.py")
     np.savez(tmp_path / "in.npz", **arrays)
     (tmp_path / "there.npz").write_text("mine")
     for args, word in [

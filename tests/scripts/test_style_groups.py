@@ -1,11 +1,11 @@
 """The styles of made images are known."""
 
 import csv
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
+import by_path
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,11 +17,7 @@ from covid_flax.data.splits import make_split
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "style_groups.py"
 
-_spec = importlib.util.spec_from_file_location("covid_flax_style_groups", SCRIPT)
-assert _spec is not None and _spec.loader is not None
-style_groups = importlib.util.module_from_spec(_spec)
-sys.modules["covid_flax_style_groups"] = style_groups
-_spec.loader.exec_module(style_groups)
+style_groups = by_path.load("scripts/style_groups.py")
 
 PER_STYLE = 8
 

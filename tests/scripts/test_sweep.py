@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import by_path
 import numpy as np
 import pytest
 from scipy import stats
@@ -20,11 +21,7 @@ from ml_collections_configs import base
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "sweep.py"
 
-_spec = importlib.util.spec_from_file_location("covid_flax_sweep", SCRIPT)
-assert _spec is not None and _spec.loader is not None
-sweep = importlib.util.module_from_spec(_spec)
-sys.modules["covid_flax_sweep"] = sweep
-_spec.loader.exec_module(sweep)
+sweep = by_path.load("scripts/sweep.py")
 
 KNOWN = config_lib.flatten(base.get_config())
 needs_optuna = pytest.mark.skipif(
