@@ -4,8 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
-# Programs that several tests run compile once a session, also over pytest-xdist's workers.
 _CACHE = Path(tempfile.gettempdir()) / f"covid_flax-test-xla-{os.getuid()}"
+os.environ["KERAS_BACKEND"] = "jax"  # before anything imports Keras, see keras_judge.py
+# Programs that several tests run compile once a session, also over pytest-xdist's workers.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 

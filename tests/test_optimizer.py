@@ -1,15 +1,11 @@
 """Judges: Keras's own Adam, Optax's, and arithmetic."""
 
-import os
-
-os.environ["KERAS_BACKEND"] = "jax"
-
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import optax
 import pytest
+from keras_judge import keras
 
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
 from ml_collections_configs import base

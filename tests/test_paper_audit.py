@@ -7,15 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["KERAS_BACKEND"] = "jax"
-
-import keras
 import numpy as np
 import pytest
 import scipy.stats
 import sklearn.metrics
 import sklearn.model_selection
 from keras.src.legacy.preprocessing.image import ImageDataGenerator
+from keras_judge import keras
 from PIL import Image
 
 from covid_flax.evaluation.alarms import LEVEL, find_alarms, independence

@@ -1,16 +1,13 @@
 """Decoded and resized pixels, judged by Keras and NumPy."""
 
 import io
-import os
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
-
-import keras
 import numpy as np
 import pytest
+from keras_judge import keras
 from PIL import Image
 
 from covid_flax.data.decode import INTERPOLATIONS, decode, resize

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["KERAS_BACKEND"] = "jax"
-
 import jax
-import keras
 import numpy as np
 from flax import nnx
+from keras_judge import keras
 
 from covid_flax.models import create_model
 from covid_flax.pretrained.load import load_weights

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["KERAS_BACKEND"] = "jax"
-
 import jax
-import keras
 import numpy as np
 import pytest
 from flax import nnx
+from keras_judge import keras
 
 from covid_flax.models import MODELS, EfficientNet, create_model
 from covid_flax.pretrained.load import load_weights

@@ -1,9 +1,5 @@
 """Judges: the network in Keras with the same arrays, and the paper's own counts."""
 
-import os
-
-os.environ["KERAS_BACKEND"] = "jax"
-
 import json
 import re
 import runpy
@@ -11,11 +7,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import pytest
 from flax import nnx
 from keras import layers as kl
+from keras_judge import keras
 
 from covid_flax import config as config_lib
 from covid_flax.errors import UserError

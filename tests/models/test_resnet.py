@@ -4,17 +4,17 @@ Arrays are copied here by a rule of their own, so that a mistake in the package'
 names cannot hide behind itself.
 """
 
-import os
-
-os.environ["KERAS_BACKEND"] = "jax"
+import dataclasses
 
 import jax
 import jax.numpy as jnp
-import keras
 import numpy as np
 import pytest
 from flax import nnx
 from keras import layers as kl
+from keras.src.applications.resnet import ResNet as KerasResNet
+from keras.src.applications.resnet import stack_residual_blocks_v1
+from keras_judge import keras
 
 from covid_flax.models import MODELS, ResNet
 from covid_flax.models.resnet import STAGES
@@ -75,8 +75,11 @@ def copy_arrays(keras_model, model):
         target[...] = jnp.asarray(np.asarray(variable.value))
 
 
-def our_model(keras_model, name="resnet50", **kw):
-    model = nnx.eval_shape(lambda: ResNet(MODELS[name], rngs=nnx.Rngs(0), **kw))
+def our_model(keras_model, name="resnet50", depths=None, **kw):
+    spec = MODELS[name]
+    if depths:
+        spec = dataclasses.replace(spec, depths=depths)
+    model = nnx.eval_shape(lambda: ResNet(spec, rngs=nnx.Rngs(0), **kw))
     graph, state = nnx.split(model)
     state = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), state)
     model = nnx.merge(graph, state)  # an array that is not copied leaves NaN in the output
@@ -134,9 +137,23 @@ def assert_stages_close(model, keras_model, images):
         assert_close(got[stage], want[stage], 1e-5, stage)
 
 
-def paper_model(size, dropout=0.5):
-    base = keras.applications.ResNet50(
-        include_top=False, weights=None, input_shape=(size, size, 3), pooling="avg"
+RESNET50 = (3, 4, 6, 3)
+
+
+def paper_model(size, dropout=0.5, depths=RESNET50):
+    """Keras's own ResNet with as many blocks in each stage, and the paper's head."""
+
+    def stages(x):
+        for i, depth in enumerate(depths):
+            stride = 1 if i == 0 else 2
+            x = stack_residual_blocks_v1(x, 64 * 2**i, depth, stride, name=f"conv{i + 2}")
+        return x
+
+    how = {"include_top": False, "weights": None, "input_shape": (size, size, 3), "pooling": "avg"}
+    base = (
+        keras.applications.ResNet50(**how)
+        if depths == RESNET50
+        else KerasResNet(stages, preact=False, use_bias=True, **how)
     )
     x = kl.Dense(1024, activation="relu", name="hidden")(base.output)
     x = kl.Dropout(dropout)(x)
@@ -193,10 +210,11 @@ def test_every_stage_of_v1_5_equals_a_keras_model_of_it():
     assert_stages_close(model, keras_model, colour_images(2, 128))
 
 
-def test_a_training_step_equals_keras_in_outputs_statistics_and_gradients():
+@pytest.mark.parametrize("depths", [(1, 2, 1, 1), pytest.param(RESNET50, marks=pytest.mark.slow)])
+def test_a_training_step_equals_keras_in_outputs_statistics_and_gradients(depths):
     size, batch = 96, 4
-    keras_model = paper_model(size, dropout=0.0)
-    model = our_model(keras_model, num_classes=4)
+    keras_model = paper_model(size, dropout=0.0, depths=depths)
+    model = our_model(keras_model, depths=depths, num_classes=4)
     images, labels = colour_images(batch, size), jnp.array([0, 1, 2, 3])
 
     def keras_loss(trainable, fixed):
@@ -231,7 +249,7 @@ def test_a_training_step_equals_keras_in_outputs_statistics_and_gradients():
         got = np.asarray(getattr(layer_of(updated, layer), BATCH_NORM[name])[...], np.float64)
         assert_close((got - 0.99 * old) / 0.01, (new - 0.99 * old) / 0.01, 3e-4, variable.path)
         checked += 1
-    assert checked == 2 * 53
+    assert checked == 2 * (1 + 4 + 3 * sum(depths))
 
     gradients = nnx.merge(graph, grads, stats)
     for variable, want in zip(keras_model.trainable_variables, keras_grads, strict=True):
@@ -242,7 +260,7 @@ def test_a_training_step_equals_keras_in_outputs_statistics_and_gradients():
             continue
         # Rounding turns a few ReLUs over, and that moves these gradients by 1e-2: as much as
         # Keras's own move when the images change by 2e-7. Behind the last of them all is tight.
-        tight = layer in ("hidden", "predictions", "conv5_block3_3_conv")
+        tight = layer in ("hidden", "predictions", f"conv5_block{depths[-1]}_3_conv")
         want = np.asarray(want, np.float64)
         error = np.linalg.norm(got - want) / np.linalg.norm(want)
         assert error < (1e-3 if tight else 6e-2), f"{variable.path}: {error:.2e}"
@@ -311,19 +329,20 @@ def test_dropout_acts_only_with_a_key(small):
 @pytest.mark.parametrize("batch_stats_in", [STAGES])
 def test_bfloat16_computes_convolutions_only(small, batch_stats_in):
     def build(dtype):
-        return ResNet(
+        model = ResNet(
             MODELS["resnet14_small"], num_classes=4, hidden_units=64, dtype=dtype, rngs=nnx.Rngs(0)
         )
+        nnx.update(model, *small[1:])
+        return model
+
+    def run(model, **how):
+        graph, state = nnx.split(model)
+        return jax.jit(lambda state, x: nnx.merge(graph, state)(x, **how))(state, images)
 
     images = colour_images(8, 64)
     half, full = build(jnp.bfloat16), build(jnp.float32)
-    for model in (half, full):
-        nnx.update(model, *small[1:])
-    assert half(images, stop="conv2").dtype == jnp.bfloat16
-    got, want = (
-        half(images, batch_stats_in=batch_stats_in),
-        full(images, batch_stats_in=batch_stats_in),
-    )
+    assert run(half, stop="conv2").dtype == jnp.bfloat16
+    got, want = (run(model, batch_stats_in=batch_stats_in) for model in (half, full))
     assert got.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
     # Each of 14 layers rounds to 2^-8; batch statistics of few images amplify it.

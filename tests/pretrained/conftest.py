@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-
-os.environ["KERAS_BACKEND"] = "jax"
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +35,7 @@ def random_like(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> 
 @pytest.fixture(scope="session")
 def keras_resnet50() -> Any:
     """`keras.applications.ResNet50`, 10 classes, 64 px, logits, everything random."""
-    import keras
+    from keras_judge import keras
 
     network = keras.applications.ResNet50(
         weights=None, classes=10, input_shape=(64, 64, 3), classifier_activation=None

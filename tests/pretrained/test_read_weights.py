@@ -13,7 +13,7 @@ from covid_flax.pretrained.read import read_weights
 @pytest.fixture(scope="module")
 def small():
     """A trained Keras network with ResNet's layer names, and what Keras says it holds."""
-    import keras
+    from keras_judge import keras
 
     layers = keras.layers
     network = keras.Sequential(
@@ -58,7 +58,7 @@ def test_whole_model_h5(small, tmp_path):
 
 @pytest.mark.parametrize("suffix", [".weights.h5", ".h5"])
 def test_network_inside_another(small, tmp_path, suffix):
-    import keras
+    from keras_judge import keras
 
     network, arrays = small
     outer = keras.Sequential([keras.Input((8, 8, 3)), network, keras.layers.Dense(2, name="top")])
@@ -70,7 +70,7 @@ def test_network_inside_another(small, tmp_path, suffix):
 
 def test_official_h5_is_what_keras_loads(small, tmp_path, write_official_h5):
     """The hand-written layout of the published files is checked by Keras's own loader."""
-    import keras
+    from keras_judge import keras
 
     network, arrays = small
     write_official_h5(tmp_path / "a.h5", arrays)
@@ -167,7 +167,7 @@ def test_keras3_without_layer_names(small, tmp_path):
 
 
 def test_keras3_layer_of_another_kind(tmp_path):
-    import keras
+    from keras_judge import keras
 
     network = keras.Sequential([keras.Input((5, 3)), keras.layers.LSTM(2, name="memory")])
     network.save_weights(tmp_path / "a.weights.h5")

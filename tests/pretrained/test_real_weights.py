@@ -40,10 +40,11 @@ def test_complete_v1_5_recognises_photographs(shared_weights, model_trees):
     assert report.initialised == report.set_aside == ()
 
     @jax.jit
-    def forward(images):
+    def forward(params, stats, images):
         return nnx.merge(graph, params, stats)(preprocess(images, "torch"))
 
-    logits = np.asarray(forward(np.stack([photograph(n) for n in PHOTOGRAPHS])))
+    images = np.stack([photograph(n) for n in PHOTOGRAPHS])
+    logits = np.asarray(forward(params, stats, images))
     for name, row in zip(PHOTOGRAPHS, logits, strict=True):
         assert int(row.argmax()) in PHOTOGRAPHS[name], (name, row.argsort()[::-1][:5])
 
