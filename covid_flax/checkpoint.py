@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint.experimental import v1 as ocp
+from orbax.checkpoint.metadata import get_step_metadata
 
 from covid_flax import __version__, distributed
 from covid_flax.errors import UserError
@@ -266,7 +267,9 @@ class Checkpoints:
         if step not in self.steps:
             raise self._damaged(step, "it was not finished, or files are missing")
         with self._sound(step, None):
-            contents = dict(self._orbax.metadata(step).custom_metadata or {})
+            # Not the checkpointer's own `metadata`, which opens every array first; what TensorStore
+            # (0.1.86) tells of each is never freed.
+            contents = dict(get_step_metadata(self._directory / str(step)).custom_metadata)
             if contents.keys() == {"loop"}:
                 return contents
             digest = contents.pop("sha256")
