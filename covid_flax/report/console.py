@@ -61,7 +61,7 @@ class Meter:
         self.last_step, self.first = step, True
         self.started = self.last = time.monotonic()
         self.elapsed_before = clocks["elapsed"]
-        self.epoch_seconds = clocks["epoch_seconds"]
+        self.epoch_seconds = self.epoch_seconds_before = clocks["epoch_seconds"]
         self.epoch_examples = clocks["epoch_examples"]
         self.step_seconds, self.timed_steps = 0.0, 0
         self.waited = self.epoch_waited = 0.0
@@ -147,8 +147,9 @@ class Meter:
 
     @property
     def epoch_waiting(self) -> float:
-        """Share of those seconds in which this process waited for a batch."""
-        return min(1.0, self.epoch_waited / self.epoch_seconds) if self.epoch_seconds else 0.0
+        """Share of those seconds, since it was last resumed, in which this process waited."""
+        seconds = self.epoch_seconds - self.epoch_seconds_before
+        return min(1.0, self.epoch_waited / seconds) if seconds else 0.0
 
     def end_epoch(
         self,
@@ -163,6 +164,6 @@ class Meter:
             f"{train[1]:.4f} | val loss {val[0]:.4f} accuracy {val[1]:.4f} | {verdict} | "
             f"{duration(self.clocks['elapsed'])}"
         )
-        self.epoch_seconds, self.epoch_examples = 0.0, 0.0
+        self.epoch_seconds = self.epoch_seconds_before = self.epoch_examples = 0.0
         self.waited = self.epoch_waited = 0.0
         self.last = time.monotonic()

@@ -46,9 +46,12 @@ def test_clocks_go_on_after_a_resume(clock):
     with meter.compiling(10):
         clock[0] += 7.0
     _interval(meter, 5, 10)
-    clock[0] += 4.0
+    with meter.waiting():
+        clock[0] += 1.0
+    clock[0] += 3.0
     _interval(meter, 9, 40)
     assert meter.epoch_rate == pytest.approx(10.0)
+    assert meter.epoch_waiting == pytest.approx(0.25)  # of what this process has seen
     assert meter.clocks["elapsed"] == pytest.approx(61.0)
 
 
