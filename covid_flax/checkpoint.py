@@ -32,6 +32,7 @@ from covid_flax.report.console import duration, say
 _policies = ocp.training.preservation_policies
 
 SET_ASIDE = "checkpoints_damaged"  # beside the checkpoints
+_BEST_IS_GONE = "the best so far, it is gone or files are missing"
 SLOW_WRITE_S = 5.0  # for which training may wait for a checkpoint without a word
 
 
@@ -155,7 +156,7 @@ class Checkpoints:
             return max((step for step, mark in marks.items() if mark), default=None)
         best = record["best_step"]
         if best is not None and best not in self.steps:
-            raise self._damaged(best, "the best so far, it is gone or files are missing")
+            raise self._damaged(best, _BEST_IS_GONE)
         return best
 
     def load(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
@@ -222,8 +223,7 @@ class Checkpoints:
         lost = False
         if best is not None and best != step:
             if best not in self.steps:
-                missing = "the best so far, it is gone or files are missing"
-                loaded, why = None, str(self._damaged(best, missing))
+                loaded, why = None, str(self._damaged(best, _BEST_IS_GONE))
             else:
                 loaded, why = self._load_everywhere(best, like)
             if loaded is None:
