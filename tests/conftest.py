@@ -1,5 +1,6 @@
 """Small real inputs for the tests: phantoms on disk, a configuration that trains in seconds."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -14,6 +15,12 @@ import pytest
 
 from covid_flax.data import phantoms
 from ml_collections_configs import base
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collector need not go through it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
