@@ -283,9 +283,10 @@ class Checkpoints:
         try:
             yield
         except Exception as e:
-            if _is_no_damage(e):
-                raise
-            why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            first = _first_cause(e)
+            if _is_no_damage(first):
+                raise first from None
+            why = _in_short(first)
             if record is None:
                 why = f"or of another model: {why}"
             elif record["versions"] != _versions():
@@ -325,7 +326,19 @@ class Checkpoints:
         return ""
 
 
-def _is_no_damage(e: Exception) -> bool:
+def _first_cause(e: BaseException) -> BaseException:
+    """What Orbax met, behind what it made of it."""
+    while e.__cause__ is not None:
+        e = e.__cause__
+    return e
+
+
+def _in_short(e: BaseException) -> str:
+    """In a line of 200 characters, without TensorStore's specification of how it reads."""
+    return " ".join(f"{type(e).__name__}: {e}".partition("[tensorstore_spec")[0].split())[:200]
+
+
+def _is_no_damage(e: BaseException) -> bool:
     """Whether the machine lacks something, rather than the file."""
     of_machine = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
     if isinstance(e, OSError) and e.errno in of_machine:
@@ -340,7 +353,7 @@ def _readable(what: str) -> Iterator[None]:
     except Exception as e:
         if _is_no_damage(e):
             raise
-        why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        why = _in_short(e)
         raise DamagedError(f"{what} cannot be listed ({why}): restore them") from e
 
 
