@@ -17,6 +17,7 @@ not in it.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import multiprocessing
@@ -242,6 +243,7 @@ def runs(args: argparse.Namespace, place: Path) -> dict[str, Any]:
         shutil.rmtree(workdir)
         jax.clear_caches()  # as between the members of a repeated run
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of freed memory is no leak
         counts = {"arrays": len(jax.live_arrays()), "objects": len(gc.get_objects())}
         seconds = time.process_time() - began
         samples.append({"run": i + 1, "processor_s": seconds, **sample(), **counts})
