@@ -69,6 +69,11 @@ def sample() -> Sample:
     }
 
 
+def give_back() -> None:
+    """To the system what glibc keeps of freed memory, which is no leak."""
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def growth(values: Sequence[float]) -> float:
     """Of a line through evenly spaced values after the first fifth, from end to end of all."""
     kept = np.asarray(values[len(values) // 5 :], np.float64)
@@ -119,6 +124,7 @@ def steps(args: argparse.Namespace, place: Path) -> dict[str, Any]:
             processor = (time.process_time() - self.processor) / made
             printed = super().interval(step, *figures)
             times = {"processor_ms": 1e3 * processor, "wall_ms": 1e3 * wall / made}
+            give_back()
             samples.append({"step": step, **times, **sample()})
             self.processor = time.process_time()
             return printed
@@ -243,7 +249,7 @@ def runs(args: argparse.Namespace, place: Path) -> dict[str, Any]:
         shutil.rmtree(workdir)
         jax.clear_caches()  # as between the members of a repeated run
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what glibc keeps of freed memory is no leak
+        give_back()
         counts = {"arrays": len(jax.live_arrays()), "objects": len(gc.get_objects())}
         seconds = time.process_time() - began
         samples.append({"run": i + 1, "processor_s": seconds, **sample(), **counts})
