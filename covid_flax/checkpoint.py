@@ -283,10 +283,7 @@ class Checkpoints:
         try:
             yield
         except Exception as e:
-            first = _first_cause(e)
-            if _is_no_damage(first):
-                raise first from None
-            why = _in_short(first)
+            why = _what_was_met(e)
             if record is None:
                 why = f"or of another model: {why}"
             elif record["versions"] != _versions():
@@ -326,15 +323,13 @@ class Checkpoints:
         return ""
 
 
-def _first_cause(e: BaseException) -> BaseException:
-    """What Orbax met, behind what it made of it."""
+def _what_was_met(e: BaseException) -> str:
+    """What lies behind what Orbax made of it, in 200 characters; raised if it is no damage."""
     while e.__cause__ is not None:
         e = e.__cause__
-    return e
-
-
-def _in_short(e: BaseException) -> str:
-    """In a line of 200 characters, without TensorStore's specification of how it reads."""
+    if _is_no_damage(e):
+        raise e from None
+    # TensorStore adds the specification of how it reads, of a thousand characters.
     return " ".join(f"{type(e).__name__}: {e}".partition("[tensorstore_spec")[0].split())[:200]
 
 
@@ -351,9 +346,7 @@ def _readable(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as e:
-        if _is_no_damage(e):
-            raise
-        why = _in_short(e)
+        why = _what_was_met(e)
         raise DamagedError(f"{what} cannot be listed ({why}): restore them") from e
 
 

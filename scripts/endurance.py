@@ -9,9 +9,9 @@ writes all samples, and `--plot=FILE.png` draws them (steps, runs). Everything i
 `--seed` in a temporary folder (`--place=DIR` puts it elsewhere), which is deleted afterwards.
 
 Memory is what the process alone holds (RssAnon): pages of mapped files, which the system takes back
-when it needs them, are not in it. Growth is the slope of a least-squares line, after the first
-fifth, over the whole length. Step time is the processor's, so that what else the machine does is
-not in it.
+when it needs them, are not in it, nor (steps, runs) what was freed and is kept for later. Growth is
+the slope of a least-squares line, after the first fifth, over the whole length. Step time is the
+processor's, so that what else the machine does is not in it.
 """
 
 from __future__ import annotations

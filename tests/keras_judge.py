@@ -1,5 +1,4 @@
-"""Keras on JAX, the judge of many tests: `from keras_judge import keras`
-(conftest.py chooses the backend).
+"""Keras on JAX, the judge of many tests; conftest.py chooses the backend.
 
 The random values its layers start from come from NumPy here. JAX would compile a program for every
 shape of an array, half of the time of a whole network's test, and the tests overwrite them anyway.
