@@ -4,15 +4,11 @@
 needs.
 """
 
-import runpy
-from pathlib import Path
-
-# By path: configuration files are no package.
-_BEST = runpy.run_path(str(Path(__file__).with_name("best.py")))
+from ml_collections_configs import base
 
 
 def get_config(variant: str = ""):
-    c = _BEST["get_config"]()
+    c = base.start_from("best.py", __file__)
     c.data.image_size = 224
     c.model.dtype = "bfloat16"
     c.train.batch_size = 128

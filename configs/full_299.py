@@ -4,15 +4,11 @@
 needs.
 """
 
-import runpy
-from pathlib import Path
-
-# By path: configuration files are no package.
-_FULL = runpy.run_path(str(Path(__file__).with_name("full_224.py")))
+from ml_collections_configs import base
 
 
 def get_config(variant: str = ""):
-    c = _FULL["get_config"](variant)
+    c = base.start_from("full_224.py", __file__, variant)
     c.data.image_size = 299
     c.model.name = "resnet50"
     c.model.bn_momentum = 0.9

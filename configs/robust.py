@@ -4,15 +4,11 @@ Every image is standardised by itself, so that brightness and contrast are gone;
 noise, borders and single places are varied more than one hospital does.
 """
 
-import runpy
-from pathlib import Path
-
-# By path: configuration files are no package.
-_BEST = runpy.run_path(str(Path(__file__).with_name("best.py")))
+from ml_collections_configs import base
 
 
 def get_config():
-    c = _BEST["get_config"]()
+    c = base.start_from("best.py", __file__)
     c.model.preprocessing = "standard"
     c.augment.shift = 0.08
     c.augment.rotate = 12.0

@@ -3,15 +3,11 @@
 Give the teacher, a run of the same split: `--config.train.teacher=runs/best`.
 """
 
-import runpy
-from pathlib import Path
-
-# By path: configuration files are no package.
-_BEST = runpy.run_path(str(Path(__file__).with_name("best.py")))
+from ml_collections_configs import base
 
 
 def get_config():
-    c = _BEST["get_config"]()
+    c = base.start_from("best.py", __file__)
     c.model.name = "efficientnet_lite0_small"
     c.train.label_smoothing = 0.0  # the teacher's answers are soft enough
     return c

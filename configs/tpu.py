@@ -4,15 +4,11 @@ For another number of devices set `--config.train.batch_size` to 256 times it. V
 those of `paper.py`, as `--config=configs/tpu.py:caffe,nested`.
 """
 
-import runpy
-from pathlib import Path
-
-# By path: configuration files are no package.
-_PAPER = runpy.run_path(str(Path(__file__).with_name("paper.py")))
+from ml_collections_configs import base
 
 
 def get_config(variants: str = ""):
-    c = _PAPER["get_config"](variants)
+    c = base.start_from("paper.py", __file__, variants)
     c.model.dtype = "bfloat16"
     c.train.batch_size = 2048
     # With the root of the batch's growth, as suits Adam (Malladi et al. 2022): 64 times 32.

@@ -180,7 +180,7 @@ class Checkpoints:
         abstract = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
-        with self._sound(step, record):
+        with self._sound(step, _what_else(record)):
             state = self._orbax.load(step, abstract)
         if record is None:
             say(f"note: checkpoint {step:,} is an earlier version's, without a digest: unchecked")
@@ -266,7 +266,7 @@ class Checkpoints:
         """The checked JSON of a checkpoint; without `record` where an earlier version wrote it."""
         if step not in self.steps:
             raise self._damaged(step, "it was not finished, or files are missing")
-        with self._sound(step, None):
+        with self._sound(step):
             # Not the checkpointer's own `metadata`, which opens every array first; what TensorStore
             # (0.1.86) tells of each is never freed.
             contents = dict(get_step_metadata(self._directory / str(step)).custom_metadata)
@@ -278,18 +278,12 @@ class Checkpoints:
         return contents
 
     @contextlib.contextmanager
-    def _sound(self, step: int, record: dict[str, Any] | None) -> Iterator[None]:
+    def _sound(self, step: int, what_else: str = "") -> Iterator[None]:
         """Whatever Orbax raises on files that are not as it wrote them, as one line."""
         try:
             yield
         except Exception as e:
-            why = _what_was_met(e)
-            if record is None:
-                why = f"or of another model: {why}"
-            elif record["versions"] != _versions():
-                wrote = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
-                why = f"or unknown here, for {wrote} wrote it: {why}"
-            raise self._damaged(step, why) from e
+            raise self._damaged(step, what_else + _what_was_met(e)) from e
 
     def _damaged(self, step: int, why: str) -> DamagedError:
         others = ", ".join(str(s) for s in self.steps if s != step) or "none"
@@ -321,6 +315,16 @@ class Checkpoints:
                 here, there = wanted.get(name, "nothing"), saved.get(name, "nothing")
                 return f" ({name}: it has {there}, this network {here})"
         return ""
+
+
+def _what_else(record: dict[str, Any] | None) -> str:
+    """Of a checkpoint whose arrays do not load: what may be the matter if not damage."""
+    if record is None:
+        return "or of another model: "
+    if record["versions"] == _versions():
+        return ""
+    wrote = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
+    return f"or unknown here, for {wrote} wrote it: "
 
 
 def _what_was_met(e: BaseException) -> str:

@@ -4,7 +4,19 @@ The files of `configs/` start from here and say only what differs. The defaults 
 paper's setting where it stated one (Sun 2024), Keras's default where it did not.
 """
 
+import runpy
+from pathlib import Path
+
 import ml_collections
+
+
+def start_from(name: str, beside: str, variant: str = "") -> ml_collections.ConfigDict:
+    """What the file `name` in the folder of the file `beside` configures, to say what differs.
+
+    By path, because configuration files are no package.
+    """
+    get = runpy.run_path(str(Path(beside).with_name(name)))["get_config"]
+    return get(variant) if variant else get()
 
 
 def get_config() -> ml_collections.ConfigDict:

@@ -108,12 +108,15 @@ def _damage(kind, step_folder):
         data.write_bytes(data.read_bytes()[: data.stat().st_size // 2])
     elif kind == "loop gone":
         (step_folder / "_CHECKPOINT_METADATA").unlink()
+    elif kind == "loop halved":
+        text = (step_folder / "_CHECKPOINT_METADATA").read_bytes()
+        (step_folder / "_CHECKPOINT_METADATA").write_bytes(text[: len(text) // 2])
 
 
 @pytest.mark.parametrize(
     "kind",
     ["manifest gone", "metadata gone", "metadata halved", "data emptied", "data halved"]
-    + ["loop gone"],
+    + ["loop gone", "loop halved"],
 )
 def test_a_damaged_checkpoint_is_named(kind, tmp_path):
     rng = np.random.default_rng(0)
@@ -122,8 +125,12 @@ def test_a_damaged_checkpoint_is_named(kind, tmp_path):
     with Checkpoints(tmp_path, writing=True) as c:
         c.save(3, tree, {"a": 1}, best=True)
     _damage(kind, tmp_path / "3")
-    with pytest.raises(UserError, match=r"checkpoint.*damaged"), Checkpoints(tmp_path) as c:
+    with (
+        pytest.raises(UserError, match=r"checkpoint.*damaged") as refused,
+        Checkpoints(tmp_path) as c,
+    ):
         c.load(3, tree)
+    assert "another model" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
