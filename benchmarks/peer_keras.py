@@ -1,6 +1,7 @@
 """A good Keras fine-tune of EfficientNet-Lite0 on a run's split: a peer of `configs/best.py`.
 
-    python benchmarks/peer_keras.py --run=RUN_DIR --weights=lite0.npz --output=peer.json
+    python benchmarks/peer_keras.py --run=RUN_DIR --weights=lite0.npz --output=peer.json \
+        [--epochs=4] [--minutes=45] [--pairs=DIR]
 
 Needs Keras with TensorFlow (an environment of its own). `lite0.npz` holds the starting weights
 under Keras's names; where this package is installed,
@@ -48,6 +49,19 @@ def read_images(run: Path, side: int) -> tuple[dict[str, tuple[np.ndarray, np.nd
         name: (np.stack([image for image, _ in rows]), np.array([label for _, label in rows]))
         for name, rows in splits.items()
     }, names
+
+
+def read_twins(run: Path, pairs: Path, side: int) -> np.ndarray:
+    """Of the run's images outside the training part, those that `pairs` has under their names."""
+    found = []
+    with open(run / "split.csv", newline="") as f:
+        for row in csv.DictReader(f):
+            path = pairs / row["label"] / "images" / Path(row["file"]).name
+            if row["split"] != "train" and path.exists():
+                image = Image.open(path).convert("L")
+                image = image.resize((side, side), Image.Resampling.BILINEAR)
+                found.append(np.asarray(image)[..., None])
+    return np.stack(found)
 
 
 def lite0(side: int, classes: int, weights: Path) -> keras.Model:
@@ -119,6 +133,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=45.0, help="stop after the epoch by then")
     parser.add_argument("--side", type=int, default=112)
+    parser.add_argument("--pairs", type=Path, help="folder of twins, <Class>/images/<name>")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
@@ -159,6 +174,12 @@ def main() -> None:
             x, y = splits[split]
             result[split] = report(model.predict(x, batch_size=64, verbose=0), y, names)
             print(split, result[split])
+    if args.pairs:
+        twins = read_twins(args.run, args.pairs, args.side)
+        answers = model.predict(twins, batch_size=64, verbose=0).argmax(1)
+        counts = np.bincount(answers, minlength=len(names)).tolist()
+        result["twins"] = dict(zip(names, counts, strict=True))
+        print("twins are called", result["twins"])
     args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
