@@ -21,7 +21,7 @@ test: lint $(VENV)/.tpu-compiler
 	$(BIN)/python -m pytest
 
 test-all: lint $(VENV)/.tpu-compiler
-	$(BIN)/python -m pytest -m "slow or not slow"
+	JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(BIN)/python -m pytest -m "slow or not slow"
 
 tpu-compiler: $(VENV)/.runtime $(VENV)/.tpu-compiler
 

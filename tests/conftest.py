@@ -11,6 +11,7 @@ os.environ["KERAS_BACKEND"] = "jax"  # before anything imports Keras, see keras_
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
+import jax
 import pytest
 
 from covid_flax.data import phantoms
@@ -21,6 +22,24 @@ def pytest_collection_finish():
     """What is imported stays: the collector need not go through it again and again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Half the time to compile: LLVM optimises little, here and in processes begun from here.
+
+    For modules that judge what a program does rather than its last digits. `make test-all` sets the
+    variable, and has all of them optimised as users have.
+    """
+    name = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "1"
+    jax.config.update(name.lower(), True)
+    yield
+    jax.config.update(name.lower(), False)
+    del os.environ[name]
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ from scipy import ndimage, stats
 
 from covid_flax.augment import Augment, augment, mix
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def images():

@@ -16,6 +16,8 @@ from covid_flax.evaluate import evaluate
 from covid_flax.run import setup
 from covid_flax.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _spoil(data):
     """Bad files of different kinds among the good ones."""

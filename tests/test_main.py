@@ -13,6 +13,8 @@ import pytest
 
 from covid_flax.checkpoint import Checkpoints
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parent.parent
 
 

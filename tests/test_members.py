@@ -14,6 +14,8 @@ from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.predictions import read_predictions
 from covid_flax.members import is_repeated, mean_interval, member_configs, train_members
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture(scope="module")
 def folds(make_tiny_config, tmp_path_factory):

@@ -21,6 +21,8 @@ from covid_flax.run import setup
 from covid_flax.step import StepConfig, create_state, make_train_step, zero_skipped
 from covid_flax.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class Root(nnx.Module):
     """Logits whose gradient is not finite where an image is black, though the loss is."""

@@ -18,6 +18,8 @@ from covid_flax.run import setup
 from covid_flax.step import create_state
 from covid_flax.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.fixture
 def config(tiny_config):

@@ -16,6 +16,8 @@ from covid_flax.robustness import CorruptedSource, robustness, score_corruptions
 from covid_flax.run import setup
 from covid_flax.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 class ByBrightness:
     """Stands for a run: class 1 where the mean grey is over 128."""

@@ -22,6 +22,11 @@ from covid_flax.step import (
 )
 from ml_collections_configs import base
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+# What most tests train: the rest only takes time to compile.
+LAST = frozenset(("conv5", "pool", "head"))
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -64,7 +69,7 @@ def test_cross_entropy_is_keras_s(smoothing, weighted):
 
 
 def test_loss_and_sums_match_a_forward_pass_in_numpy(model, batch):
-    state, loss = _step(model)(_state(model, STAGES), batch)
+    state, loss = _step(model)(_state(model, LAST), batch)
     logits = jax.jit(make_eval_step(model[0], "unit"))(*model[1:], batch["image"])
     # No stage takes batch statistics here and dropout is the only difference.
     assert float(state.sums["count"]) == 8
@@ -72,7 +77,7 @@ def test_loss_and_sums_match_a_forward_pass_in_numpy(model, batch):
     config = base.get_config().model
     config.name, config.hidden_units, config.dropout = "resnet14_small", 8, 0.0
     plain = create_model(config, 4, seed=0)
-    state, loss = _step(plain)(_state(plain, STAGES), batch)
+    state, loss = _step(plain)(_state(plain, LAST), batch)
     z = np.asarray(logits, np.float64)
     z -= z.max(1, keepdims=True)
     expected = np.log(np.exp(z).sum(1)) - z[np.arange(8), np.asarray(batch["label"])]
@@ -89,7 +94,7 @@ def test_mixed_images_answer_for_both_labels(batch, weighted, monkeypatch):
     model = _without_dropout()
     weights = (0.5, 2.0, 1.0, 3.5) if weighted else None
     how = {"label_smoothing": 0.1, "class_weights": weights, "augment": Augment(mixup=0.2)}
-    _, loss = _step(model, **how)(_state(model, STAGES), batch)
+    _, loss = _step(model, **how)(_state(model, LAST), batch)
     logits = jax.jit(make_eval_step(model[0], "unit"))(*model[1:], batch["image"])
     answers = keras.ops.softmax(logits)
     labels, loss_of = np.asarray(batch["label"]), keras.losses.CategoricalCrossentropy
@@ -177,7 +182,7 @@ def test_cached_inputs_give_the_same_step(model, batch, trainable, stop):
 
 def test_dropout_and_augmentation_follow_seed_and_step(model, batch):
     step = _step(model, augment=Augment(flip=True, shift=0.1))
-    start = _state(model, STAGES)
+    start = _state(model, LAST)
     _, loss = step(start, batch)
     assert float(step(start, batch)[1]) == float(loss)
     later = dataclasses.replace(start, step=start.step + 1)
@@ -197,10 +202,6 @@ def test_training_learns(batch):
         state, loss = step(state, batch)
         losses.append(float(loss))
     assert np.mean(losses[-5:]) < 0.3 * losses[0]
-
-
-# What the following tests train: the rest only takes time to compile.
-LAST = frozenset(("conv5", "pool", "head"))
 
 
 def _without_dropout():

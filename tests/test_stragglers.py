@@ -2,6 +2,8 @@ import pytest
 
 from covid_flax.stragglers import find_straggler, probe_seconds, straggler
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize(
     ("waiting", "probes"),

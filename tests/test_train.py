@@ -22,6 +22,8 @@ from covid_flax.pretrained.names import keras_name
 from covid_flax.run import only_trainer, read_run, setup
 from covid_flax.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _lines(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
