@@ -10,13 +10,12 @@ from ml_collections_configs import base
 def get_config():
     c = base.start_from("best.py", __file__)
     c.model.preprocessing = "standard"
-    c.augment.shift = 0.08
-    c.augment.rotate = 12.0
-    c.augment.scale = 0.15
-    c.augment.contrast = 0.4
-    c.augment.gamma = 0.4
-    c.augment.blur = 1.2
-    c.augment.noise = 0.03
-    c.augment.erase = 0.3
-    c.augment.border = 0.12
+    c.augment.rotate = 8.0
+    c.augment.scale = 0.1
+    c.augment.contrast = 0.35
+    c.augment.gamma = 0.35
+    c.augment.blur = 0.75
+    c.augment.noise = 0.02
+    c.augment.erase = 0.2
+    c.augment.border = 0.1
     return c
