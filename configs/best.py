@@ -1,4 +1,4 @@
-"""A recipe for two cores without an accelerator: half an hour with AVX-512, 70 minutes without.
+"""A recipe for two cores without an accelerator: half an hour where they have AVX-512.
 
 EfficientNet-Lite0 with ImageNet weights, everything trained at 128 px (smaller images are
 enlarged), with one cycle of the learning rate, moving averages, and changes of geometry and

@@ -11,8 +11,6 @@ import pytest
 from run_update import update
 from small_resnet import with_batch_norm
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 _PROGRAM = """
 import json, sys
 from pathlib import Path

@@ -8,8 +8,6 @@ from covid_flax import predict as predict_lib
 from covid_flax.data.pipeline import ArraySource, eval_batches
 from covid_flax.predict import compile_apply, log_softmax, mean_loss, predict
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _apply():
     return compile_apply(

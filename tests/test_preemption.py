@@ -10,8 +10,6 @@ import pytest
 
 from covid_flax import command, preemption
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def _sigterm():
     os.kill(os.getpid(), signal.SIGTERM)

@@ -2,8 +2,6 @@ import pytest
 
 from covid_flax.stragglers import find_straggler, probe_seconds, straggler
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize(
     ("waiting", "probes"),

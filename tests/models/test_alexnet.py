@@ -2,9 +2,8 @@
 
 import dataclasses
 import math
-import runpy
-from pathlib import Path
 
+import by_path
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,8 +173,7 @@ def phantoms_array(per_class, size):
 
 
 def test_the_configuration_file_and_what_is_refused():
-    path = Path(__file__).parents[2] / "configs" / "alexnet.py"
-    config = runpy.run_path(str(path))["get_config"]()
+    config = by_path.load("configs/alexnet.py").get_config()
     config_lib.check(config)
     for stage in STAGES[1:5]:
         config.model.trainable = stage

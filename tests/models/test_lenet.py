@@ -2,9 +2,8 @@
 
 import json
 import re
-import runpy
-from pathlib import Path
 
+import by_path
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,8 +150,7 @@ def test_it_trains_and_cached_stages_change_nothing(tiny_config, tmp_path):
 
 
 def test_the_configuration_file_and_what_is_refused():
-    path = Path(__file__).parents[2] / "configs" / "lenet.py"
-    config = runpy.run_path(str(path))["get_config"]()
+    config = by_path.load("configs/lenet.py").get_config()
     config_lib.check(config)
     for key, value, known in [
         ("trainable", "conv5", "'conv2', 'head', of lenet5"),

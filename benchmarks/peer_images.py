@@ -1,0 +1,48 @@
+"""A run's images for the peers, whose environments need not have this package."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def read_images(run: Path, side: int) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
+    """By split: images `[N, side, side]` uint8 and labels `[N]`; and the class names."""
+    config = json.loads((run / "config.json").read_text())
+    root, names = Path(config["data"]["root"]), config["class_names"]
+    splits: dict[str, list[tuple[np.ndarray, int]]] = {}
+    for row in _rows(run):
+        image = _read(root / row["file"], side)
+        splits.setdefault(row["split"], []).append((image, names.index(row["label"])))
+    return {
+        name: (np.stack([image for image, _ in of]), np.array([label for _, label in of]))
+        for name, of in splits.items()
+    }, names
+
+
+def read_twins(run: Path, pairs: Path, side: int) -> np.ndarray:
+    """Of the run's images outside the training part, those that `pairs` has under their names.
+
+    Returns:
+      `[N, side, side]` uint8.
+    """
+    paths = [
+        pairs / row["label"] / "images" / Path(row["file"]).name
+        for row in _rows(run)
+        if row["split"] != "train"
+    ]
+    return np.stack([_read(path, side) for path in paths if path.exists()])
+
+
+def _rows(run: Path) -> list[dict[str, str]]:
+    with open(run / "split.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def _read(path: Path, side: int) -> np.ndarray:
+    image = Image.open(path).convert("L")
+    return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
