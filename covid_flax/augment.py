@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.ndimage import map_coordinates
 
 Array = jax.Array
@@ -20,6 +21,8 @@ class Augment:
     shift: float = 0.0
     rotate: float = 0.0
     scale: float = 0.0
+    aspect: float = 0.0
+    style: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
     gamma: float = 0.0
@@ -36,7 +39,7 @@ class Augment:
 
     @property
     def warps(self) -> bool:
-        return bool(self.shift or self.rotate or self.scale)
+        return bool(self.shift or self.rotate or self.scale or self.aspect)
 
 
 def _augment_one(key: Array, image: Array, how: Augment) -> Array:
@@ -46,7 +49,7 @@ def _augment_one(key: Array, image: Array, how: Augment) -> Array:
         image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
     if how.warps:
         # Output pixel p shows input pixel centre + zoom * R(angle) (p - centre) + shift, so
-        # rotation, scale and shift resample the image once. Outside: the nearest edge pixel.
+        # all of these resample the image once. Outside: the nearest edge pixel.
         height, width = image.shape[:2]
         centre = jnp.array([(height - 1) / 2, (width - 1) / 2])
         angle = jnp.deg2rad(how.rotate) * jax.random.uniform(rotate_key, minval=-1, maxval=1)
@@ -56,7 +59,12 @@ def _augment_one(key: Array, image: Array, how: Augment) -> Array:
         cos, sin = zoom * jnp.cos(angle), zoom * jnp.sin(angle)
         y = jnp.arange(height)[:, None] - centre[0]
         x = jnp.arange(width)[None, :] - centre[1]
-        at = [cos * y - sin * x + centre[0] + shift[0], sin * y + cos * x + centre[1] + shift[1]]
+        down, right = cos * y - sin * x, sin * y + cos * x
+        if how.aspect:
+            aspect_key = jax.random.fold_in(scale_key, 1)
+            stretch = jnp.exp(how.aspect * jax.random.uniform(aspect_key, minval=-1, maxval=1))
+            down, right = down / stretch, right * stretch
+        at = [down + centre[0] + shift[0], right + centre[1] + shift[1]]
         image = jax.vmap(
             lambda channel: map_coordinates(channel, at, order=1, mode="nearest"), -1, -1
         )(image)
@@ -148,6 +156,94 @@ def augment(key: Array, images: Array, how: Augment) -> Array:
         return images
     keys = jax.random.split(key, images.shape[0])
     return jax.vmap(lambda k, image: _augment_one(k, image, how))(keys, images)
+
+
+def _rings(height: int, width: int, count: int = 12, first: float = 4.0) -> np.ndarray:
+    """Which ring each frequency of `rfft2` belongs to, float32 `[H * (W // 2 + 1), count]`.
+
+    Rings lie at equal steps of the logarithm from `first` cycles a side to the finest there are;
+    between two of them a frequency belongs to both in part. Coarser ones, the chest itself, are
+    left out: their rows fade to zero.
+    """
+    y = np.fft.fftfreq(height)[:, None] * height
+    x = np.fft.rfftfreq(width)[None, :] * width
+    octaves = np.log2(np.maximum(np.hypot(y, x), 1e-9) / first)
+    place = octaves / np.log2(min(height, width) / 2 / first) * (count - 1)
+    near = np.clip(place, 0, count - 1)[..., None]
+    belongs = np.maximum(0, 1 - abs(near - np.arange(count)))
+    belongs *= np.clip(2 * octaves + 0.5, 0, 1)[..., None]
+    return belongs.reshape(-1, count).astype(np.float32)
+
+
+def _match_detail(images: Array, others: Array, part: Array) -> Array:
+    """Fine detail as strong as in the other image, ring by ring; `part` of the way, `[N]`."""
+    count, height, width = images.shape[:3]
+    rings = _rings(height, width)
+
+    def spectrum_and_strength(x: Array) -> tuple[Array, Array]:
+        spectrum = jnp.fft.rfft2(jnp.mean(x, -1)).reshape(count, -1)
+        power = jnp.abs(spectrum) ** 2 @ rings / rings.sum(0)
+        # The least that counts is a noise of 0.03 greys: nothing is amplified out of nothing.
+        return spectrum, 0.5 * jnp.log(power + 1e-3 * height * width)
+
+    spectrum, mine = spectrum_and_strength(images)
+    _, theirs = spectrum_and_strength(others)
+    gain = jnp.exp((jnp.clip(theirs - mine, -1.5, 1.5) * part[:, None]) @ rings.T)
+    change = (spectrum * (gain - 1)).reshape(count, height, -1)
+    return images + jnp.fft.irfft2(change, (height, width))[..., None]
+
+
+def _match_greys(images: Array, others: Array, part: Array) -> Array:
+    """Greys distributed as in the other image, by 17 quantiles; `part` of the way, `[N]`."""
+    of_some = np.linspace(0, 1, 17)
+
+    def quantiles(x: Array) -> Array:
+        grey = jnp.mean(x, -1)[:, 1::4, 1::4]
+        ordered = jnp.sort(grey.reshape(len(x), -1), -1)
+        return ordered[:, np.round(of_some * (ordered.shape[1] - 1)).astype(int)]
+
+    mine, theirs = (quantiles(x)[..., None, None, None] for x in (images, others))
+    matched = theirs[:, 0]
+    for k in range(len(of_some) - 1):
+        width = jnp.maximum(mine[:, k + 1] - mine[:, k], 0.5)
+        rise = jnp.clip((images - mine[:, k]) / width, 0, 1)
+        matched = matched + rise * (theirs[:, k + 1] - theirs[:, k])
+    return images + part[:, None, None, None] * (matched - images)
+
+
+def restyle(
+    key: Array, images: Array, labels: Array, share: float, real: Array | None = None
+) -> Array:
+    """Gives images the look of others: how strong fine detail is, how greys are distributed.
+
+    Where a class comes from other hospitals than the rest, its images look otherwise for no medical
+    reason. The other image is drawn with equal chances for every class in the batch, whatever the
+    image's own, and how much of its look is taken is drawn too: a look then tells little of the
+    class. Detail by the amplitude of the spectrum (after Yang and Soatto 2020), its phase is kept;
+    greys by quantiles (histogram matching).
+
+    Args:
+      key: a random key.
+      images: `[N, H, W, C]`, 0..255; channels change alike.
+      labels: int `[N]`.
+      share: of the images, how many are changed, 0..1.
+      real: bool `[N]`: False images only fill the batch up, and no look is theirs. None: all are.
+
+    Returns:
+      float32 of the same shape, 0..255.
+    """
+    images = jnp.asarray(images, jnp.float32)
+    count = images.shape[0]
+    real = jnp.ones(count, bool) if real is None else real
+    which_key, other_key, detail_key, grey_key = jax.random.split(key, 4)
+    of_class = jnp.sum((labels[:, None] == labels) & real, 1)
+    chances = jnp.where(real, 1 / jnp.maximum(of_class, 1), 0)
+    others = images[jax.random.categorical(other_key, jnp.log(chances), shape=(count,))]
+    chosen = jax.random.bernoulli(which_key, share, (count,))
+    part = chosen * jax.random.uniform(detail_key, (count,))
+    images = jnp.clip(_match_detail(images, others, part), 0, 255)
+    part = chosen * jax.random.uniform(grey_key, (count,))
+    return jnp.clip(_match_greys(images, others, part), 0, 255)
 
 
 def mix(key: Array, images: Array, how: Augment, real: Array | None = None) -> tuple[Array, Array]:

@@ -77,6 +77,8 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "augment.shift": (0, 1),
     "augment.rotate": (0, 180),
     "augment.scale": (0, 0.99),
+    "augment.aspect": (0, 1),
+    "augment.style": (0, 1),
     "augment.brightness": (0, 1),
     "augment.contrast": (0, 3),
     "augment.gamma": (0, 3),

@@ -2,7 +2,7 @@
 
     python -m covid_flax.robustness RUN_DIR [--split=test] [--output=DIR]
 
-Scores the same images plain and changed in eleven ways at five strengths (see
+Scores the same images plain and changed in twelve ways at five strengths (see
 `covid_flax.data.corruptions`). Writes `robustness.json` and `robustness.png`.
 """
 

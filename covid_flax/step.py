@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from covid_flax.augment import Augment, augment, mix
+from covid_flax.augment import Augment, augment, mix, restyle
 from covid_flax.models.preprocess import preprocess
 
 Array = jax.Array
@@ -295,7 +295,11 @@ def make_train_step(
         augment_key, dropout_key = jax.random.split(key)
         if not cached:
             how = config.augment
-            x = augment(augment_key, batch["image"], how)
+            x = batch["image"]
+            if how.style:
+                style_key = jax.random.fold_in(augment_key, 2)
+                x = restyle(style_key, x, batch["label"], how.style, batch.get("mask"))
+            x = augment(augment_key, x, how)
             if how.mixup or how.cutmix:
                 x, share = mix(jax.random.fold_in(augment_key, 1), x, how, batch.get("mask"))
                 # Its own share of the labels too, and the labels of what was mixed in.

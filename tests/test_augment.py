@@ -1,11 +1,20 @@
-"""Judges: NumPy flips, SciPy's affine transform, Pillow-free arithmetic."""
+"""Judges: NumPy flips, SciPy's affine transform, scikit-image, Pillow-free arithmetic."""
 
 import jax
 import numpy as np
 import pytest
 from scipy import ndimage, stats
+from skimage import data, exposure, transform
 
-from covid_flax.augment import Augment, augment, mix
+from covid_flax.augment import (
+    Augment,
+    _match_detail,
+    _match_greys,
+    _rings,
+    augment,
+    mix,
+    restyle,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -44,7 +53,14 @@ def test_brightness_scales_within_bounds_and_clips(images):
 
 
 @pytest.mark.parametrize(
-    "how", [{"shift": 0.2}, {"rotate": 30.0}, {"scale": 0.3}, {"shift": 0.1, "rotate": 20.0}]
+    "how",
+    [
+        {"shift": 0.2},
+        {"rotate": 30.0},
+        {"scale": 0.3},
+        {"aspect": 0.3},
+        {"shift": 0.1, "rotate": 20.0},
+    ],
 )
 def test_warps_are_affine_resamplings(images, how):
     """For each image some affine map within the bounds reproduces it (SciPy is the judge)."""
@@ -65,16 +81,18 @@ def _best_affine_error(before, after, how, height, width):
             how.get("shift", 0) * width,
             np.deg2rad(how.get("rotate", 0)),
             how.get("scale", 0),
+            how.get("aspect", 0),
         ]
     )
     free = bounds > 0
     centre = np.array([(height - 1) / 2, (width - 1) / 2])
 
     def error(x):
-        p = np.zeros(4)
+        p = np.zeros(5)
         p[free] = np.clip(x, -1, 1) * bounds[free]
         cos, sin = (1 + p[3]) * np.cos(p[2]), (1 + p[3]) * np.sin(p[2])
-        matrix = np.array([[cos, -sin], [sin, cos]])
+        # Taller by exp(p[4]), so looked up at a height smaller by as much.
+        matrix = np.diag([np.exp(-p[4]), np.exp(p[4])]) @ np.array([[cos, -sin], [sin, cos]])
         offset = centre + p[:2] - matrix @ centre
         warped = ndimage.affine_transform(before, matrix, offset, order=1, mode="nearest")
         return np.abs(warped - after).mean()
@@ -165,6 +183,89 @@ def test_borders_and_boxes_are_where_they_may_be(images):
         np.testing.assert_array_equal(box, np.outer(box.any(1), box.any(0)))
         assert box.any(1).sum() <= 21 and box.any(0).sum() <= 16
         assert len(np.unique(image[box])) == 1
+
+
+@pytest.fixture(scope="module")
+def photographs():
+    """Grey natural photographs, 96 x 128."""
+    of = [data.camera(), data.coins(), data.moon(), data.page()]
+    resized = [transform.resize(x, (96, 128), anti_aliasing=True) for x in of]
+    return (255 * np.stack(resized)[..., None]).astype(np.float32)
+
+
+def test_matched_greys_are_those_of_scikit_image(photographs):
+    others = photographs[[1, 2, 3, 0]]
+    want = np.stack(
+        [exposure.match_histograms(a, b) for a, b in zip(photographs, others, strict=True)]
+    )
+    got = np.asarray(_match_greys(photographs, others, np.ones(4)))
+    error, before = np.abs(got - want).mean((1, 2, 3)), np.abs(photographs - want).mean((1, 2, 3))
+    assert np.all(error < 6) and np.all(error < before / 4), (error, before)
+    half = np.asarray(_match_greys(photographs, others, np.full(4, 0.5)))
+    np.testing.assert_allclose(half, (photographs + got) / 2, atol=1e-3)
+    np.testing.assert_allclose(_match_greys(photographs, others, np.zeros(4)), photographs)
+
+
+def _amplitudes(images):
+    """Root mean square amplitude in rings of equal steps of log frequency, float64 `[N, 6]`."""
+    height, width = images.shape[1:3]
+    at = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.fftfreq(width) * width)
+    power = np.abs(np.fft.fft2(images[..., 0].astype(np.float64))) ** 2
+    edges = np.geomspace(5, height / 2, 7)
+    rings = [(low <= at) & (at < high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    return np.sqrt(np.stack([power[:, ring].mean(-1) for ring in rings], -1))
+
+
+def test_matched_detail_has_the_other_s_amplitude_and_its_own_phase(photographs):
+    others = photographs[[1, 2, 3, 0]]
+    got = np.asarray(_match_detail(photographs, others, np.ones(4)))
+    want, before = np.log(_amplitudes(others)), np.log(_amplitudes(photographs))
+    within = np.abs(want - before) < 1.4  # the most that is given or taken is exp(1.5)
+    assert within.mean() > 0.5 and np.abs(want - before)[within].mean() > 0.4
+    for part, aim in ((1.0, want), (0.5, (want + before) / 2)):
+        some = np.asarray(_match_detail(photographs, others, np.full(4, part)))
+        error = np.abs(np.log(_amplitudes(some)) - aim)[within]
+        assert error.mean() < 0.1 and error.max() < 0.3, error
+    untouched = np.asarray(_match_detail(photographs, others, np.zeros(4)))
+    np.testing.assert_allclose(untouched, photographs, atol=1e-2)
+
+    old, new = (np.fft.rfft2(x[..., 0].astype(np.float64)) for x in (photographs, got))
+    np.testing.assert_allclose(np.angle(new / old)[np.abs(old) > 50], 0, atol=0.02)
+    # What is coarser than 4 cycles a side by far stays.
+    np.testing.assert_allclose(new[:, :3, :3], old[:, :3, :3], rtol=1e-3)
+
+
+def test_rings_cover_all_but_the_coarsest_frequencies_once():
+    belongs = _rings(96, 128).sum(1).reshape(96, 65)
+    at = np.hypot(np.fft.fftfreq(96)[:, None] * 96, np.fft.rfftfreq(128) * 128)
+    np.testing.assert_array_equal(belongs[at < 3], 0)
+    np.testing.assert_allclose(belongs[at > 5], 1, rtol=1e-6)
+
+
+def test_a_look_comes_from_every_class_alike_and_from_no_filler():
+    """Of flat images that change, each has moved towards the grey of the one it took after."""
+    labels = np.array([0] * 24 + [1] * 6 + [2] * 2 + [1] * 8)
+    real = np.arange(40) < 32
+    greys = np.where(real, np.array([100, 160, 40])[labels], 250).astype(np.float32)
+    flat = np.tile(greys[:, None, None, None], (1, 16, 16, 3))
+    styled = jax.jit(lambda key: restyle(key, flat, labels, 1.0, real))
+    change = np.stack([np.asarray(styled(jax.random.key(i)))[:24] for i in range(100)]) - 100
+    assert np.ptp(change, axis=(2, 3, 4)).max() < 1e-3
+    change = change.mean((2, 3, 4))
+    assert change.max() <= 60 and change.min() >= -60
+    for share in (np.mean(change > 1e-3), np.mean(change < -1e-3)):
+        assert abs(share - 1 / 3) < 0.03
+    assert change.max() > 55 and change.min() < -55  # up to all of it
+
+
+def test_a_share_of_the_images_is_restyled(photographs):
+    images = np.tile(photographs, (64, 1, 1, 1))
+    labels = np.arange(len(images)) % 4
+    out = np.asarray(restyle(jax.random.key(0), images, labels, 0.3))
+    same = np.abs(out - images).max((1, 2, 3)) < 0.05
+    assert 0.55 < same.mean() < 0.95  # 0.7, and those that took after their own like
+    assert out.min() >= 0 and out.max() <= 255
+    np.testing.assert_allclose(restyle(jax.random.key(0), images, labels, 0.0), images, atol=1e-2)
 
 
 def _mix(images, seed=0, real=None, **how):

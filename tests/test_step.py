@@ -112,7 +112,7 @@ def test_mixed_images_answer_for_both_labels(batch, weighted, monkeypatch):
     np.testing.assert_allclose(float(loss), np.mean(expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize("how", [{"mixup": 0.4, "cutmix": 1.0}])
+@pytest.mark.parametrize("how", [{"mixup": 0.4, "cutmix": 1.0, "style": 1.0}])
 def test_mixing_leaves_no_trace_of_what_fills_a_batch_up(batch, how):
     step, state = _plain_step(_without_dropout(), augment=Augment(**how))
     mask = {"mask": jnp.arange(8) < 5}

@@ -125,6 +125,18 @@ def black_border(image: np.ndarray, share: float, rng: np.random.Generator) -> n
     return framed
 
 
+def narrow(image: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """Shrunk to that share of the width, the edge columns repeated into the rest.
+
+    What squaring does to pictures of other proportions.
+    """
+    height, width = image.shape[:2]
+    narrower = _resized(image, height, max(1, round(share * width)))
+    left = (width - narrower.shape[1]) // 2
+    right = width - narrower.shape[1] - left
+    return np.pad(narrower, ((0, 0), (left, right), (0, 0)), mode="edge")
+
+
 CORRUPTIONS = (
     Corruption("blur", "deviation, pixels", (0.5, 0.8, 1.1, 1.5, 2.0), blur),
     Corruption("sharpen", "times the detail added", (0.5, 1.0, 2.0, 3.0, 5.0), sharpen),
@@ -137,4 +149,5 @@ CORRUPTIONS = (
     Corruption("rescale", "share of the side", (0.8, 0.65, 0.5, 0.4, 0.3), rescale),
     Corruption("crop", "share of the side", (0.02, 0.04, 0.07, 0.10, 0.14), crop),
     Corruption("black_border", "share of the side", (0.02, 0.04, 0.07, 0.10, 0.14), black_border),
+    Corruption("narrow", "share of the width", (0.95, 0.9, 0.85, 0.8, 0.7), narrow),
 )

@@ -40,7 +40,7 @@ def test_each_strength_changes_more_and_keeps_the_form(name, channels, image):
 
 def test_what_one_grey_becomes(image):
     flat = np.full((40, 40, 1), 100, np.uint8)
-    for name in ("blur", "sharpen", "contrast", "rescale", "crop", "equalize"):
+    for name in ("blur", "sharpen", "contrast", "rescale", "crop", "equalize", "narrow"):
         np.testing.assert_array_equal(change(name, flat, 5), flat)
     assert (change("gamma_dark", flat, 5) == round(255 * (100 / 255) ** 2.4)).all()
     deviation = (change("noise", flat, 2).astype(float) - 100).std()
@@ -73,3 +73,13 @@ def test_a_crop_shows_the_middle(image):
         middle = Image.fromarray(image[cut : 112 - cut, cut : 112 - cut, 0])
         want = np.asarray(middle.resize((112, 112), Image.Resampling.BILINEAR))
         np.testing.assert_array_equal(change("crop", image, strength)[..., 0], want)
+
+
+def test_a_narrow_picture_keeps_its_height_and_repeats_its_edges(image):
+    from PIL import Image
+
+    narrow = change("narrow", image, 4)[..., 0]
+    want = np.asarray(Image.fromarray(image[..., 0]).resize((90, 112), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(narrow[:, 11:101], want)
+    np.testing.assert_array_equal(narrow[:, :11], np.repeat(want[:, :1], 11, 1))
+    np.testing.assert_array_equal(narrow[:, 101:], np.repeat(want[:, -1:], 11, 1))

@@ -1,0 +1,191 @@
+"""Puts X-rays of other hospitals, from public repositories, into folders to score networks on.
+
+    python scripts/outside_images.py --clones=DIR --data_dir=RADIOGRAPHY --output=outside
+    python -m covid_flax.evaluate --workdir=RUN --split=all --data_dir=outside/held_back
+    python scripts/outside_images.py --score RUN/eval/all/predictions.csv ...
+
+DIR holds clones of (a repository that is not there is left out, and said so)
+
+    armiro/COVID-CXNet  pi-null-mezon/OpenIST                                       -> choosing
+    agchung/Actualmed-COVID-chestxray-dataset  agchung/Figure1-COVID-chestxray-dataset
+    venkatasai3005/lung-segmentation-unet (copies of the JSRT set)                  -> held_back
+
+each under its own name. Two folders come of them, `choosing`, by which a recipe may be chosen, and
+`held_back`, which should choose nothing, both in the layout of the radiography database with the
+classes COVID and Normal. Images are made like the database's shared copies: squeezed to 112 x 112,
+grey, black to white. What the leak check finds to be a copy of an image of RADIOGRAPHY, or another
+exposure of the same patient, is left out: the database was collected from some of these.
+
+`--score` tells apart COVID from Normal by the odds p_COVID / p_Normal of a `predictions.csv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import csv
+import io
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from covid_flax.data.audit import audit
+from covid_flax.data.folder import open_folder
+from covid_flax.errors import UserError
+from covid_flax.files import write_atomically
+
+SIDE = 112
+_FINDINGS = {"COVID-19": "COVID", "No finding": "Normal"}
+_Found = Iterator[tuple[Path, str]]
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(path.read_text(encoding="latin-1"))))
+
+
+def _actualmed(clone: Path) -> _Found:
+    for row in _rows(clone / "metadata.csv"):
+        if row["finding"] in _FINDINGS:
+            yield clone / "images" / row["imagename"], _FINDINGS[row["finding"]]
+
+
+def _figure1(clone: Path) -> _Found:
+    for row in _rows(clone / "metadata.csv"):
+        for path in sorted((clone / "images").glob(row["patientid"] + ".*")):
+            if row["finding"] in _FINDINGS:
+                yield path, _FINDINGS[row["finding"]]
+
+
+def _cxnet(clone: Path) -> _Found:
+    for path in sorted((clone / "chest_xray_images" / "covid19").glob("*.*")):
+        if "p" not in path.stem:  # a child
+            yield path, "COVID"
+
+
+def _openist(clone: Path) -> _Found:
+    for path in sorted((clone / "Datasets" / "Chest_x-ray").glob("*.jpg")):
+        if "@" not in path.stem:  # a mask
+            yield path, "Normal"
+
+
+def _jsrt(clone: Path) -> _Found:
+    for path in sorted((clone / "dataset" / "images").glob("JPCNN*.png")):
+        yield path, "Normal"
+
+
+# folder -> repository -> its images and their classes
+SOURCES: dict[str, dict[str, Callable[[Path], _Found]]] = {
+    "choosing": {"COVID-CXNet": _cxnet, "OpenIST": _openist},
+    "held_back": {
+        "Actualmed-COVID-chestxray-dataset": _actualmed,
+        "Figure1-COVID-chestxray-dataset": _figure1,
+        "lung-segmentation-unet": _jsrt,
+    },
+}
+
+
+def like_the_database(path: Path) -> Image.Image:
+    """The file as a grey image of 112 x 112 pixels, stretched to 0..255. OSError: no image."""
+    with Image.open(path) as file:
+        image: Image.Image = file
+        if file.mode.startswith("I"):  # 16 bits: `convert` would clip them
+            deep = np.asarray(file, np.float64)
+            image = Image.fromarray(np.uint8(255 * deep / max(deep.max(), 1)))
+        small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    grey = np.asarray(small, np.float64)
+    grey = (grey - grey.min()) / max(grey.max() - grey.min(), 1) * 255
+    return Image.fromarray(np.uint8(np.rint(grey)))
+
+
+def build(clones: Path, data_dir: str, output: Path) -> None:
+    """Writes the two folders, and says what became of each source's images."""
+    known = open_folder(data_dir)
+    counts: dict[str, collections.Counter[str]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        # One folder of the database's images and the others, so that all are compared with all.
+        both = Path(scratch)
+        for file in known.files:
+            place = both / file.label / "images" / f"known~{Path(file.file).name}"
+            write_atomically(place, known.read(file.file))
+        for folder, sources in SOURCES.items():
+            for name, images in sources.items():
+                if not (clones / name).is_dir():
+                    print(f"{name}: no clone in {clones}, left out", file=sys.stderr)
+                    continue
+                count = counts[name] = collections.Counter()
+                for source, label in images(clones / name):
+                    try:
+                        image = like_the_database(source)
+                    except OSError:
+                        count["missing or unreadable"] += 1
+                        continue
+                    place = both / label / "images" / f"{folder}~{name}~{source.stem}.png"
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    image.save(place)
+        if not counts:
+            raise UserError(f"{clones} holds none of the clones: see --help")
+        result = audit(open_folder(str(both)), progress=True)
+        of_known = {
+            group
+            for path, group in zip(result.files, result.groups, strict=True)
+            if Path(path).name.startswith("known~")
+        }
+        for path, label, group in zip(result.files, result.labels, result.groups, strict=True):
+            folder, name, *rest = Path(path).name.split("~")
+            if folder == "known":
+                continue
+            if group in of_known:
+                counts[name]["in the database"] += 1
+                continue
+            counts[name][label] += 1
+            place = output / folder / label / "images" / f"{name}~{'~'.join(rest)}"
+            write_atomically(place, (both / path).read_bytes())
+    for name, count in counts.items():
+        print(f"{name}: " + ", ".join(f"{what} {n:,}" for what, n in sorted(count.items())))
+
+
+def score(path: Path) -> str:
+    """One line for a `predictions.csv`: AUROC, and what the images of each source are called."""
+    rows = _rows(path)
+    p = np.array([[float(row["p_COVID"]), float(row["p_Normal"])] for row in rows]) + 1e-12
+    covid = np.array([row["label"] == "COVID" for row in rows])
+    odds = np.log(p[:, 0] / p[:, 1])
+    called: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for row in rows:
+        source = Path(row["file"]).name.split("~")[0]
+        called[f"{source} {row['label']}"][row["predicted"]] += 1
+    lines = [f"{path}: {len(rows)} images, AUROC {roc_auc_score(covid, odds):.3f}"]
+    for source, count in sorted(called.items()):
+        answers = ", ".join(f"{label} {n}" for label, n in sorted(count.items()))
+        lines.append(f"  {source} called {answers}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--clones", type=Path, help="folder of the repositories' clones")
+    parser.add_argument("--data_dir", help="images that networks were trained on")
+    parser.add_argument("--output", type=Path, default=Path("outside"), help="default: outside")
+    parser.add_argument("--score", type=Path, nargs="+", metavar="CSV", help="predictions.csv")
+    args = parser.parse_args()
+    if args.score:
+        print("\n".join(score(path) for path in args.score))
+    elif args.clones and args.data_dir:
+        build(args.clones, args.data_dir, args.output)
+    else:
+        parser.error("give --clones and --data_dir, or --score")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

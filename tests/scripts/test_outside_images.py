@@ -1,0 +1,107 @@
+"""Made clones, one image of which is a copy of the database's."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import by_path
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from covid_flax.data.phantoms import draw, write_dataset
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "outside_images.py"
+outside_images = by_path.load("scripts/outside_images.py")
+
+
+def _run(*args):
+    return subprocess.run(
+        [sys.executable, SCRIPT, *map(str, args)], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def _save(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(image).squeeze()).save(path)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The script's answer, and the folder it wrote."""
+    tmp_path = tmp_path_factory.mktemp("outside")
+    known = tmp_path / "known"
+    write_dataset(known, 12, seed=5, size=112)
+    clones = tmp_path / "clones"
+    actualmed = clones / "Actualmed-COVID-chestxray-dataset"
+    for i, label in enumerate(("COVID", "Normal", "Normal")):
+        _save(actualmed / "images" / f"a{i}.png", draw(label, seed=900 + i, size=224))
+    (actualmed / "metadata.csv").write_text(
+        "imagename,finding\na0.png,COVID-19\na1.png,No finding\na2.png,\nabsent.png,COVID-19\n"
+    )
+    cxnet = clones / "COVID-CXNet" / "chest_xray_images" / "covid19"
+    _save(cxnet / "001.png", draw("COVID", seed=910, size=200))
+    _save(cxnet / "002-p.png", draw("COVID", seed=911, size=200))
+    copied = Image.open(sorted((known / "COVID" / "images").iterdir())[3]).convert("L")
+    _save(cxnet / "003.jpg", copied.resize((150, 150)))
+    openist = clones / "OpenIST" / "Datasets" / "Chest_x-ray"
+    wide = Image.fromarray(draw("Normal", seed=920, size=200).squeeze())
+    _save(openist / "1-10.jpg", wide.resize((250, 200)))
+    _save(openist / "1-10@.jpg", wide)
+    done = _run(f"--clones={clones}", f"--data_dir={known}", f"--output={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    return done, tmp_path / "out"
+
+
+def test_images_are_sorted_and_copies_left_out(built):
+    done, out = built
+    files = sorted(str(p.relative_to(out)) for p in out.glob("*/*/images/*"))
+    assert files == [
+        "choosing/COVID/images/COVID-CXNet~001.png",
+        "choosing/Normal/images/OpenIST~1-10.png",
+        "held_back/COVID/images/Actualmed-COVID-chestxray-dataset~a0.png",
+        "held_back/Normal/images/Actualmed-COVID-chestxray-dataset~a1.png",
+    ]
+    assert "COVID-CXNet: COVID 1, in the database 1" in done.stdout
+    assert "dataset: COVID 1, Normal 1, missing or unreadable 1" in done.stdout
+    assert "Figure1-COVID-chestxray-dataset: no clone" in done.stderr
+
+
+def test_images_are_made_like_the_database_s(built, tmp_path):
+    for path in built[1].glob("*/*/images/*"):
+        image = np.asarray(Image.open(path))
+        assert image.dtype == np.uint8 and image.shape == (112, 112)
+        assert image.min() == 0 and image.max() == 255
+
+    ramp = np.tile(np.arange(0, 5000, 5, dtype=np.uint16), (500, 1))  # 16 bits, twice as wide
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    got = np.asarray(outside_images.like_the_database(tmp_path / "deep.png"), np.float64)
+    np.testing.assert_allclose(got, np.tile(np.linspace(0, 255, 112), (112, 1)), atol=2.5)
+
+
+def test_the_score_is_scikit_learn_s_of_the_odds(tmp_path):
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(4), 60)
+    labels = np.where(rng.random(60) < 0.4 + 0.4 * (p[:, 0] > p[:, 2]), "COVID", "Normal")
+    with open(tmp_path / "predictions.csv", "w", newline="") as f:
+        write = csv.writer(f).writerow
+        write(["file", "label", "predicted", "p_COVID", "p_Lung_Opacity", "p_Normal"])
+        for i, (label, row) in enumerate(zip(labels, p, strict=True)):
+            answer = ("COVID", "Lung_Opacity", "Normal")[row[:3].argmax()]
+            write([f"{label}/images/A~{i}.png", label, answer, *row[:3]])
+    lines = _run("--score", tmp_path / "predictions.csv").stdout.splitlines()
+    want = roc_auc_score(labels == "COVID", p[:, 0] / p[:, 2])
+    assert 0.5 < want < 1 and f"60 images, AUROC {want:.3f}" in lines[0]
+    answers = p[labels == "COVID", :3].argmax(1)
+    n = np.bincount(answers, minlength=3)
+    assert lines[1] == f"  A COVID called COVID {n[0]}, Lung_Opacity {n[1]}, Normal {n[2]}"
+
+
+def test_what_a_user_can_get_wrong_is_one_line(tmp_path):
+    write_dataset(tmp_path / "known", 2, size=64)
+    done = _run(f"--clones={tmp_path}", f"--data_dir={tmp_path / 'known'}")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ") and "--help" in done.stderr
