@@ -37,9 +37,11 @@ from sklearn.metrics import roc_auc_score
 from covid_flax.data.audit import audit
 from covid_flax.data.folder import open_folder
 from covid_flax.errors import UserError
+from covid_flax.evaluation.intervals import cluster_weights, percentile_interval
 from covid_flax.files import write_atomically
 
 SIDE = 112
+_RESAMPLES = 1000
 _FINDINGS = {"COVID-19": "COVID", "No finding": "Normal"}
 _Found = Iterator[tuple[Path, str]]
 
@@ -150,7 +152,7 @@ def build(clones: Path, data_dir: str, output: Path) -> None:
 
 
 def score(path: Path) -> str:
-    """One line for a `predictions.csv`: AUROC, and what the images of each source are called."""
+    """Of a `predictions.csv`: AUROC, resampling images, and what each source's are called."""
     rows = _rows(path)
     p = np.array([[float(row["p_COVID"]), float(row["p_Normal"])] for row in rows]) + 1e-12
     covid = np.array([row["label"] == "COVID" for row in rows])
@@ -159,7 +161,14 @@ def score(path: Path) -> str:
     for row in rows:
         source = Path(row["file"]).name.split("~")[0]
         called[f"{source} {row['label']}"][row["predicted"]] += 1
-    lines = [f"{path}: {len(rows)} images, AUROC {roc_auc_score(covid, odds):.3f}"]
+    resampled = [
+        roc_auc_score(covid, odds, sample_weight=w) if 0 < w @ covid < len(rows) else np.nan
+        for weights in cluster_weights(np.arange(len(rows)), _RESAMPLES)
+        for w in weights
+    ]
+    low, high = percentile_interval(np.array(resampled)) or (np.nan, np.nan)
+    auroc = f"AUROC {roc_auc_score(covid, odds):.3f} (95 %: {low:.3f} to {high:.3f})"
+    lines = [f"{path}: {len(rows)} images, {auroc}"]
     for source, count in sorted(called.items()):
         answers = ", ".join(f"{label} {n}" for label, n in sorted(count.items()))
         lines.append(f"  {source} called {answers}")

@@ -1,6 +1,7 @@
 """Made clones, one image of which is a copy of the database's."""
 
 import csv
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,7 +95,15 @@ def test_the_score_is_scikit_learn_s_of_the_odds(tmp_path):
             write([f"{label}/images/A~{i}.png", label, answer, *row[:3]])
     lines = _run("--score", tmp_path / "predictions.csv").stdout.splitlines()
     want = roc_auc_score(labels == "COVID", p[:, 0] / p[:, 2])
-    assert 0.5 < want < 1 and f"60 images, AUROC {want:.3f}" in lines[0]
+    found = re.search(r"60 images, AUROC ([.\d]+) \(95 %: ([.\d]+) to ([.\d]+)\)", lines[0])
+    auroc, low, high = map(float, found.groups())
+    assert auroc == round(want, 3) and 0.5 < want < 1
+    # Hanley and McNeil (1982)
+    n = (labels == "COVID").sum()
+    q1, q2 = want / (2 - want), 2 * want**2 / (1 + want)
+    variance = want * (1 - want) + (n - 1) * (q1 - want**2) + (59 - n) * (q2 - want**2)
+    error = np.sqrt(variance / (n * (60 - n)))
+    assert abs((high - low) / (3.92 * error) - 1) < 0.25
     answers = p[labels == "COVID", :3].argmax(1)
     n = np.bincount(answers, minlength=3)
     assert lines[1] == f"  A COVID called COVID {n[0]}, Lung_Opacity {n[1]}, Normal {n[2]}"
