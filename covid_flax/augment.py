@@ -168,7 +168,8 @@ def _rings(height: int, width: int, count: int = 12, first: float = 4.0) -> np.n
     y = np.fft.fftfreq(height)[:, None] * height
     x = np.fft.rfftfreq(width)[None, :] * width
     octaves = np.log2(np.maximum(np.hypot(y, x), 1e-9) / first)
-    place = octaves / np.log2(min(height, width) / 2 / first) * (count - 1)
+    finest = max(min(height, width) / 2 / first, 2.0)  # of small images some rings are empty
+    place = octaves / np.log2(finest) * (count - 1)
     near = np.clip(place, 0, count - 1)[..., None]
     belongs = np.maximum(0, 1 - abs(near - np.arange(count)))
     belongs *= np.clip(2 * octaves + 0.5, 0, 1)[..., None]
@@ -182,7 +183,7 @@ def _match_detail(images: Array, others: Array, part: Array) -> Array:
 
     def spectrum_and_strength(x: Array) -> tuple[Array, Array]:
         spectrum = jnp.fft.rfft2(jnp.mean(x, -1)).reshape(count, -1)
-        power = jnp.abs(spectrum) ** 2 @ rings / rings.sum(0)
+        power = jnp.abs(spectrum) ** 2 @ rings / np.maximum(rings.sum(0), 1e-6)
         # The least that counts is a noise of 0.03 greys: nothing is amplified out of nothing.
         return spectrum, 0.5 * jnp.log(power + 1e-3 * height * width)
 

@@ -268,6 +268,13 @@ def test_a_share_of_the_images_is_restyled(photographs):
     np.testing.assert_allclose(restyle(jax.random.key(0), images, labels, 0.0), images, atol=1e-2)
 
 
+@pytest.mark.parametrize("shape", [(6, 8), (8, 8), (16, 16), (32, 28)])
+def test_small_images_are_restyled_too(shape):
+    images = np.random.default_rng(0).uniform(0, 255, (8, *shape, 1)).astype(np.float32)
+    out = np.asarray(restyle(jax.random.key(0), images, np.arange(8) % 2, 1.0))
+    assert np.all((out >= 0) & (out <= 255)) and not np.allclose(out, images)
+
+
 def _mix(images, seed=0, real=None, **how):
     mixed, share = mix(jax.random.key(seed), images, Augment(**how), real)
     return np.asarray(mixed), np.asarray(share)
