@@ -1,5 +1,8 @@
 """The error of a user's making."""
 
+import sys
+from collections.abc import Callable
+
 
 def printable(text: str) -> str:
     """`text` as one line that no terminal acts on: file names may hold anything."""
@@ -12,3 +15,15 @@ class UserError(Exception):
 
     The commands print it on stderr without a traceback and exit with status 2.
     """
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; a `UserError` of it is one line on stderr, and exit status 2.
+
+    The package's own commands, which want JAX, have `covid_flax.command.run_command`.
+    """
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)

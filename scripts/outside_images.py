@@ -36,8 +36,9 @@ from sklearn.metrics import roc_auc_score
 
 from covid_flax.data.audit import audit
 from covid_flax.data.folder import open_folder
-from covid_flax.errors import UserError
+from covid_flax.errors import UserError, run_script
 from covid_flax.evaluation.intervals import cluster_weights, percentile_interval
+from covid_flax.evaluation.predictions import read_predictions
 from covid_flax.files import write_atomically
 
 SIDE = 112
@@ -46,18 +47,22 @@ _FINDINGS = {"COVID-19": "COVID", "No finding": "Normal"}
 _Found = Iterator[tuple[Path, str]]
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(io.StringIO(path.read_text(encoding="latin-1"))))
+def _metadata(clone: Path) -> list[dict[str, str]]:
+    path = clone / "metadata.csv"
+    try:
+        return list(csv.DictReader(io.StringIO(path.read_text(encoding="latin-1"))))
+    except OSError as e:
+        raise UserError(f"cannot read {path} ({e.strerror}): clone the repository anew") from e
 
 
 def _actualmed(clone: Path) -> _Found:
-    for row in _rows(clone / "metadata.csv"):
+    for row in _metadata(clone):
         if row["finding"] in _FINDINGS:
             yield clone / "images" / row["imagename"], _FINDINGS[row["finding"]]
 
 
 def _figure1(clone: Path) -> _Found:
-    for row in _rows(clone / "metadata.csv"):
+    for row in _metadata(clone):
         for path in sorted((clone / "images").glob(row["patientid"] + ".*")):
             if row["finding"] in _FINDINGS:
                 yield path, _FINDINGS[row["finding"]]
@@ -113,7 +118,8 @@ def build(clones: Path, data_dir: str, output: Path) -> None:
         both = Path(scratch)
         for file in known.files:
             place = both / file.label / "images" / f"known~{Path(file.file).name}"
-            write_atomically(place, known.read(file.file))
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(known.read(file.file))
         for folder, sources in SOURCES.items():
             for name, images in sources.items():
                 if not (clones / name).is_dir():
@@ -153,22 +159,25 @@ def build(clones: Path, data_dir: str, output: Path) -> None:
 
 def score(path: Path) -> str:
     """Of a `predictions.csv`: AUROC, resampling images, and what each source's are called."""
-    rows = _rows(path)
-    p = np.array([[float(row["p_COVID"]), float(row["p_Normal"])] for row in rows]) + 1e-12
-    covid = np.array([row["label"] == "COVID" for row in rows])
+    rows = read_predictions(path)
+    names = rows.class_names
+    if not {"COVID", "Normal"} <= {names[label] for label in rows.labels}:
+        raise UserError(f"{path} has no image of COVID or none of Normal: score a folder of both")
+    p = rows.probabilities[:, [names.index("COVID"), names.index("Normal")]] + 1e-12
+    covid = rows.labels == names.index("COVID")
     odds = np.log(p[:, 0] / p[:, 1])
     called: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
-    for row in rows:
-        source = Path(row["file"]).name.split("~")[0]
-        called[f"{source} {row['label']}"][row["predicted"]] += 1
+    for file, label, predicted in zip(rows.files, rows.labels, rows.predicted, strict=True):
+        source = Path(file).name.split("~")[0]
+        called[f"{source} {names[label]}"][names[predicted]] += 1
     resampled = [
-        roc_auc_score(covid, odds, sample_weight=w) if 0 < w @ covid < len(rows) else np.nan
-        for weights in cluster_weights(np.arange(len(rows)), _RESAMPLES)
+        roc_auc_score(covid, odds, sample_weight=w) if 0 < w @ covid < len(covid) else np.nan
+        for weights in cluster_weights(np.arange(len(covid)), _RESAMPLES)
         for w in weights
     ]
     low, high = percentile_interval(np.array(resampled)) or (np.nan, np.nan)
     auroc = f"AUROC {roc_auc_score(covid, odds):.3f} (95 %: {low:.3f} to {high:.3f})"
-    lines = [f"{path}: {len(rows)} images, {auroc}"]
+    lines = [f"{path}: {len(covid)} images, {auroc}"]
     for source, count in sorted(called.items()):
         answers = ", ".join(f"{label} {n}" for label, n in sorted(count.items()))
         lines.append(f"  {source} called {answers}")
@@ -193,8 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

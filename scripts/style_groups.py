@@ -22,7 +22,6 @@ import argparse
 import collections
 import csv
 import io
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from tqdm import tqdm
 
 from covid_flax.data.decode import decode, resize
 from covid_flax.data.folder import DataFolder, open_folder
-from covid_flax.errors import UserError
+from covid_flax.errors import UserError, run_script
 from covid_flax.files import write_atomically
 
 SIDE = 112  # pixels at which images are compared
@@ -128,8 +127,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

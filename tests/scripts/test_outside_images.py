@@ -85,14 +85,14 @@ def test_images_are_made_like_the_database_s(built, tmp_path):
 
 def test_the_score_is_scikit_learn_s_of_the_odds(tmp_path):
     rng = np.random.default_rng(0)
-    p = rng.dirichlet(np.ones(4), 60)
+    p = rng.dirichlet(np.ones(3), 60)
     labels = np.where(rng.random(60) < 0.4 + 0.4 * (p[:, 0] > p[:, 2]), "COVID", "Normal")
     with open(tmp_path / "predictions.csv", "w", newline="") as f:
         write = csv.writer(f).writerow
         write(["file", "label", "predicted", "p_COVID", "p_Lung_Opacity", "p_Normal"])
         for i, (label, row) in enumerate(zip(labels, p, strict=True)):
-            answer = ("COVID", "Lung_Opacity", "Normal")[row[:3].argmax()]
-            write([f"{label}/images/A~{i}.png", label, answer, *row[:3]])
+            answer = ("COVID", "Lung_Opacity", "Normal")[row.argmax()]
+            write([f"{label}/images/A~{i}.png", label, answer, *row])
     lines = _run("--score", tmp_path / "predictions.csv").stdout.splitlines()
     want = roc_auc_score(labels == "COVID", p[:, 0] / p[:, 2])
     found = re.search(r"60 images, AUROC ([.\d]+) \(95 %: ([.\d]+) to ([.\d]+)\)", lines[0])
@@ -104,7 +104,7 @@ def test_the_score_is_scikit_learn_s_of_the_odds(tmp_path):
     variance = want * (1 - want) + (n - 1) * (q1 - want**2) + (59 - n) * (q2 - want**2)
     error = np.sqrt(variance / (n * (60 - n)))
     assert abs((high - low) / (3.92 * error) - 1) < 0.25
-    answers = p[labels == "COVID", :3].argmax(1)
+    answers = p[labels == "COVID"].argmax(1)
     n = np.bincount(answers, minlength=3)
     assert lines[1] == f"  A COVID called COVID {n[0]}, Lung_Opacity {n[1]}, Normal {n[2]}"
 
@@ -114,3 +114,14 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path):
     done = _run(f"--clones={tmp_path}", f"--data_dir={tmp_path / 'known'}")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: ") and "--help" in done.stderr
+
+    (tmp_path / "Figure1-COVID-chestxray-dataset").mkdir()
+    done = _run(f"--clones={tmp_path}", f"--data_dir={tmp_path / 'known'}")
+    assert done.returncode == 2 and "metadata.csv" in done.stderr.splitlines()[-1]
+
+    table = tmp_path / "predictions.csv"
+    done = _run("--score", table)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(table) in done.stderr
+    table.write_text("file,label,predicted,p_COVID,p_Normal\na.png,COVID,COVID,0.75,0.25\n")
+    done = _run("--score", table)
+    assert done.returncode == 2 and "none of Normal" in done.stderr
