@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from covid_flax import hlo
 from covid_flax.augment import Augment
 from covid_flax.chips import PEAKS
+from covid_flax.config import keeps_averages
 from covid_flax.errors import UserError
 from covid_flax.mesh import AXIS, jit_layout, replicated, sharded
 from covid_flax.models import (
@@ -132,8 +133,9 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
         augment=how,
         micro_batch=config.train.micro_batch,
         ema_decay=config.train.ema_decay,
+        swa_after=config.train.swa_start,  # in epochs: the number is a constant, and costs nothing
     )
-    average = bool(config.train.ema_decay)
+    average = keeps_averages(config)
     state = create_state(params, batch_stats, frozenset(trained), tx, config.seed, average=average)
 
     size = config.data.image_size

@@ -69,6 +69,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "train.log_every_steps": (1, None),
     "train.micro_batch": (0, None),
     "train.ema_decay": (0, 0.999999),
+    "train.swa_start": (0, None),
     "train.teacher_weight": (0, 1),
     "train.teacher_temperature": (0.1, 100),
     "train.recalibrate": (0, None),
@@ -112,7 +113,17 @@ def check(config: ml_collections.ConfigDict) -> None:
         if not low <= flat[key] <= (sys.float_info.max if high is None else high):
             bound = f"of at least {low}, finite" if high is None else f"from {low} to {high}"
             raise UserError(f"config.{key}={flat[key]!r}: set a value {bound}")
+    if flat["train.swa_start"] and flat["train.ema_decay"]:
+        raise UserError(
+            "config.train.swa_start and train.ema_decay each say which weights are evaluated: "
+            "set one of them to 0"
+        )
     _check_network(flat["model.name"], flat)
+
+
+def keeps_averages(config: ml_collections.ConfigDict) -> bool:
+    """Whether a run evaluates averages of its weights, and so keeps them beside the weights."""
+    return config.train.ema_decay > 0 or config.train.swa_start > 0
 
 
 def _check_choice(key: str, value: Any, choices: Sequence[Any], of: str = "") -> None:

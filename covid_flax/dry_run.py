@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from covid_flax.config import keeps_averages
 from covid_flax.job import batch_shapes, make_job
 from covid_flax.models import MODELS
 from covid_flax.report.console import say
@@ -31,7 +32,7 @@ def dry_run(run: Run) -> None:
     say(f"{'total':<8}{totals[0]:>14,}{totals[1]:>12,}  trained {totals[2]:,}")
 
     config = run.config
-    average = config.train.ema_decay > 0
+    average = keeps_averages(config)
     stages = frozenset(run.trained)
     state = create_state(run.params, run.batch_stats, stages, job.tx, config.seed, average=average)
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))

@@ -111,6 +111,7 @@ def make_job(run: Run) -> Job:
             # Under pmap a step sees one device's share.
             micro_batch=config.train.micro_batch // (devices if layout.axis_name else 1),
             ema_decay=config.train.ema_decay,
+            swa_after=config.train.swa_start * steps_per_epoch,
             teacher=_teacher(run),
             skip_non_finite=config.train.on_non_finite == "skip",
             axis_name=layout.axis_name,
@@ -178,6 +179,7 @@ def peak_rate(run: Run, job: Job) -> float:
         axis_name=None,
         micro_batch=0,
         ema_decay=0.0,
+        swa_after=0,
         teacher=None,
         skip_non_finite=False,
     )

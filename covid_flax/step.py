@@ -83,6 +83,7 @@ class StepConfig:
       micro_batch: > 0: at most so many examples go through the network at once; the
         gradients of a batch's parts are added up.
       ema_decay: > 0: of the moving averages of parameters and batch statistics.
+      swa_after: > 0: their averages are plain means over all steps after so many.
       teacher: whose answers to the same augmented images are learned from, or None.
       skip_non_finite: a batch whose loss or gradients are not finite changes nothing but the
         step's number and the counts of `zero_skipped`, which the state's sums must have.
@@ -97,6 +98,7 @@ class StepConfig:
     augment: Augment = Augment()
     micro_batch: int = 0
     ema_decay: float = 0.0
+    swa_after: int = 0
     teacher: Teacher | None = None
     skip_non_finite: bool = False
     axis_name: str | None = None
@@ -314,9 +316,10 @@ def make_train_step(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
-        if config.ema_decay:
+        if config.ema_decay or config.swa_after:
             new = {"params": params, "batch_stats": batch_stats}
-            average = _moving_average(average, new, state.step + 1, config.ema_decay)
+            share = _share_of_average(config, state.step + 1)
+            average = jax.tree.map(lambda a, x: a + share * (x - a), average, new)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -356,12 +359,17 @@ def _unless_skipped(finite: Array, state: TrainState, new: TrainState) -> TrainS
     return dataclasses.replace(chosen, step=new.step, sums={**chosen.sums, **counts})
 
 
-def _moving_average(average: Tree, new: Tree, step: Array, decay: float) -> Tree:
-    """After the `step`-th update; younger averages forget faster, as in TensorFlow's
-    `ExponentialMovingAverage` with `num_updates`."""
+def _share_of_average(config: StepConfig, step: Array) -> Array:
+    """What the weights after the `step`-th update make of their average.
+
+    Moving averages forget faster while they are young, as TensorFlow's `ExponentialMovingAverage`
+    with `num_updates`. Plain means (SWA, Izmailov et al. 2018) are the weights themselves until
+    `config.swa_after`.
+    """
     t = step.astype(jnp.float32)
-    share = 1 - jnp.minimum(decay, (1 + t) / (10 + t))
-    return jax.tree.map(lambda a, x: a + share * (x - a), average, new)
+    if config.swa_after:
+        return 1 / jnp.maximum(t - config.swa_after, 1.0)
+    return 1 - jnp.minimum(config.ema_decay, (1 + t) / (10 + t))
 
 
 def make_steps_on_device(

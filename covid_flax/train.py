@@ -13,6 +13,7 @@ import numpy as np
 
 from covid_flax import preemption
 from covid_flax.checkpoint import Checkpoints
+from covid_flax.config import keeps_averages
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.feed import make_feed
@@ -75,7 +76,7 @@ def _start(
     """The state, early stopping and loop JSON: new, or where the latest checkpoint left them."""
     config = run.config
     trained = frozenset(run.trained)
-    average = config.train.ema_decay > 0
+    average = keeps_averages(config)
     new = create_state(run.params, run.batch_stats, trained, job.tx, config.seed, average=average)
     new = job.layout.place(new)
     found = checkpoints.resume(new)

@@ -93,6 +93,7 @@ def get_config() -> ml_collections.ConfigDict:
     t.log_every_steps = 20  # steps a console line
     t.micro_batch = 0  # > 0: images through the network at once; a batch's parts add gradients
     t.ema_decay = 0.0  # > 0: evaluate moving averages of the weights and statistics (0.999)
+    t.swa_start = 0  # > 0: evaluate the plain mean of the weights after so many epochs (SWA)
     t.teacher = ""  # folder of a run of the same split, from whose answers this one learns too
     t.teacher_weight = 0.7  # share of the loss that they make
     t.teacher_temperature = 2.0  # that softens them

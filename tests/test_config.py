@@ -81,6 +81,7 @@ def test_json_gives_the_configuration_back():
         ("optimizer.learning_rate", float("nan")),
         ("model.trainable", "pool"),
         ("train.monitor", "loss"),
+        ("train.swa_start", -1),
     ],
 )
 def test_values_no_run_could_use_are_refused_by_key(key, value):
@@ -88,4 +89,11 @@ def test_values_no_run_could_use_are_refused_by_key(key, value):
     section, _, name = key.rpartition(".")
     (config[section] if section else config)[name] = value
     with pytest.raises(UserError, match=re.escape(f"config.{key}")):
+        config_lib.check(config)
+
+
+def test_two_kinds_of_averages_are_refused():
+    config = base.get_config()
+    config.train.ema_decay, config.train.swa_start = 0.99, 2
+    with pytest.raises(UserError, match=r"swa_start and train\.ema_decay"):
         config_lib.check(config)

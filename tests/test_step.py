@@ -289,6 +289,28 @@ def test_moving_averages_follow_tensorflow_s_rule(batch):
     )
 
 
+def test_swa_evaluates_the_plain_mean_of_the_weights(batch):
+    """Judged in float64: the weights themselves at first, then their mean."""
+    model = _without_dropout()
+    tx = optax.sgd(0.1)
+    how = StepConfig(preprocessing="unit", batch_stats_in=LAST, swa_after=2)
+    step = jax.jit(make_train_step(model[0], tx, how))
+    state = create_state(*model[1:], LAST, tx, seed=0, average=True)
+    seen = []
+    for t in range(1, 6):
+        state, _ = step(state, batch)
+        seen.append(jax.tree.map(np.float64, (state.params, state.batch_stats)))
+        params, stats = state.for_evaluation()
+        got = ({k: params[k] for k in state.params}, stats)
+        want = jax.tree.map(lambda *x: np.mean(x, 0), *(seen[2:] or seen[-1:]))
+        for a, b in zip(got, want, strict=True):
+            _assert_close(a, b, rtol=1e-5, atol=1e-7)
+        if t == 2:
+            _assert_close(params, {**params, **state.params}, rtol=0, atol=0)
+    kernels = [p["conv5"]["block1"]["unit1"]["conv"]["kernel"] for p, _ in seen[2:]]
+    assert np.ptp(kernels, 0).max() > 1e-4  # there was something to average
+
+
 def test_steps_on_the_device_are_the_same_steps(batch):
     model = _without_dropout()
     step, state = _plain_step(model, batch_stats_in=LAST)

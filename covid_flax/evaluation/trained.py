@@ -163,7 +163,7 @@ def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str) -> TrainedR
         frozenset(trained_stages(config.model)),
         make_optimizer(config.optimizer, lambda _: 0.0, MODELS[config.model.name].stages),
         config.seed,
-        average=config.train.ema_decay > 0,
+        average=config_lib.keeps_averages(config),
     )
     if not has_checkpoints(workdir / "checkpoints"):
         raise UserError(f"{workdir} has no checkpoint yet: train it first")

@@ -30,7 +30,7 @@ RUN: dict[str, Any] = {
         "data": {"val_fraction": float, "test_fraction": float, "phantoms_per_class": int},
         "model": {"name": str, "dropout": float},
         "optimizer": {},
-        "train": {"monitor": str, "ema_decay": float, "min_delta": float},
+        "train": {"monitor": str, "ema_decay": float, "swa_start": float, "min_delta": float},
         "augment": {},
     },
     "class_names": [str],

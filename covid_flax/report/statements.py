@@ -267,8 +267,10 @@ def _best_epoch(a: Artefacts) -> int:
 def _ensemble(a: Artefacts) -> str | None:
     if not a.config("model", "name"):
         return None
-    decay = a.config("train", "ema_decay")
+    decay, start = a.config("train", "ema_decay"), a.config("train", "swa_start")
     average = f"; its weights are moving averages (decay {decay:g})" if decay else ""
+    if start:
+        average = f"; its weights are means over all steps after epoch {start:g}"
     return f"None: one network answers{average}."
 
 
