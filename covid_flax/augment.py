@@ -167,6 +167,30 @@ def augment(key: Array, images: Array, how: Augment, kept: Array | None = None) 
     return jax.vmap(functools.partial(_augment_one, how=how))(keys, images, kept)
 
 
+def stretched(images: Array, stretch: float) -> Array:
+    """Height times, width over `stretch`, about the centre, as `aspect` draws it.
+
+    Args:
+      images: `[N, H, W, C]`.
+      stretch: above 0.
+
+    Returns:
+      float32 of the same shape: linear between pixels, beyond the edge its nearest pixel.
+    """
+    rows, columns = (
+        _linear_resampling(size, zoom)
+        for size, zoom in zip(images.shape[1:3], (stretch, 1 / stretch), strict=True)
+    )
+    images = jnp.asarray(images, jnp.float32)
+    return jnp.einsum("ab,nbcd,ec->naed", rows, images, columns, precision="highest")
+
+
+def _linear_resampling(size: int, zoom: float) -> np.ndarray:
+    """`[size, size]`: the row that makes a pixel of a zoomed line, from the line's pixels."""
+    at = np.clip((np.arange(size) - (size - 1) / 2) / zoom + (size - 1) / 2, 0, size - 1)
+    return np.maximum(1 - np.abs(at[:, None] - np.arange(size)), 0).astype(np.float32)
+
+
 def _rings(height: int, width: int, count: int = 12, first: float = 4.0) -> np.ndarray:
     """Which ring each frequency of `rfft2` belongs to, float32 `[H * (W // 2 + 1), count]`.
 

@@ -91,6 +91,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "augment.mixup": (0, 10),
     "augment.cutmix": (0, 10),
     "eval.batch_size": (1, None),
+    "eval.aspect": (0, 1),
 }
 
 

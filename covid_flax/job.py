@@ -197,7 +197,8 @@ def _cached_from(run: Run, how: Augment) -> str | None:
     """
     first = run.trained[0]
     before = stage_before(run.config.model, first)
-    if before is None or how.active or run.config.train.teacher or run.config.eval.mirror:
+    views = run.config.eval.mirror or run.config.eval.aspect
+    if before is None or how.active or run.config.train.teacher or views:
         return None
     gigabytes = _feature_bytes(run) / 1e9
     place = _feature_place(run.config, gigabytes)

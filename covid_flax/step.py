@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from covid_flax.augment import Augment, augment, draw_kept, mix, restyle
+from covid_flax.augment import Augment, augment, draw_kept, mix, restyle, stretched
 from covid_flax.models.preprocess import preprocess
 
 Array = jax.Array
@@ -408,6 +409,7 @@ def make_eval_step(
     start: str | None = None,
     stop: str | None = None,
     mirror: bool = False,
+    aspect: float = 0.0,
 ) -> Callable[[Tree, Tree, Array], Array]:
     """A pure `step(params, batch_stats, images) -> output`, nothing random.
 
@@ -417,14 +419,19 @@ def make_eval_step(
       start: first stage to compute, of what comes in place of images; None is from them on.
       stop: the last stage; None is the network's, whose output are logits.
       mirror: the output is the mean of the image's and its mirror image's; from images only.
+      aspect: > 0: and of the image's with height times, width over exp(+- this).
     """
 
     def step(params: Tree, batch_stats: Tree, images: Array) -> Array:
         model = nnx.merge(graphdef, params, batch_stats)
-        x = preprocess(images, preprocessing) if start is None else images
-        output = model(x, start=start, stop=stop)
-        if mirror and start is None:
-            output = (output + model(x[:, :, ::-1], stop=stop)) / 2
-        return output
+        if start is not None:
+            return model(images, start=start, stop=stop)
+        views = [images]
+        if aspect:
+            views += [stretched(images, math.exp(aspect)), stretched(images, math.exp(-aspect))]
+        views = [preprocess(view, preprocessing) for view in views]
+        if mirror:
+            views += [view[:, :, ::-1] for view in views]
+        return functools.reduce(jnp.add, [model(x, stop=stop) for x in views]) / len(views)
 
     return step

@@ -126,6 +126,7 @@ def _loop(
         job.step_config.preprocessing,
         start=job.start,
         mirror=config.eval.mirror,
+        aspect=config.eval.aspect,
     )
     apply = compile_apply(eval_step)
     val_labels = run.data.labels("val")

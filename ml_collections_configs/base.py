@@ -124,5 +124,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.eval = e = ml_collections.ConfigDict()
     e.batch_size = 64  # over all devices; changes no figure
     e.mirror = False  # average the logits of an image and its mirror image, in validation too
+    e.aspect = 0.0  # > 0: and of the image with height times, width over exp(+- this)
 
     return c.lock()

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from keras_judge import keras
+from scipy import ndimage
 
 from covid_flax.augment import Augment
 from covid_flax.models import create_model, trained_stages
@@ -368,3 +369,30 @@ def test_a_mirrored_evaluation_is_the_mean_of_both(tiny_config, tmp_path):
     a, b = plain(params, stats, images), plain(params, stats, images[:, :, ::-1])
     assert np.abs(a - b).max() > 1e-3
     np.testing.assert_allclose(mirrored(params, stats, images), (a + b) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_an_evaluation_at_other_proportions_is_the_mean_of_them(tiny_config, mirror):
+    """Judged by SciPy's affine transform."""
+    graphdef, params, stats = create_model(tiny_config.model, 4, 0)
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    plain = make_eval_step(graphdef, "unit")
+    views = [np.float32(images)]
+    for stretch in (np.exp(0.2), np.exp(-0.2)):
+        scale = np.array([1 / stretch, stretch, 1.0])
+        middle = np.array([15.5, 15.5, 1.0])
+        views.append(
+            np.stack(
+                [
+                    ndimage.affine_transform(
+                        x, scale, middle * (1 - scale), order=1, mode="nearest"
+                    )
+                    for x in views[0]
+                ]
+            )
+        )
+    views += [x[:, :, ::-1] for x in views] if mirror else []
+    want = np.stack([plain(params, stats, x) for x in views])
+    assert np.ptp(want, 0).max() > 1e-3
+    got = make_eval_step(graphdef, "unit", mirror=mirror, aspect=0.2)(params, stats, images)
+    np.testing.assert_allclose(got, want.mean(0), atol=1e-5)

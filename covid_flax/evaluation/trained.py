@@ -170,7 +170,12 @@ def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str) -> TrainedR
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = resolve_step(checkpoints, checkpoint)
         state, _ = checkpoints.load(step, make_layout("jit").place(state))
-    eval_step = make_eval_step(graphdef, saved["preprocessing"], mirror=config.eval.mirror)
+    eval_step = make_eval_step(
+        graphdef,
+        saved["preprocessing"],
+        mirror=config.eval.mirror,
+        aspect=config.eval.aspect,
+    )
     apply = compile_apply(eval_step)
     params, batch_stats = state.for_evaluation()
     return TrainedRun(
