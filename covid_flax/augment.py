@@ -23,7 +23,6 @@ class Augment:
     scale: float = 0.0
     aspect: float = 0.0
     style: float = 0.0
-    keep: float = 0.0
     brightness: float = 0.0
     contrast: float = 0.0
     gamma: float = 0.0
@@ -36,14 +35,14 @@ class Augment:
 
     @property
     def active(self) -> bool:
-        return any(dataclasses.astuple(dataclasses.replace(self, keep=0.0)))
+        return any(dataclasses.astuple(self))
 
     @property
     def warps(self) -> bool:
         return bool(self.shift or self.rotate or self.scale or self.aspect)
 
 
-def _augment_one(key: Array, image: Array, kept: Array, how: Augment) -> Array:
+def _augment_one(key: Array, image: Array, how: Augment) -> Array:
     """Geometry first, then what a scanner, an export or a crop changes."""
     flip_key, shift_key, rotate_key, scale_key, bright_key = jax.random.split(key, 5)
     if how.flip:
@@ -63,8 +62,7 @@ def _augment_one(key: Array, image: Array, kept: Array, how: Augment) -> Array:
         down, right = cos * y - sin * x, sin * y + cos * x
         if how.aspect:
             aspect_key = jax.random.fold_in(scale_key, 1)
-            most = jnp.where(kept, 0, how.aspect)
-            stretch = jnp.exp(most * jax.random.uniform(aspect_key, minval=-1, maxval=1))
+            stretch = jnp.exp(how.aspect * jax.random.uniform(aspect_key, minval=-1, maxval=1))
             down, right = down / stretch, right * stretch
         at = [down + centre[0] + shift[0], right + centre[1] + shift[1]]
         image = jax.vmap(
@@ -73,10 +71,10 @@ def _augment_one(key: Array, image: Array, kept: Array, how: Augment) -> Array:
     if how.brightness:
         factor = 1 + how.brightness * jax.random.uniform(bright_key, minval=-1, maxval=1)
         image = jnp.clip(image * factor, 0, 255)
-    return _appearance(jax.random.fold_in(key, 1), image, kept, how)
+    return _appearance(jax.random.fold_in(key, 1), image, how)
 
 
-def _appearance(key: Array, image: Array, kept: Array, how: Augment) -> Array:
+def _appearance(key: Array, image: Array, how: Augment) -> Array:
     keys = jax.random.split(key, 6)
 
     def symmetric(i: int) -> Array:
@@ -98,7 +96,7 @@ def _appearance(key: Array, image: Array, kept: Array, how: Augment) -> Array:
     if how.erase:
         image = _erase(keys[4], image, how.erase)
     if how.border:
-        image = jnp.where(kept, image, _border(keys[5], image, how.border))
+        image = _border(keys[5], image, how.border)
     return image
 
 
@@ -142,19 +140,13 @@ def _border(key: Array, image: Array, most: float) -> Array:
     return jnp.where(inside | ~jax.random.bernoulli(whether), image, 0)
 
 
-def draw_kept(key: Array, count: int, how: Augment) -> Array:
-    """Bool `[count]`: images that `aspect`, `style` and `border` leave alone."""
-    return jax.random.bernoulli(key, how.keep, (count,))
-
-
-def augment(key: Array, images: Array, how: Augment, kept: Array | None = None) -> Array:
+def augment(key: Array, images: Array, how: Augment) -> Array:
     """Changes each image by its own draw.
 
     Args:
       key: a random key; image i's draw depends on it and i alone.
       images: `[N, H, W, C]`, 0..255.
       how: which changes, how strong.
-      kept: bool `[N]`, see `draw_kept`; None: no image.
 
     Returns:
       float32 of the same shape, 0..255.
@@ -163,8 +155,7 @@ def augment(key: Array, images: Array, how: Augment, kept: Array | None = None) 
     if not how.active:
         return images
     keys = jax.random.split(key, images.shape[0])
-    kept = jnp.zeros(images.shape[0], bool) if kept is None else kept
-    return jax.vmap(functools.partial(_augment_one, how=how))(keys, images, kept)
+    return jax.vmap(lambda k, image: _augment_one(k, image, how))(keys, images)
 
 
 def stretched(images: Array, stretch: float) -> Array:
@@ -246,7 +237,7 @@ def _match_greys(images: Array, others: Array, part: Array) -> Array:
 
 
 def restyle(
-    key: Array, images: Array, labels: Array, share: float | Array, real: Array | None = None
+    key: Array, images: Array, labels: Array, share: float, real: Array | None = None
 ) -> Array:
     """Gives images the look of others: how strong fine detail is, how greys are distributed.
 
@@ -260,7 +251,7 @@ def restyle(
       key: a random key.
       images: `[N, H, W, C]`, 0..255; channels change alike.
       labels: int `[N]`.
-      share: the chance of each image to be changed, 0..1; of all, or `[N]`.
+      share: of the images, how many are changed, 0..1.
       real: bool `[N]`: False images only fill the batch up, and no look is theirs. None: all are.
 
     Returns:

@@ -80,7 +80,6 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "augment.scale": (0, 0.99),
     "augment.aspect": (0, 1),
     "augment.style": (0, 1),
-    "augment.keep": (0, 1),
     "augment.brightness": (0, 1),
     "augment.contrast": (0, 3),
     "augment.gamma": (0, 3),

@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from covid_flax.augment import Augment, augment, draw_kept, mix, restyle, stretched
+from covid_flax.augment import Augment, augment, mix, restyle, stretched
 from covid_flax.models.preprocess import preprocess
 
 Array = jax.Array
@@ -299,12 +299,10 @@ def make_train_step(
         if not cached:
             how = config.augment
             x = batch["image"]
-            kept = draw_kept(jax.random.fold_in(augment_key, 3), x.shape[0], how)
             if how.style:
                 style_key = jax.random.fold_in(augment_key, 2)
-                share = jnp.where(kept, 0, how.style)
-                x = restyle(style_key, x, batch["label"], share, batch.get("mask"))
-            x = augment(augment_key, x, how, kept)
+                x = restyle(style_key, x, batch["label"], how.style, batch.get("mask"))
+            x = augment(augment_key, x, how)
             if how.mixup or how.cutmix:
                 x, share = mix(jax.random.fold_in(augment_key, 1), x, how, batch.get("mask"))
                 # Its own share of the labels too, and the labels of what was mixed in.

@@ -110,7 +110,6 @@ def get_config() -> ml_collections.ConfigDict:
     a.scale = 0.0  # zoom by up to this share, in or out
     a.aspect = 0.0  # height times, width over exp(+- up to this)
     a.style = 0.0  # this share of the images takes greys and sharpness of one of any class
-    a.keep = 0.0  # this share of the images is left alone by aspect, style and border
     a.brightness = 0.0  # multiplied by 1 +- up to this share
     a.contrast = 0.0  # about the mean, multiplied by exp(+- up to this)
     a.gamma = 0.0  # greys to the power exp(+- up to this)
