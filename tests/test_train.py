@@ -100,6 +100,7 @@ def resumable(tiny_config):
     with_batch_norm(tiny_config)
     tiny_config.train.checkpoint_every_steps = 3
     tiny_config.augment.flip = True
+    tiny_config.train.swa_start = 1  # a mean goes on too
     return tiny_config
 
 
