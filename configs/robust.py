@@ -12,7 +12,7 @@ from ml_collections_configs import base
 def get_config():
     c = base.start_from("best.py", __file__)
     c.model.preprocessing = "standard"
-    # The rate stays up, and the mean of the weights since the second epoch is evaluated.
+    # The rate stays up, and the mean of the weights after the second epoch is evaluated.
     c.optimizer.learning_rate = 5e-4
     c.optimizer.schedule = "constant"
     c.train.ema_decay = 0.0

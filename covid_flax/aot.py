@@ -18,12 +18,12 @@ from covid_flax.augment import Augment
 from covid_flax.chips import PEAKS
 from covid_flax.config import keeps_averages
 from covid_flax.errors import UserError
+from covid_flax.job import cacheable
 from covid_flax.mesh import AXIS, jit_layout, replicated, sharded
 from covid_flax.models import (
     MODELS,
     create_model,
     preprocessing_of,
-    stage_before,
     trained_stages,
 )
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
@@ -106,7 +106,7 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
     """The step that a run of this configuration trains with, lowered for a mesh.
 
     Where the run would cache the frozen stages' output, the step starts from that. Raises
-    UserError where the batch does not divide among the devices.
+    UserError where the batch does not divide among the devices, and of a step with a teacher.
     """
     if config.train.parallel != "jit":
         raise UserError("a topology is compiled for train.parallel=jit only: set that")
@@ -116,10 +116,11 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
             f"config.train.batch_size={batch} (micro_batch={config.train.micro_batch}) does not "
             f"divide among {mesh.size} devices: choose multiples of {mesh.size}"
         )
+    if config.train.teacher:
+        raise UserError("a teacher's part of the step is not compiled: set train.teacher=''")
     graphdef, params, batch_stats = create_model(config.model, num_classes, config.seed)
     trained = trained_stages(config.model)
-    how = Augment(**config.augment.to_dict())
-    cached = None if how.active else stage_before(config.model, trained[0])
+    cached = cacheable(config)
     # The number of steps turns up in constants only.
     schedule = learning_rate_schedule(config.optimizer, 1000, 1)
     tx = make_optimizer(config.optimizer, schedule, MODELS[config.model.name].stages)
@@ -130,7 +131,7 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
         start=None if cached is None else trained[0],
         class_weights=weights,
         label_smoothing=config.train.label_smoothing,
-        augment=how,
+        augment=Augment(**config.augment.to_dict()),
         micro_batch=config.train.micro_batch,
         ema_decay=config.train.ema_decay,
         swa_after=config.train.swa_start,  # in epochs: the number is a constant, and costs nothing

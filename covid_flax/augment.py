@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def _blur_or_sharpen(key: Array, image: Array, most: float) -> Array:
     """Half of the images blurred by up to `most` pixels, half sharpened by as much again."""
     which, strength = jax.random.split(key)
     sigma = most * jax.random.uniform(strength, minval=0.1, maxval=1.0)
-    radius = 3
+    radius = max(3, math.ceil(3 * most))
     taps = jnp.exp(-0.5 * (jnp.arange(-radius, radius + 1) / sigma) ** 2)
     taps = taps / jnp.sum(taps)
     padded = jnp.pad(image, ((radius, radius), (radius, radius), (0, 0)), mode="edge")

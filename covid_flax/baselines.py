@@ -32,7 +32,7 @@ from covid_flax.data.splits import write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import print_report
 from covid_flax.evaluation.predictions import Predictions, predictions_of
-from covid_flax.evaluation.trained import open_data, saved_run
+from covid_flax.evaluation.trained import open_data, refuse_folds, saved_run
 from covid_flax.files import write_atomically
 from covid_flax.report.console import say
 
@@ -124,6 +124,7 @@ def baselines(
     if unknown or not models:
         raise UserError(f"--models={','.join(models)}: name some of {', '.join(GRIDS)}")
     saved = saved_run(workdir)
+    refuse_folds(workdir, saved, "classical models")
     config = config_lib.from_json(saved["config"])
     if data_dir:  # the same images, elsewhere
         saved = saved | {"data": saved["data"] | {"root": data_dir}}

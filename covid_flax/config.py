@@ -119,7 +119,17 @@ def check(config: ml_collections.ConfigDict) -> None:
             "config.train.swa_start and train.ema_decay each say which weights are evaluated: "
             "set one of them to 0"
         )
+    if flat["train.swa_start"] >= flat["train.epochs"]:
+        raise UserError(
+            f"config.train.swa_start={flat['train.swa_start']}: after train.epochs="
+            f"{flat['train.epochs']} there is nothing to average: set a smaller one, or 0"
+        )
     _check_network(flat["model.name"], flat)
+
+
+def is_repeated(config: ml_collections.ConfigDict) -> bool:
+    """Whether the configuration asks for more than one run, see `covid_flax.members`."""
+    return config.repeats > 1 or (config.data.folds > 1 and config.data.fold < 0)
 
 
 def keeps_averages(config: ml_collections.ConfigDict) -> bool:

@@ -16,7 +16,7 @@ import bisect
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,18 @@ from covid_flax.evaluation.intervals import (
 )
 from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sources, source_only
-from covid_flax.evaluation.trained import Ensemble, TrainedRun, open_data, open_run, saved_run
+from covid_flax.evaluation.trained import (
+    CLASS_MAP_HELP,
+    Ensemble,
+    TrainedRun,
+    open_data,
+    open_run,
+    parse_class_map,
+    refuse_folds,
+    saved_run,
+)
 from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
-from covid_flax.files import write_atomically
+from covid_flax.files import make_writable, write_atomically
 from covid_flax.report.console import say
 
 SPLITS = ("test", "val", "train", "all")
@@ -528,6 +537,7 @@ def run_controls(
     checkpoint: str = "best",
     split: str = "",
     data_dir: str = "",
+    class_map: Mapping[str, str] | None = None,
     masks: str = "",
     pairs: str = "",
     limit: int = 0,
@@ -540,6 +550,7 @@ def run_controls(
       checkpoint: `best`, `latest` or a step.
       split: of the run's `split.csv`; "" takes test where there is one, else val.
       data_dir: where the images lie now, or with `split` all another folder; as in `evaluate`.
+      class_map: the run's class for each class folder of `data_dir`, see `open_data`.
       masks: a folder of lung masks; "" looks beside the images.
       pairs: a folder of twins of the images, `<Class>/images/<same name>`.
       limit: at most so many images, and so many twins; 0 takes all.
@@ -552,10 +563,15 @@ def run_controls(
     if pairs and not Path(pairs).exists():
         raise UserError(f"--pairs={pairs} does not exist: give a folder of <Class>/images/<name>")
     split = split or ("test" if "test" in saved["data"]["images"] else "val")
-    data = open_data(workdir, saved, split, data_dir)
+    if split == "val":
+        refuse_folds(workdir, saved, "its val images")
+    data = open_data(workdir, saved, split, data_dir, class_map)
+    output = output or workdir / "controls" / split
+    make_writable(output)
     training = None
     if split in ("test", "val"):  # the simple models must not be scored on what they learned from
-        training = dataclasses.replace(data, rows=data.files("train"))
+        # A whole cross-validation trained on all that is val there.
+        training = dataclasses.replace(data, rows=data.files("train") or data.files("val"))
     data = dataclasses.replace(data, rows=data.files(split))
     twin_folder = open_folder(pairs, require_two_classes=False) if pairs else None
     lungs = find_masks(data.folder, [*data.rows, *(training.rows if training else ())], masks)
@@ -576,7 +592,6 @@ def run_controls(
         **report,
     }
     report["text"] = explain(report)
-    output = output or workdir / "controls" / split
     write_controls_page(
         output / "controls.html", report, examples, title=f"Shortcut controls of {workdir.name}"
     )
@@ -611,6 +626,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step")
     flags.DEFINE_enum("split", "", ("", *SPLITS), "which images; empty: test if there is one")
     flags.DEFINE_string("data_dir", "", "another place of the run's images, or another folder")
+    flags.DEFINE_list("class_map", [], CLASS_MAP_HELP)
     flags.DEFINE_string("masks", "", "a folder of lung masks; empty: <Class>/masks of the images")
     flags.DEFINE_string("pairs", "", "a folder of twins: <Class>/images/<name of an image>")
     flags.DEFINE_integer("limit", 0, "at most so many images, class by class; 0: all", 0)
@@ -624,6 +640,7 @@ def _main() -> None:
         checkpoint=f.checkpoint,
         split=f.split,
         data_dir=f.data_dir,
+        class_map=parse_class_map(f.class_map),
         masks=f.masks,
         pairs=f.pairs,
         limit=f.limit,

@@ -12,7 +12,6 @@ if __name__ == "__main__":
     restart_with_huge_pages()
 
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,16 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import has_width
 from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.evaluation.trained import (
+    CLASS_MAP_HELP,
     Ensemble,
     open_data,
     open_run,
     out_of_fold,
     own_images,
+    parse_class_map,
     saved_run,
 )
-from covid_flax.files import parse_json, write_atomically
+from covid_flax.files import make_writable, parse_json, write_atomically
 from covid_flax.report.console import say
 
 SPLITS = ("val", "test", "train", "all")
@@ -77,7 +78,7 @@ def evaluate(
     run = open_run(workdir, checkpoint)
     calibration = _stored_calibration(workdir, run.step)
     output = output or workdir / "eval" / split
-    _refuse_unwritable(output)
+    make_writable(output)
     if calibrated and calibration is None:
         raise UserError(
             f"{workdir} has no temperature for step {run.step}: score its validation split "
@@ -123,7 +124,13 @@ def evaluate(
     title = f"{split} images of {workdir.name}"
     write_evaluation(output, report, predictions, title=title, run=saved | {"name": workdir.name})
     if split == "val" and not data_dir:
-        _store_calibration(workdir, run.step, calibration)
+        try:
+            _store_calibration(workdir, run.step, calibration)
+        except UserError as e:
+            if output == workdir / "eval" / split:
+                raise
+            # Of a run that is another's to write.
+            say(f"note: the temperature is not kept for --calibrated: {e}")
     print_report(report, output)
     return report
 
@@ -160,18 +167,6 @@ def _store_calibration(workdir: Path, step: int, calibration: Mapping[str, Any] 
     path = workdir / "calibration.json"
     text = json.dumps(_read_calibrations(path) | {str(step): calibration}, indent=2)
     write_atomically(path, f"{text}\n".encode())
-
-
-def _refuse_unwritable(output: Path) -> None:
-    """Before any image is scored."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as e:
-        raise UserError(
-            f"cannot write {output} ({e.strerror}): free the place or name another folder"
-        ) from e
 
 
 def print_report(report: Mapping[str, Any], output: Path) -> None:
@@ -215,19 +210,6 @@ def _with_interval(x: float, interval: list[float] | None) -> str:
     return f"{x:.4f}" + (f" ({shown[0]:.4f} to {shown[1]:.4f})" if shown else "")
 
 
-def parse_class_map(text: list[str]) -> dict[str, str]:
-    """`THEIRS=OURS` of each; UserError for anything else."""
-    found: dict[str, str] = {}
-    for part in text:
-        theirs, _, ours = (word.strip() for word in part.rpartition("="))
-        if not theirs or not ours:
-            raise UserError(f"--class_map={part}: give THEIRS=OURS,... (THEIRS=- leaves one out)")
-        if theirs in found:
-            raise UserError(f"--class_map names {theirs} twice: say once what it is")
-        found[theirs] = ours
-    return found
-
-
 def parse_prevalence(text: list[str], class_names: list[str]) -> dict[str, float] | None:
     """`CLASS=SHARE` of each, or one share for every class; None for nothing. UserError."""
     try:
@@ -258,12 +240,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step")
     flags.DEFINE_enum("split", "val", SPLITS, "which images")
     flags.DEFINE_string("data_dir", "", "another place of the run's images, or another folder")
-    flags.DEFINE_list(
-        "class_map",
-        [],
-        "for another folder: THEIRS=OURS,...; THEIRS=- leaves a class out; "
-        """quote what has a comma: '"a, b=Normal"'""",
-    )
+    flags.DEFINE_list("class_map", [], CLASS_MAP_HELP)
     flags.DEFINE_bool("calibrated", False, "scale probabilities by the temperature fitted on val")
     flags.DEFINE_list(
         "prevalence", [], "a share for every class, or CLASS=SHARE,...: PPV and NPV there"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,22 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise UserError(
             f"cannot write {path} ({error.strerror}): free the place or name another folder"
         ) from error
+
+
+def make_writable(folder: Path) -> None:
+    """Creates a folder that results will be written to, before the work on them.
+
+    Raises:
+      UserError: nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise UserError(
+            f"cannot write {folder} ({e.strerror}): free the place or name another folder"
+        ) from e
 
 
 def _remove_parts_of_the_dead(folder: Path, beginning: str) -> None:

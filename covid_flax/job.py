@@ -17,10 +17,9 @@ from covid_flax.augment import Augment
 from covid_flax.chips import peak_of
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.pipeline import ArraySource, Source, usable_examples
-from covid_flax.data.splits import read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.mesh import Layout, make_layout
-from covid_flax.models import MODELS, preprocessing_of, stage_before
+from covid_flax.models import MODELS, preprocessing_of, stage_before, trained_stages
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
 from covid_flax.predict import compile_apply, predict
 from covid_flax.report.console import say
@@ -87,7 +86,7 @@ def make_job(run: Run) -> Job:
     steps_per_epoch = math.ceil(usable / batch_size)
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
     how = Augment(**config.augment.to_dict())
-    start = _cached_from(run, how)
+    start = _cached_from(run)
     weights = None
     if config.train.class_weights == "balanced":
         weights = dataset_lib.class_weights(labels, len(run.data.class_names))
@@ -125,7 +124,7 @@ def _teacher(run: Run) -> Teacher | None:
     if not config.teacher:
         return None
     # It opens runs, with what training needs and more.
-    from covid_flax.evaluation.trained import open_run
+    from covid_flax.evaluation.trained import learned_files, open_run
 
     folder = Path(config.teacher).expanduser()
     teacher = open_run(folder)
@@ -140,7 +139,7 @@ def _teacher(run: Run) -> Teacher | None:
             f"train.teacher={folder} takes images of {size} pixels, this run has "
             f"{run.config.data.image_size}: set data.image_size={size}"
         )
-    learned = {row.file for row in read_split_csv(folder / "split.csv") if row.split == "train"}
+    learned = learned_files(folder, teacher.saved)
     held_out = {row.file for row in run.data.rows if row.split != "train"}
     if leaked := len(learned & held_out):
         raise UserError(
@@ -189,16 +188,21 @@ def peak_rate(run: Run, job: Job) -> float:
     return peak.flops * jax.device_count() * config.train.batch_size / flops if flops else 0.0
 
 
-def _cached_from(run: Run, how: Augment) -> str | None:
-    """The stage to start from with cached inputs; None where nothing is cached.
+def cacheable(config: Any) -> str | None:
+    """The last frozen stage, if its output of an image is the same every epoch; else None.
 
-    Frozen stages give an image the same output every epoch, unless it is augmented: then
-    computing it once is exact.
+    It is where no image is augmented, seen in other views too, or shown to a teacher.
     """
-    first = run.trained[0]
-    before = stage_before(run.config.model, first)
-    views = run.config.eval.mirror or run.config.eval.aspect
-    if before is None or how.active or run.config.train.teacher or views:
+    changed = Augment(**config.augment.to_dict()).active or config.eval.mirror or config.eval.aspect
+    if changed or config.train.teacher:
+        return None
+    return stage_before(config.model, trained_stages(config.model)[0])
+
+
+def _cached_from(run: Run) -> str | None:
+    """The stage to start from with cached inputs; None where nothing is cached."""
+    before = cacheable(run.config)
+    if before is None:
         return None
     gigabytes = _feature_bytes(run) / 1e9
     place = _feature_place(run.config, gigabytes)
@@ -213,7 +217,7 @@ def _cached_from(run: Run, how: Augment) -> str | None:
         f"frozen stages: those up to {before} give every image the same output each epoch: "
         f"computed once, {gigabytes:.2f} GB {place}"
     )
-    return first
+    return run.trained[0]
 
 
 def _feature_bytes(run: Run) -> int:

@@ -27,15 +27,10 @@ from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.intervals import LEVEL
 from covid_flax.files import write_atomically
 from covid_flax.report.console import say
-from covid_flax.run import read_run, setup
+from covid_flax.run import read_run, refuse_changes, setup
 from covid_flax.train import train
 
 FIGURES = ("accuracy", "balanced_accuracy", "loss")
-
-
-def is_repeated(config: ml_collections.ConfigDict) -> bool:
-    """Whether the configuration asks for more than one run."""
-    return config.repeats > 1 or (config.data.folds > 1 and config.data.fold < 0)
 
 
 def member_configs(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
@@ -74,13 +69,15 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
     if has_checkpoints(workdir / "checkpoints"):
         raise UserError(f"{workdir} holds a single run: choose another --workdir")
     saved = read_run(workdir)
-    if saved is not None and saved["config"] != config_lib.to_json(config):
-        raise UserError(f"{workdir} holds runs of another configuration: choose another --workdir")
+    if saved is not None:
+        refuse_changes(saved["config"], config_lib.to_json(config), workdir)
     configs = member_configs(config)
     reports: dict[str, dict[str, Any]] = {}
+    data = None
     for number, (name, member) in enumerate(configs.items(), 1):
         say(f"run {number} of {len(configs)}: {name}")
         run = setup(member, workdir / name)
+        data = data or run.data
         train(run)
         reports[name] = {"val": evaluate(workdir / name, data=run.data)}
         if run.data.files("test"):
@@ -90,8 +87,10 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
     if jax.process_index() == 0:
         _write_whole(config, workdir, list(configs))
     distributed.barrier("members")
+    assert data is not None
+    data = dataclasses.replace(data, rows=read_split_csv(workdir / "split.csv"))
     splits = list(next(iter(reports.values())))
-    whole = {split: evaluate(workdir, split=split) for split in splits}
+    whole = {split: evaluate(workdir, split=split, data=data) for split in splits}
     if jax.process_index() != 0:
         return {}
     summary = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,17 @@ from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS, Corruption
 from covid_flax.data.pipeline import Element, Source
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import wilson_interval
-from covid_flax.evaluation.trained import Ensemble, TrainedRun, open_data, open_run, saved_run
-from covid_flax.files import write_atomically
+from covid_flax.evaluation.trained import (
+    CLASS_MAP_HELP,
+    Ensemble,
+    TrainedRun,
+    open_data,
+    open_run,
+    parse_class_map,
+    refuse_folds,
+    saved_run,
+)
+from covid_flax.files import make_writable, write_atomically
 from covid_flax.report.console import say
 
 SPLITS = ("test", "val", "train", "all")
@@ -126,6 +136,7 @@ def robustness(
     checkpoint: str = "best",
     split: str = "",
     data_dir: str = "",
+    class_map: Mapping[str, str] | None = None,
     limit: int = 0,
     output: Path | None = None,
 ) -> dict[str, Any]:
@@ -136,6 +147,7 @@ def robustness(
       checkpoint: `best`, `latest` or a step.
       split: of the run's `split.csv`; "" takes test where there is one, else val.
       data_dir: where the images lie now, or with `split` all another folder; as in `evaluate`.
+      class_map: the run's class for each class folder of `data_dir`, see `open_data`.
       limit: at most so many images, class by class; 0 takes all.
       output: folder of the files, `workdir/robustness/<split>` where None.
 
@@ -144,8 +156,12 @@ def robustness(
     """
     saved = saved_run(workdir)
     split = split or ("test" if "test" in saved["data"]["images"] else "val")
-    data = open_data(workdir, saved, split, data_dir)
+    if split == "val":
+        refuse_folds(workdir, saved, "its val images")
+    data = open_data(workdir, saved, split, data_dir, class_map)
     run = open_run(workdir, checkpoint)
+    output = output or workdir / "robustness" / split
+    make_writable(output)
     source = data.source(split, run.config.data)
     report = {
         "split": split,
@@ -156,8 +172,6 @@ def robustness(
     # Slow to import.
     from covid_flax.report.robustness_plot import plot_robustness
 
-    output = output or workdir / "robustness" / split
-    output.mkdir(parents=True, exist_ok=True)
     plot_robustness(report, output / "robustness.png", f"{workdir.name}, {split} images")
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(output / "robustness.json", f"{text}\n".encode())
@@ -180,6 +194,7 @@ def _define_flags() -> None:
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step")
     flags.DEFINE_enum("split", "", ("", *SPLITS), "which images; empty: test if there is one")
     flags.DEFINE_string("data_dir", "", "another place of the run's images, or another folder")
+    flags.DEFINE_list("class_map", [], CLASS_MAP_HELP)
     flags.DEFINE_integer("limit", 0, "at most so many images, class by class; 0: all", 0)
     flags.DEFINE_string("output", "", "folder to write to; empty: RUN_DIR/robustness/<split>")
 
@@ -193,6 +208,7 @@ def _main(arguments: list[str]) -> None:
         checkpoint=f.checkpoint,
         split=f.split,
         data_dir=f.data_dir,
+        class_map=parse_class_map(f.class_map),
         limit=f.limit,
         output=Path(f.output).expanduser() if f.output else None,
     )

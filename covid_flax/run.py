@@ -86,7 +86,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     config_lib.check(config)
     saved = read_run(workdir) if has_checkpoints(workdir / "checkpoints") else None
     if saved is not None:
-        _refuse_changes(saved["config"], config_lib.to_json(config), workdir)
+        refuse_changes(saved["config"], config_lib.to_json(config), workdir)
     say(f"data: reading {config.data.dir or 'synthetic phantoms'}")
     data = dataset_lib.load_dataset(config.data, config.seed, workdir)
     _describe_data(data)
@@ -206,7 +206,14 @@ def only_trainer(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _refuse_changes(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+def refuse_changes(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+    """Where a run would go on under other figures. Raises UserError, naming the keys.
+
+    Args:
+      saved: its configuration, as config.json has it.
+      now: the one it would go on with.
+      workdir: its folder.
+    """
     # Keys that came after the run was begun had their defaults.
     defaults = config_lib.flatten(config_lib.to_json(base.get_config()))
     before, after = defaults | config_lib.flatten(saved), config_lib.flatten(now)

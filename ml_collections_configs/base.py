@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     d.test_fraction = 0.0  # share kept for `--split=test` (grouped only)
     d.folds = 0  # grouped only, > 1: cross-validation, val is one of so many parts (and test apart)
     d.fold = -1  # which of them; -1 trains on each in turn
-    d.split_seed = -1  # of the split alone; -1 is the seed of everything
+    d.split_seed = -1  # of the split (and of phantoms); -1 is the seed of everything
     d.nested_test = False  # paper-*: the paper's 20 % becomes `test`, `val` is drawn from the rest
     d.groups_file = ""  # csv of file and group; "" looks for groups.csv, then manifest.csv
     d.group_column = ""  # its column; "" takes group, near_dup_group, patient_id, group_from_name

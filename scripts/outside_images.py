@@ -14,7 +14,8 @@ each under its own name. Two folders come of them, `choosing`, by which a recipe
 `held_back`, which should choose nothing, both in the layout of the radiography database with the
 classes COVID and Normal. Images are made like the database's shared copies: squeezed to 112 x 112,
 grey, black to white. What the leak check finds to be a copy of an image of RADIOGRAPHY, or another
-exposure of the same patient, is left out: the database was collected from some of these.
+exposure of the same patient, is left out: the database was collected from some of these. So is
+from `choosing` what is a copy of an image held back.
 
 `--score` tells apart COVID from Normal by the odds p_COVID / p_Normal of a `predictions.csv`.
 """
@@ -138,17 +139,18 @@ def build(clones: Path, data_dir: str, output: Path) -> None:
         if not counts:
             raise UserError(f"{clones} holds none of the clones: see --help")
         result = audit(open_folder(str(both)), progress=True)
-        of_known = {
-            group
-            for path, group in zip(result.files, result.groups, strict=True)
-            if Path(path).name.startswith("known~")
-        }
+        groups_of = collections.defaultdict(set)
+        for path, group in zip(result.files, result.groups, strict=True):
+            groups_of[Path(path).name.split("~")[0]].add(group)
         for path, label, group in zip(result.files, result.labels, result.groups, strict=True):
             folder, name, *rest = Path(path).name.split("~")
             if folder == "known":
                 continue
-            if group in of_known:
+            if group in groups_of["known"]:
                 counts[name]["in the database"] += 1
+                continue
+            if folder == "choosing" and group in groups_of["held_back"]:
+                counts[name]["held back in another source"] += 1
                 continue
             counts[name][label] += 1
             place = output / folder / label / "images" / f"{name}~{'~'.join(rest)}"

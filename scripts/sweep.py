@@ -289,7 +289,13 @@ def make_plan(
         Trial(_name(i, s, seed), i, s, seed) for i, s in enumerate(settings) for seed in found
     ]
     for trial in all_trials:
-        config_lib.check(_config_of(config, trial))
+        of_trial = _config_of(config, trial)
+        config_lib.check(of_trial)
+        if config_lib.is_repeated(of_trial):
+            raise UserError(
+                "a trial is one run: give --seeds for config.repeats, and --set=data.fold=0,1,... "
+                "(or --config.data.fold) beside data.folds"
+            )
     return Plan(config_file, config, kind, axes, found, fixed, trials, sweep_seed, all_trials)
 
 

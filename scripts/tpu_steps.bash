@@ -54,7 +54,7 @@ for step in "${steps[@]}"; do
       run git -C "$root" archive --format=tar.gz --prefix=covid_flax/ "--output=$archive" HEAD
       run "${tpu[@]}" scp "$archive" "$name:covid_flax.tar.gz" "${where[@]}" "--worker=$worker"
       on_workers "tar xzf covid_flax.tar.gz && cd covid_flax && python3 -m venv .venv && \
-.venv/bin/python -m pip install --quiet --editable '.[tpu]'"
+.venv/bin/python -m pip install --quiet --editable '.[tpu,lite0]'"
       ;;
     run)
       # Quoted once more, for the shell at the other end.

@@ -92,6 +92,15 @@ def test_values_no_run_could_use_are_refused_by_key(key, value):
         config_lib.check(config)
 
 
+def test_an_average_that_would_never_begin_is_refused():
+    config = base.get_config()
+    config.train.epochs, config.train.swa_start = 8, 7
+    config_lib.check(config)
+    config.train.swa_start = 8
+    with pytest.raises(UserError, match=r"swa_start=8: after train\.epochs=8"):
+        config_lib.check(config)
+
+
 def test_two_kinds_of_averages_are_refused():
     config = base.get_config()
     config.train.ema_decay, config.train.swa_start = 0.99, 2

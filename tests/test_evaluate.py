@@ -10,12 +10,8 @@ import sklearn.metrics
 from PIL import Image
 
 from covid_flax.errors import UserError
-from covid_flax.evaluate import (
-    check_prevalence,
-    evaluate,
-    parse_class_map,
-    parse_prevalence,
-)
+from covid_flax.evaluate import check_prevalence, evaluate, parse_prevalence
+from covid_flax.evaluation.trained import parse_class_map
 from covid_flax.run import setup
 from covid_flax.train import train
 
@@ -139,6 +135,20 @@ def test_the_temperature_of_validation_is_applied_when_asked(trained, phantom_di
     (copy / "split.csv").write_text(split.replace(",Normal,", ",Martian,", 1))
     with pytest.raises(UserError, match="Martian"):
         evaluate(copy, split="test")
+
+
+def test_a_run_that_is_another_s_to_write_is_scored_elsewhere(
+    trained, tmp_path, monkeypatch, capsys
+):
+    def read_only(*_):
+        raise UserError("cannot write calibration.json (Read-only file system)")
+
+    monkeypatch.setattr("covid_flax.evaluate._store_calibration", read_only)
+    report = evaluate(trained, output=tmp_path / "mine")
+    assert json.loads((tmp_path / "mine" / "report.json").read_text()) == report
+    assert "note: the temperature is not kept" in capsys.readouterr().out
+    with pytest.raises(UserError, match="Read-only"):
+        evaluate(trained)
 
 
 def test_groups_that_the_folder_names_later_count(trained, phantom_dir, tmp_path):

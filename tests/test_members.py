@@ -8,11 +8,19 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from covid_flax.baselines import baselines
+from covid_flax.config import is_repeated
+from covid_flax.controls import run_controls
 from covid_flax.data.splits import read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.predictions import read_predictions
-from covid_flax.members import is_repeated, mean_interval, member_configs, train_members
+from covid_flax.job import make_job
+from covid_flax.members import mean_interval, member_configs, train_members
+from covid_flax.report.artefacts import read_artefacts
+from covid_flax.report.statements import statements
+from covid_flax.robustness import robustness
+from covid_flax.run import setup
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -70,8 +78,50 @@ def test_trained_members_are_not_trained_again(folds, capsys):
     assert capsys.readouterr().out.count("training is complete") == 3
     other = config.copy_and_resolve_references()
     other.train.epochs = 3
-    with pytest.raises(UserError, match="another configuration"):
+    with pytest.raises(UserError, match=r"another configuration \(train\.epochs was 2, now 3\)"):
         train_members(other, workdir)
+    other.train.epochs, other.data.num_threads = 2, 1  # what changes no figure may change
+    assert train_members(other, workdir) == summary
+
+
+def test_a_whole_is_not_scored_on_what_its_members_learned(folds, tmp_path):
+    config, workdir, _ = folds
+    with pytest.raises(UserError, match=r"cross-validation.*give one of them, like .*fold0"):
+        robustness(workdir, split="val")
+    with pytest.raises(UserError, match=r"cross-validation.*fold0"):
+        run_controls(workdir, split="val")
+    with pytest.raises(UserError, match=r"cross-validation.*fold0"):
+        baselines(workdir)
+    report = robustness(workdir, limit=4, output=tmp_path / "robustness")
+    assert report["split"] == "test" and report["num_examples"] == 4
+    report = run_controls(workdir, limit=4, output=tmp_path / "controls")
+    assert report["split"] == "test"
+    lessons = [c["simple_model"]["num_training"] for c in report["conditions"]]
+    assert lessons[0] == 64  # all that any member learned from
+    student = config.copy_and_resolve_references()
+    student.data.folds, student.data.val_fraction, student.train.teacher = 0, 0.25, str(workdir)
+    run = setup(student, tmp_path / "student")
+    learned = {row.file for row in read_split_csv(workdir / "split.csv") if row.split != "test"}
+    leaked = {row.file for row in run.data.rows if row.split != "train"} & learned
+    assert len(leaked) >= 16
+    with pytest.raises(UserError, match=f"was trained on {len(leaked)} images that this run hold"):
+        make_job(run)
+
+
+def test_what_a_card_says_of_several_runs(folds):
+    _, workdir, _ = folds
+    said = statements(read_artefacts(workdir))
+    assert said["ensemble"] == (
+        "The mean of the probabilities of 3 runs, one a fold; a val image is scored by the run "
+        "alone that held it out."
+    )
+    assert "seed 0, 3 folds, each val in turn, test share 0.2." in said["partition"]
+    assert "val share" not in said["partition"] and "One training" not in said["limits"]
+    assert "3 trainings, alike but for their images" in said["limits"]
+    said = statements(read_artefacts(workdir / "fold1"))
+    assert "3 folds, number 1 (from 0) val, test share 0.2." in said["partition"]
+    assert said["ensemble"] == "None: one network answers."
+    assert "One training with one seed" in said["limits"]
 
 
 def test_seeds_share_a_split(tiny_config):
@@ -82,6 +132,16 @@ def test_seeds_share_a_split(tiny_config):
     assert {m.data.split_seed for m in members.values()} == {5}
     assert [m.seed for m in members.values()] == [5, 6, 7]
     assert not any(is_repeated(m) for m in members.values())
+
+
+def test_seeds_share_their_phantoms(tiny_config, tmp_path):
+    tiny_config.repeats = 2
+    tiny_config.data.dir, tiny_config.data.phantoms_per_class = "", 8
+    images = []
+    for name, member in member_configs(tiny_config).items():
+        data = setup(member, tmp_path / name).data
+        images.append({row.file: data.folder.read(row.file) for row in data.rows})
+    assert images[0] == images[1] and len(images[0]) == 32
 
 
 def test_the_interval_is_student_s():

@@ -210,6 +210,21 @@ def test_another_value_in_a_file_is_another_on_the_card(tmp_path, file, path, va
     assert said in text_of(folder)
 
 
+def test_teachers_views_and_the_splits_own_seed_are_told(tmp_path):
+    folder = write_run(tmp_path / "run")
+    saved = json.loads((folder / "config.json").read_text())
+    saved["config"]["data"]["split_seed"] = 3
+    saved["config"]["train"] |= {"teacher": "/runs/best", "teacher_weight": 0.7}
+    saved["config"]["eval"] = {"mirror": True, "aspect": 0.1}
+    change(folder / "config.json", config=saved["config"])
+    text = text_of(folder)
+    assert "Rule 'grouped', seed 3, val share" in text
+    assert "the answers of /runs/best; their share of the loss 0.7;" in text
+    assert "as it is and as its mirror image and other proportions (height times" in text
+    change(folder / "config.json", members=["seed5", "seed6"])
+    assert "The mean of the probabilities of 2 runs with other seeds;" in text_of(folder)
+
+
 def test_a_leak_of_groups_is_told(tmp_path):
     folder = write_run(tmp_path / "run", leak=True)
     change(folder / "eval/test/report.json", alarms=None)  # as reports were before they had any

@@ -71,6 +71,9 @@ def test_a_run_s_table_and_plot(tiny_config, tmp_path):
     assert json.loads((folder / "robustness.json").read_text()) == report
     assert (folder / "robustness.png").read_bytes().startswith(b"\x89PNG")
     assert report["plain"]["accuracy"] == evaluate(workdir)["accuracy"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*file"):
+        robustness(workdir, output=tmp_path / "file")
     limited = robustness(workdir, limit=8, output=tmp_path / "few")
     assert limited["num_examples"] == 8
     with pytest.raises(UserError, match="the run has no test split"):

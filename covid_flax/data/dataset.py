@@ -101,11 +101,12 @@ class Dataset:
 
 def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
     """Opens, checks, stores and splits the images that the configuration's `data` names."""
+    split_seed = seed if config.split_seed < 0 else config.split_seed
     root = config.dir
     if not root and config.phantoms_per_class:
         root = str(workdir / "phantoms")
         phantoms.write_dataset(
-            Path(root), config.phantoms_per_class, seed=seed, size=config.image_size
+            Path(root), config.phantoms_per_class, seed=split_seed, size=config.image_size
         )
     if not root:
         raise UserError(
@@ -124,7 +125,7 @@ def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
         nested_test=config.nested_test,
         folds=config.folds,
         fold=config.fold,
-        seed=seed if config.split_seed < 0 else config.split_seed,
+        seed=split_seed,
     )
     if records is None:
         folder, records = prepare_readable(folder, config)

@@ -28,6 +28,10 @@ from covid_flax.run import read_run
 from covid_flax.step import create_state, make_eval_step
 
 LEFT_OUT = "-"  # in a class map: images of that folder are not scored
+CLASS_MAP_HELP = (
+    f"for another folder: THEIRS=OURS,...; THEIRS={LEFT_OUT} leaves a class out; "
+    """quote what has a comma: '"a, b=Normal"'"""
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +128,29 @@ def out_of_fold(run: Ensemble, data: Dataset) -> np.ndarray:
     if not np.all(seen == 1):
         raise RuntimeError("the folds did not hold out every image exactly once")
     return result
+
+
+def learned_files(workdir: Path, saved: Mapping[str, Any]) -> set[str]:
+    """The files that a run, or any member of a repeated one, was trained on. Raises UserError."""
+    folders = [workdir / name for name in saved.get("members", ())] or [workdir]
+    rows = [row for folder in folders for row in read_split_csv(folder / "split.csv")]
+    return {row.file for row in rows if row.split == "train"}
+
+
+def refuse_folds(workdir: Path, saved: Mapping[str, Any], what: str) -> None:
+    """Where a run is a whole cross-validation, of which each image trained all runs but one.
+
+    Args:
+      what: the user wants that needs images held out by all runs.
+
+    Raises:
+      UserError: it is.
+    """
+    if "members" in saved and saved["config"]["data"]["folds"]:
+        raise UserError(
+            f"{workdir} is a cross-validation, where one run's held-out images trained the others: "
+            f"for {what} give one of them, like {workdir / saved['members'][0]}"
+        )
 
 
 def saved_run(workdir: Path) -> dict[str, Any]:
@@ -253,6 +280,19 @@ def open_data(
     if records is None:
         folder, records = prepare_readable(folder, config.data)
     return Dataset(folder, records, rows, class_names, bad_images=records.bad)
+
+
+def parse_class_map(text: list[str]) -> dict[str, str]:
+    """`THEIRS=OURS` of each; UserError for anything else."""
+    found: dict[str, str] = {}
+    for part in text:
+        theirs, _, ours = (word.strip() for word in part.rpartition("="))
+        if not theirs or not ours:
+            raise UserError(f"--class_map={part}: give THEIRS=OURS,... (THEIRS=- leaves one out)")
+        if theirs in found:
+            raise UserError(f"--class_map names {theirs} twice: say once what it is")
+        found[theirs] = ours
+    return found
 
 
 def own_images(workdir: Path, saved: Mapping[str, Any]) -> tuple[DataFolder, list[Row]] | None:

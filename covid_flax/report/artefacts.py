@@ -27,12 +27,29 @@ _INTERVALS: dict[str, Any] = {
 }
 RUN: dict[str, Any] = {
     "config": {
-        "data": {"val_fraction": float, "test_fraction": float, "phantoms_per_class": int},
+        "data": {
+            "val_fraction": float,
+            "test_fraction": float,
+            "phantoms_per_class": int,
+            "split_seed": int,
+            "folds": int,
+            "fold": int,
+        },
         "model": {"name": str, "dropout": float},
         "optimizer": {},
-        "train": {"monitor": str, "ema_decay": float, "swa_start": float, "min_delta": float},
+        "train": {
+            "monitor": str,
+            "ema_decay": float,
+            "swa_start": float,
+            "min_delta": float,
+            "teacher": str,
+            "teacher_weight": float,
+            "teacher_temperature": float,
+        },
         "augment": {},
+        "eval": {"mirror": bool, "aspect": float},
     },
+    "members": [str],
     "class_names": [str],
     "data": {"root": str},
     "weights": {},
@@ -130,6 +147,11 @@ class Artefacts:
     @property
     def class_names(self) -> list[str]:
         return list(self.saved.get("class_names") or ())
+
+    @property
+    def members(self) -> list[str]:
+        """Of a run of several, their folders' names."""
+        return list(self.saved.get("members") or ())
 
     def split(self, name: str) -> str:
         """What an evaluation scored: train, val, test, or all of a folder."""

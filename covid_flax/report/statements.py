@@ -114,10 +114,15 @@ def _partition(a: Artefacts) -> str | None:
     rule = a.config("data", "split")
     if not rule:
         return None
-    text = f"Rule '{rule}', seed {a.saved.get('seed')}"
+    own, folds = a.config("data", "split_seed"), a.config("data", "folds")
+    text = f"Rule '{rule}', seed {a.saved.get('seed') if own in (None, -1) else own}"
+    if folds:
+        fold = a.config("data", "fold")
+        which = "each val" if fold in (None, -1) else f"number {fold} (from 0) val"
+        text += f", {folds} folds, {which}{' in turn' if a.members else ''}"
     for part in ("val", "test"):
         fraction = a.config("data", f"{part}_fraction")
-        if fraction:
+        if fraction and not (folds and part == "val"):
             text += f", {part} share {fraction:g}"
     nested = ", val drawn from what is not test" if a.config("data", "nested_test") else ""
     return f"{text}{nested}. {_counts(a) or ''}".strip()
@@ -225,6 +230,12 @@ def _training(a: Artefacts) -> str | None:
         ("label smoothing", a.config("train", "label_smoothing")),
         ("weight decay", a.config("optimizer", "weight_decay")),
     ]
+    if a.config("train", "teacher"):
+        settings += [
+            ("learning too from the answers of", a.config("train", "teacher")),
+            ("their share of the loss", a.config("train", "teacher_weight")),
+            ("their temperature", a.config("train", "teacher_temperature")),
+        ]
     parts = ["Adam", *(f"{name} {value}" for name, value in settings if value is not None)]
     augment = a.saved["config"].get("augment")
     if augment is not None:
@@ -267,11 +278,25 @@ def _best_epoch(a: Artefacts) -> int:
 def _ensemble(a: Artefacts) -> str | None:
     if not a.config("model", "name"):
         return None
+    if a.members:
+        text = f"The mean of the probabilities of {len(a.members)} runs"
+        if a.config("data", "folds"):
+            text += ", one a fold; a val image is scored by the run alone that held it out"
+        else:
+            text += " with other seeds"
+    else:
+        text = "None: one network answers"
     decay, start = a.config("train", "ema_decay"), a.config("train", "swa_start")
-    average = f"; its weights are moving averages (decay {decay:g})" if decay else ""
+    if decay:
+        text += f"; weights are moving averages (decay {decay:g})"
     if start:
-        average = f"; its weights are means over all steps after epoch {start:g}"
-    return f"None: one network answers{average}."
+        text += f"; weights are means over all steps after epoch {start:g}"
+    mirror, aspect = a.config("eval", "mirror"), a.config("eval", "aspect")
+    views = ["its mirror image"] if mirror else []
+    views += [f"other proportions (height times, width over exp(+-{aspect:g}))"] if aspect else []
+    if views:
+        text += f"; an image is seen as it is and as {' and '.join(views)}, logits averaged"
+    return f"{text}."
 
 
 def _measures(a: Artefacts) -> str | None:
@@ -552,7 +577,14 @@ def limits(a: Artefacts) -> list[str]:
         said += [f"Shortcut controls ({name}): {text}" for text in sentences(found)]
     if not a.controls:
         said.append("No shortcut controls were run.")
-    said.append("One training with one seed: how far another would differ is not known.")
+    if a.members:
+        said.append(
+            f"{len(a.members)} trainings, alike but for their "
+            f"{'images' if a.config('data', 'folds') else 'seed'}: members.json says how far they "
+            "differ, not how far another set of them would."
+        )
+    else:
+        said.append("One training with one seed: how far another would differ is not known.")
     return said
 
 

@@ -74,7 +74,7 @@ def test_the_commands_of_a_pod(call):
     assert create[:6] == [*tpu, "create", "my tpu"] and "--accelerator-type=v5litepod-16" in create
     assert pack[0] == "git" and copy[:5] == [*tpu, "scp"]
     assert all("--worker=all" in c and "--zone=us-west4-a" in c for c in (copy, install, run))
-    assert "'.[tpu]'" in install[-1]
+    assert "'.[tpu,lite0]'" in install[-1]
     # The shell of the other host takes the command apart again, and runs nothing inside it.
     there = shlex.split(run[-1].removeprefix("--command="))
     assert there == ["cd", "covid_flax", "&&", ".venv/bin/python", "-m", "covid_flax.main", *_TRAIN]

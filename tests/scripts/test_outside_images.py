@@ -46,6 +46,7 @@ def built(tmp_path_factory):
     cxnet = clones / "COVID-CXNet" / "chest_xray_images" / "covid19"
     _save(cxnet / "001.png", draw("COVID", seed=910, size=200))
     _save(cxnet / "002-p.png", draw("COVID", seed=911, size=200))
+    _save(cxnet / "004.png", draw("COVID", seed=900, size=112))  # Actualmed's, smaller
     copied = Image.open(sorted((known / "COVID" / "images").iterdir())[3]).convert("L")
     _save(cxnet / "003.jpg", copied.resize((150, 150)))
     openist = clones / "OpenIST" / "Datasets" / "Chest_x-ray"
@@ -66,7 +67,7 @@ def test_images_are_sorted_and_copies_left_out(built):
         "held_back/COVID/images/Actualmed-COVID-chestxray-dataset~a0.png",
         "held_back/Normal/images/Actualmed-COVID-chestxray-dataset~a1.png",
     ]
-    assert "COVID-CXNet: COVID 1, in the database 1" in done.stdout
+    assert "CXNet: COVID 1, held back in another source 1, in the database 1" in done.stdout
     assert "dataset: COVID 1, Normal 1, missing or unreadable 1" in done.stdout
     assert "Figure1-COVID-chestxray-dataset: no clone" in done.stderr
 
