@@ -39,7 +39,11 @@ _FULL_OR_LOCKED = {
 
 
 def run_command(
-    main: Callable[..., None], *, together: bool = False, positional: bool = False
+    main: Callable[..., None],
+    *,
+    together: bool = False,
+    positional: bool = False,
+    resumes: bool = False,
 ) -> None:
     """Parses the flags, runs `main`, and exits: 0, or 2 for an error the user can mend.
 
@@ -48,6 +52,7 @@ def run_command(
     Args:
       main: the command.
       together: whether several processes may run it as one, see `covid_flax.distributed`.
+      resumes: whether an interrupted one goes on where it was.
       positional: whether it takes arguments besides its flags; `main` is given their list.
     """
     # Libraries log what they then raise; the raised error is what the user is told.
@@ -78,7 +83,8 @@ def run_command(
         distributed.fail(str(e), preemption.STATUS, printed=True)
         sys.exit(preemption.STATUS)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        hope = "; the same command goes on from the last checkpoint, if there is one yet"
+        print(f"interrupted{hope if resumes else ''}", file=sys.stderr)
         distributed.fail("interrupted", 130, printed=True)
         sys.exit(130)
     except Exception as e:

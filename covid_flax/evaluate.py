@@ -93,7 +93,9 @@ def evaluate(
         return {}
     predictions = predictions_of(data, split, probabilities)
     elsewhere = bool(data_dir) and split == "all"
-    if split == "val" and not data_dir:
+    # Elsewhere they are the images that training held out only if they were moved there.
+    fits = split == "val" and (not data_dir or not Path(saved["data"]["root"]).exists())
+    if fits:
         calibration = _fit_calibration(predictions)
 
     # Slow to import, and training's first step need not wait for it.
@@ -123,7 +125,7 @@ def evaluate(
         )
     title = f"{split} images of {workdir.name}"
     write_evaluation(output, report, predictions, title=title, run=saved | {"name": workdir.name})
-    if split == "val" and not data_dir:
+    if fits:
         try:
             _store_calibration(workdir, run.step, calibration)
         except UserError as e:

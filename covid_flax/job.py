@@ -61,28 +61,8 @@ def make_job(run: Run) -> Job:
     layout = make_layout(config.train.parallel, shard_state=config.train.shard_state)
     devices, batch_size = jax.device_count(), config.train.batch_size
     micro = config.train.micro_batch or batch_size
-    if batch_size % micro:
-        raise UserError(
-            f"config.train.micro_batch={micro} does not divide train.batch_size={batch_size}: "
-            "choose a divisor, or 0"
-        )
-    if micro % devices:
-        key = "micro_batch" if config.train.micro_batch else "batch_size"
-        raise UserError(
-            f"config.train.{key}={micro} does not divide among {devices} devices: "
-            f"choose a multiple of {devices}"
-        )
-    if layout.axis_name and (config.train.shard_state or config.data.on_device == "always"):
-        raise UserError(
-            "train.shard_state and data.on_device=always need train.parallel=jit: set that"
-        )
     labels = run.data.labels("train")
     usable = usable_examples(len(labels), batch_size, config.train.last_batch)
-    if not usable:
-        raise UserError(
-            f"{len(labels)} training images do not fill a batch of {batch_size}: "
-            "lower config.train.batch_size"
-        )
     steps_per_epoch = math.ceil(usable / batch_size)
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
     how = Augment(**config.augment.to_dict())

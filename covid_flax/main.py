@@ -63,4 +63,4 @@ def _profiled_steps(text: str) -> tuple[int, int] | None:
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    run_command(_main, together=True)
+    run_command(_main, together=True, resumes=True)

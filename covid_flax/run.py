@@ -21,6 +21,7 @@ from covid_flax import config as config_lib
 from covid_flax.checkpoint import has_checkpoints
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.dataset import Dataset
+from covid_flax.data.pipeline import usable_examples
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.files import parse_json, write_atomically
@@ -81,27 +82,36 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
 
     Where the folder holds a run with a checkpoint, checks that it is one of this
     configuration, split and class list, and leaves its files as they are; the weights are
-    the checkpoint's then. Raises UserError.
+    the checkpoint's then. One with figures but without a checkpoint must be of this
+    configuration too. Raises UserError, having written nothing.
     """
     config_lib.check(config)
-    saved = read_run(workdir) if has_checkpoints(workdir / "checkpoints") else None
+    resumed = has_checkpoints(workdir / "checkpoints")
+    metrics = workdir / "metrics.jsonl"
+    recorded = resumed or (metrics.exists() and metrics.stat().st_size > 0)
+    saved = read_run(workdir) if recorded else None
     if saved is not None:
         refuse_changes(saved["config"], config_lib.to_json(config), workdir)
     say(f"data: reading {config.data.dir or 'synthetic phantoms'}")
     data = dataset_lib.load_dataset(config.data, config.seed, workdir)
     _describe_data(data)
+    check_batches(config, len(data.files("train")))
     graphdef, params, batch_stats = create_model(config.model, len(data.class_names), config.seed)
 
-    if saved is not None:
+    if resumed and saved is not None:
         if saved["class_names"] != list(data.class_names):
             raise UserError(
                 f"{workdir} was trained on the classes {saved['class_names']}, the data has "
                 f"{list(data.class_names)}: choose another --workdir"
             )
-        if read_split_csv(workdir / "split.csv") != list(data.rows):
+        before, now = (
+            [dataclasses.replace(row, group="") for row in rows]
+            for rows in (read_split_csv(workdir / "split.csv"), data.rows)
+        )
+        if before != now:
             raise UserError(
-                f"the images or their split differ from {workdir}/split.csv: "
-                "restore the data, or choose another --workdir"
+                f"the images or their split differ from {workdir}/split.csv: restore the data "
+                "and the csv of their groups, or choose another --workdir"
             )
         _meet(workdir)
         return Run(config, workdir, data, graphdef, params, batch_stats, resumed=True)
@@ -149,6 +159,32 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     return Run(config, workdir, data, graphdef, params, batch_stats)
 
 
+def check_batches(config: ml_collections.ConfigDict, num_train: int) -> None:
+    """Refuses batches that cannot be made of these images on these devices. Raises UserError."""
+    train, devices = config.train, jax.device_count()
+    micro = train.micro_batch or train.batch_size
+    if train.batch_size % micro:
+        raise UserError(
+            f"config.train.micro_batch={micro} does not divide train.batch_size="
+            f"{train.batch_size}: choose a divisor, or 0"
+        )
+    if micro % devices:
+        key = "micro_batch" if train.micro_batch else "batch_size"
+        raise UserError(
+            f"config.train.{key}={micro} does not divide among {devices} devices: "
+            f"choose a multiple of {devices}"
+        )
+    if train.parallel == "pmap" and (train.shard_state or config.data.on_device == "always"):
+        raise UserError(
+            "train.shard_state and data.on_device=always need train.parallel=jit: set that"
+        )
+    if not usable_examples(num_train, train.batch_size, train.last_batch):
+        raise UserError(
+            f"{num_train} training images do not fill a batch of {train.batch_size}: "
+            "lower config.train.batch_size"
+        )
+
+
 def _of_the_whole(config: Any) -> list[str]:
     """The arrays of the network whose first layers the configuration's `model` is."""
     whole = beginning_of(config)
@@ -176,6 +212,11 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
         return None
     try:
         saved = parse_json(path.read_text(encoding="utf-8"))
+        if isinstance(saved, dict) and "baseline" in saved:
+            raise UserError(
+                f"{workdir} is a classical baseline of a run: its scores are in its eval/, and "
+                "only the run itself can be scored again"
+            )
         names = saved["class_names"]
         whole = (
             isinstance(saved["config"], dict)

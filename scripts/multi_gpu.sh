@@ -5,7 +5,8 @@
 #
 # One process drives all GPUs (JAX's own way) where N is 1, the default. With N > 1 each of N
 # processes drives one GPU, which helps where one process cannot decode images fast enough.
-# What follows -- goes to covid_flax.main; PYTHON names the interpreter.
+# What follows -- goes to covid_flax.main; PYTHON names the interpreter;
+# without it .venv's is taken, or python3.
 set -euo pipefail
 
 usage() {
@@ -26,7 +27,9 @@ while [ $# -gt 0 ]; do
 done
 [[ $# -gt 0 && $processes =~ ^[1-9][0-9]*$ && $port =~ ^[1-9][0-9]*$ ]] || usage
 
-train=("${PYTHON:-python3}" -m covid_flax.main "$@")
+here=.venv/bin/python
+[ -x $here ] || here=python3
+train=("${PYTHON:-$here}" -m covid_flax.main "$@")
 if [ "$processes" = 1 ]; then
   if $dry_run; then
     printf '%q ' "${train[@]}" && echo

@@ -12,8 +12,8 @@ groups, and
 
 trains, in turn, without one style of every class and scores the images of just these. It is no
 other hospital, but the nearest to one that a single collection offers: an accuracy that falls far
-below that of the usual split was owed to the styles. Images that the folder's own groups hold
-together go to one style.
+below that of the usual split was owed to the styles. Images of one class that the folder's
+own groups hold together go to one style.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from sklearn.tree import DecisionTreeClassifier
 
 from covid_flax.baselines import GRIDS, Images, baselines, fit_baseline, fit_components
 from covid_flax.errors import UserError
+from covid_flax.evaluate import evaluate
 from covid_flax.run import setup
 
 ROOT = Path(__file__).parent.parent
@@ -170,6 +171,10 @@ def test_refusals_and_the_command(run, tmp_path):
         baselines(run, models=("forest",))
     with pytest.raises(UserError, match="no config.json"):
         baselines(tmp_path)
+    (tmp_path / "svm").mkdir()
+    (tmp_path / "svm" / "config.json").write_text('{"baseline": "svm", "class_names": ["a"]}')
+    with pytest.raises(UserError, match="svm is a classical baseline of a run"):
+        evaluate(tmp_path / "svm")
     command = [sys.executable, "-m", "covid_flax.baselines", f"--workdir={run}"]
     done = subprocess.run(
         [*command, "--models=naive_bayes", f"--output={tmp_path / 'out'}"],

@@ -26,6 +26,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.assess import assess
 from covid_flax.evaluation.predictions import Predictions, predictions_csv
 from covid_flax.files import write_atomically
+from covid_flax.report.write import write_evaluation
 
 NAMES = ("COVID", "Normal", "Viral Pneumonia")
 
@@ -206,6 +207,16 @@ def test_groups_come_from_whichever_run_knows_them(tmp_path):
     found = compare([Evaluation(n, a, p) for n, p in zip("ab", bare, strict=True)], resamples=10)
     assert not found["groups_known"] and found["clusters"] == 60
     assert cautions(found, "groups-unknown") == [("caution", "groups-unknown", ["a", "b"])]
+
+
+def test_evaluations_that_lie_elsewhere_keep_their_groups(tmp_path):
+    labels, groups = images(60)
+    for name, seed in (("a", 1), ("b", 2)):
+        files = tuple(f"{NAMES[k]}/{i}.png" for i, k in enumerate(labels))
+        p = Predictions(NAMES, files, labels, predict(labels, 1, seed), groups)
+        write_evaluation(tmp_path / name, assess(p, split="all")[0], p)
+    found = compare(read_evaluations([tmp_path / "a", tmp_path / "b"]), resamples=10)
+    assert found["groups_known"] and found["clusters"] == 20
 
 
 def test_what_cannot_be_compared_is_refused_in_a_line(tmp_path):

@@ -137,6 +137,30 @@ def test_the_temperature_of_validation_is_applied_when_asked(trained, phantom_di
         evaluate(copy, split="test")
 
 
+def test_groups_told_in_training_are_known_again(tiny_config, phantom_dir, tmp_path):
+    root, workdir = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(phantom_dir, root)
+    files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.png"))
+    lines = "".join(f"{file},p{i // 2}\n" for i, file in enumerate(files))
+    (root / "groups.csv").write_text("file,person\n" + lines)
+    tiny_config.data.dir = str(root)
+    with pytest.raises(UserError, match=r"no column group or .*config\.data\.group_column"):
+        setup(tiny_config, workdir)
+    tiny_config.data.split, tiny_config.data.group_column = "grouped", "person"
+    tiny_config.train.epochs = 1
+    train(setup(tiny_config, workdir))
+    report = evaluate(workdir)
+    assert report["intervals"]["clusters"] == report["num_examples"] / 2
+
+    root.rename(tmp_path / "moved")  # the temperature can be fitted there too
+    (workdir / "calibration.json").unlink()
+    with pytest.raises(UserError, match="no longer at"):
+        evaluate(workdir)
+    evaluate(workdir, data_dir=str(tmp_path / "moved"))
+    again = evaluate(workdir, split="train", data_dir=str(tmp_path / "moved"), calibrated=True)
+    assert again["calibration"]["applied"]
+
+
 def test_a_run_that_is_another_s_to_write_is_scored_elsewhere(
     trained, tmp_path, monkeypatch, capsys
 ):

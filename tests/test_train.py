@@ -14,6 +14,7 @@ from small_resnet import with_batch_norm
 from covid_flax import feed as feed_lib
 from covid_flax import preemption
 from covid_flax.checkpoint import Checkpoints
+from covid_flax.data.splits import read_split_csv
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
@@ -342,6 +343,25 @@ def test_without_a_checkpoint_a_folder_can_be_set_up_anew(tiny_config, tmp_path)
     assert not run.resumed
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["config"]["train"]["batch_size"] == 16
+    for key, value in (("micro_batch", 7), ("batch_size", 1000)):  # nothing is written over
+        other = tiny_config.copy_and_resolve_references()
+        other.train[key] = value
+        with pytest.raises(UserError, match=key):
+            setup(other, tmp_path / "run")
+        assert json.loads((tmp_path / "run" / "config.json").read_text()) == saved
+
+
+def test_figures_whose_checkpoints_are_gone_are_not_written_over(tiny_config, tmp_path):
+    workdir = tmp_path / "run"
+    setup(tiny_config, workdir)
+    (workdir / "metrics.jsonl").write_text('{"step": 4, "split": "val", "epoch": 1}\n')
+    before = {p.name: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
+    other = tiny_config.copy_and_resolve_references()
+    other.optimizer.learning_rate = 0.5
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate was"):
+        setup(other, workdir)
+    assert before == {p.name: p.read_bytes() for p in workdir.iterdir() if p.is_file()}
+    assert not setup(tiny_config, workdir).resumed
 
 
 def test_a_second_trainer_is_refused(resumable, straight):
@@ -393,6 +413,18 @@ def test_changed_images_are_refused(resumable, straight, phantom_dir, tmp_path):
         image.rename(image.with_name(image.name.replace("Normal", "Healthy")))
     with pytest.raises(UserError, match="Healthy"):
         setup(resumable, workdir)
+
+
+def test_groups_that_are_told_later_stop_no_run(resumable, straight, phantom_dir, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight(resumable), workdir)
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    resumable.data.dir = str(tmp_path / "data")
+    rows = read_split_csv(workdir / "split.csv")
+    lines = "".join(f"{row.file},patient{i // 2}\n" for i, row in enumerate(rows))
+    (tmp_path / "data" / "groups.csv").write_text("file,group\n" + lines)
+    run = setup(resumable, workdir)
+    assert run.resumed and len({row.group for row in run.data.rows}) == len(rows) // 2
 
 
 def test_a_diverging_run_says_so(tiny_config, tmp_path):

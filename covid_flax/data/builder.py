@@ -234,7 +234,7 @@ def _bad_images(folder: DataFolder, bad: Mapping[str, str], place: Path) -> User
         more = f"; and {len(bad) - _NAMED:,} more, all listed in {listed}"
     return UserError(
         f"{len(bad):,} of {len(folder.files):,} images in {folder.root} cannot be used "
-        f"(data.on_bad_image=skip leaves them out): {'; '.join(first)}{more}"
+        f"(in training, config.data.on_bad_image=skip leaves them out): {'; '.join(first)}{more}"
     )
 
 

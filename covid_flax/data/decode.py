@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
 
 from covid_flax.errors import UserError
 
@@ -91,7 +92,9 @@ def decode(data: bytes, name: str) -> np.ndarray:
             with _one_large if pixels_here > _LARGE else contextlib.nullcontext():
                 image.load()
                 oriented = ImageOps.exif_transpose(image)
-                pixels = _to_rgb(oriented, name)
+                # Pillow turns a TIFF whose 0 is white about at 8 bits only.
+                inverted = image.mode.startswith("I;16") and _white_is_zero(image)
+                pixels = _to_rgb(oriented, name, inverted)
         except UserError:
             raise
         except Exception as e:
@@ -132,13 +135,19 @@ def resize(
     return image
 
 
-def _to_rgb(image: Image.Image, name: str) -> np.ndarray:
+def _white_is_zero(image: Image.Image) -> bool:
+    return isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
+
+
+def _to_rgb(image: Image.Image, name: str, inverted: bool) -> np.ndarray:
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise UserError(
                 f"{name} has 32-bit pixels beyond 0..65535: save it with 8 or 16 bits a pixel"
             )
+        if inverted:
+            values = 65535 - values
         # Pillow's own conversion clips at 255 instead of scaling.
         grey = ((values + 128) // 257).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)

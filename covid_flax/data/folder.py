@@ -23,6 +23,7 @@ MAX_BYTES = 8 * MAX_PIXELS  # of a file: 16-bit RGBA without compression
 LAYOUTS = "<Class>/images/*.png (Kaggle's) or <Class>/*.png"
 
 _MAX_WORKBOOK = 100_000_000  # bytes, unpacked: openpyxl holds the texts in memory
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 _SKIPPED_FOLDERS = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "masks"}
 
 
@@ -130,8 +131,14 @@ def open_folder(
 
     Raises:
       UserError: no such folder, a broken zip, no image, an empty class, a single class,
-        an image whose name or csv row says another class, or unusable groups.
+        an image whose name or csv row says another class, unusable groups, or folders of a
+        split in place of classes.
     """
+    path = os.path.expanduser(path)
+    try:
+        path.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"the name of {path!r} is not valid UTF-8: rename the folder") from e
     tree = _open_tree(path)
     dataset = _find_dataset(tree)
     class_names, listed, ignored = _list_images(tree, dataset, path)
@@ -270,16 +277,16 @@ def _refuse_large(file: str, size: int) -> None:
 
 def _open_tree(path: str) -> _Tree:
     if not path:
-        raise UserError(f"no data folder given: set data.dir to a folder of {LAYOUTS}, or its zip")
+        raise UserError(f"no data folder given: name a folder of {LAYOUTS}, or its zip")
     if os.path.isdir(path):
         return _Disk(path)
     if not os.path.exists(path):
-        raise UserError(f"{path} does not exist: set data.dir to a folder of {LAYOUTS}, or its zip")
+        raise UserError(f"{path} does not exist: name a folder of {LAYOUTS}, or its zip")
     if zipfile.is_zipfile(path):
         return _Zip(path)
     if path.lower().endswith(".zip"):
         raise UserError(f"{path} is a broken zip: download it again")
-    raise UserError(f"{path} is neither a folder nor a zip: set data.dir to a folder of {LAYOUTS}")
+    raise UserError(f"{path} is neither a folder nor a zip: name a folder of {LAYOUTS}")
 
 
 def _join(folder: str, name: str) -> str:
@@ -341,6 +348,11 @@ def _list_images(
         # Keras lists folder by folder, both sorted as strings.
         images[label] = sorted((d, n) for d, n in found if _is_image(n))
         ignored += len(found) - len(images[label])
+    if len(names) > 1 and all(name.casefold() in _SPLITS for name in names):
+        raise UserError(
+            f"{where} holds parts of a split ({', '.join(names)}), not classes: give one of them, "
+            f"like {_join(where, names[0])}, or put their classes' images together"
+        )
     if not any(images.values()):
         raise UserError(f"no image found in {where}: it must hold {LAYOUTS}")
     empty = [label for label in names if not images[label]]
@@ -502,7 +514,8 @@ def _groups(table: _Table, files: list[ImageFile], group_column: str) -> tuple[d
     if not column or column not in table.columns:
         raise UserError(
             f"{table.name} has no column {group_column or ' or '.join(GROUP_COLUMNS)} "
-            f"(it has {', '.join(table.columns)}): set data.group_column"
+            f"(it has {', '.join(table.columns)}): rename its column of groups, or in training "
+            "name it with config.data.group_column"
         )
     labels = {f.label for f in files}
     _refuse_mislabelled(

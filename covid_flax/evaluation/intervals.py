@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +46,26 @@ def wilson_interval(hits: float, total: float) -> list[float] | None:
 def has_width(interval: Sequence[float] | None) -> bool:
     """A bootstrap whose resamples all gave the same figure knows nothing of its spread."""
     return interval is not None and interval[1] - interval[0] > 1e-9
+
+
+def class_interval(report: Mapping[str, Any], name: str, key: str) -> Sequence[float] | None:
+    """Of a class's figure in a report: by groups where there are any, else Wilson's of a share.
+
+    Where some images share a group, Wilson's interval, which takes all as independent, is too
+    narrow; where none do, it is better for few images than the bootstrap. It stands in too where
+    all resamples agree.
+    """
+    intervals = report.get("intervals") or {}
+
+    def of(kind: str) -> Any:
+        return (((intervals.get(kind) or {}).get("per_class") or {}).get(name) or {}).get(key)
+
+    grouped = (intervals.get("clusters") or math.inf) < report["num_examples"]
+    return (
+        of("bootstrap")
+        if grouped and has_width(of("bootstrap"))
+        else (of("wilson") or of("bootstrap"))
+    )
 
 
 def cluster_weights(clusters: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:

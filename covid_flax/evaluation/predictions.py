@@ -85,12 +85,20 @@ def predictions_csv(predictions: Predictions) -> bytes:
     return buffer.getvalue().encode("utf-8", "surrogateescape")
 
 
+def groups_csv(predictions: Predictions) -> bytes:
+    """`file,group` of every image, the group empty where it is unknown (UTF-8)."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerows([("file", "group"), *zip(predictions.files, predictions.groups, strict=True)])
+    return buffer.getvalue().encode("utf-8", "surrogateescape")
+
+
 def read_predictions(path: Path, rows: Sequence[Row] = ()) -> Predictions:
-    """What `predictions_csv` wrote.
+    """What `predictions_csv` wrote, and `groups_csv` beside it.
 
     Args:
       path: of the csv.
-      rows: of the run's split.csv, for the groups.
+      rows: of the run's split.csv, for the groups where there is no groups.csv.
 
     Raises:
       UserError: no such file, or not one of that form.
@@ -119,7 +127,23 @@ def read_predictions(path: Path, rows: Sequence[Row] = ()) -> Predictions:
             f"{path} is no table of predictions ({','.join(_COLUMNS)},p_<class>...): "
             "evaluate the run anew"
         ) from None
-    group = {row.file: row.group for row in rows}
+    group = _read_groups(path.with_name("groups.csv"))
+    if group is None:
+        group = {row.file: row.group for row in rows}
     files = tuple(line[0] for line in lines)
     groups = tuple(group.get(file, "") for file in files)
     return Predictions(names, files, labels, probabilities, groups if any(groups) else ())
+
+
+def _read_groups(path: Path) -> dict[str, str] | None:
+    """Group of each file; None without such a csv. Raises UserError."""
+    if not path.exists():
+        return None
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as f:
+            header, *lines = list(csv.reader(f, strict=True)) or [[]]
+        if header != ["file", "group"]:
+            raise ValueError("no columns file,group")
+        return {file: group for file, group in lines}
+    except (OSError, csv.Error, ValueError) as e:
+        raise UserError(f"cannot read {path} ({e}): evaluate the run anew") from e

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -243,17 +244,18 @@ def open_data(
       UserError: no such folder, images that are missing, a class the run does not know.
     """
     config = config_lib.from_json(saved["config"])
-    root = data_dir or saved["data"]["root"]
+    root = os.path.expanduser(data_dir) or saved["data"]["root"]
     if not data_dir and not Path(root).exists():
         raise UserError(f"the run's images are no longer at {root}: give --data_dir=DIR")
     if class_map and not (data_dir and split == "all"):
         raise UserError("--class_map is for another folder: give --data_dir=DIR --split=all too")
-    folder = open_folder(root, require_two_classes=False)
+    elsewhere = bool(data_dir) and split == "all"
+    folder = open_folder(root, require_two_classes=False) if elsewhere else _reopen(root, config)
     records = None
     if config.data.on_bad_image == "skip":  # else later: what is missing is told at once
         folder, records = prepare_readable(folder, config.data)
     class_names = tuple(saved["class_names"])
-    if data_dir and split == "all":
+    if elsewhere:
         label = _labels_of(folder, class_names, class_map or {})
         rows = [
             Row(f.file, label[f.label], "", folder.groups[f.file] if folder.groups else "")
@@ -298,10 +300,21 @@ def parse_class_map(text: list[str]) -> dict[str, str]:
 def own_images(workdir: Path, saved: Mapping[str, Any]) -> tuple[DataFolder, list[Row]] | None:
     """The folder a run was trained on, and its split; None where the images are gone."""
     try:
-        folder = open_folder(saved["data"]["root"], require_two_classes=False)
+        folder = _reopen(saved["data"]["root"], config_lib.from_json(saved["config"]))
         return folder, read_split_csv(workdir / "split.csv")
     except UserError:
         return None
+
+
+def _reopen(root: str, config: ml_collections.ConfigDict) -> DataFolder:
+    """The folder that a run was trained on, with the groups that it was told, if they are there."""
+    told = {"groups_file": config.data.groups_file, "group_column": config.data.group_column}
+    if any(told.values()):
+        try:
+            return open_folder(root, require_two_classes=False, **told)
+        except UserError:  # moved without that file: what the folder itself says
+            pass
+    return open_folder(root, require_two_classes=False)
 
 
 def _labels_of(

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from covid_flax import __version__
 from covid_flax.data.dataset import left_out
 from covid_flax.evaluation.alarms import CHECKS
-from covid_flax.evaluation.intervals import has_width
+from covid_flax.evaluation.intervals import class_interval, has_width
 from covid_flax.evaluation.predictions import Predictions
 from covid_flax.files import write_atomically
 from covid_flax.report import pictures
@@ -179,7 +179,7 @@ def _verdict(report: Mapping[str, Any], predictions: Predictions) -> dict[str, A
         "weakest": weakest,
         "weakest_images": per_class[weakest]["support"],
         "weakest_recall": with_interval(
-            per_class[weakest]["recall"], _class_interval(report, weakest, "recall")
+            per_class[weakest]["recall"], class_interval(report, weakest, "recall")
         ),
         "largest": largest,
         "largest_share": per_class[largest]["support"] / n,
@@ -200,13 +200,6 @@ def _interval(report: Mapping[str, Any], *keys: str) -> Sequence[float] | None:
     return found
 
 
-def _class_interval(report: Mapping[str, Any], name: str, key: str) -> Sequence[float] | None:
-    """Wilson's interval of a proportion, the bootstrap's of any other figure of a class."""
-    intervals = report.get("intervals") or {}
-    wilson = (intervals.get("wilson") or {}).get("per_class", {}).get(name, {}).get(key)
-    return wilson or _interval(report, "per_class", name, key)
-
-
 def _class_table(report: Mapping[str, Any]) -> dict[str, Any]:
     per_class, names = report["per_class"], report["class_names"]
     prevalence = report.get("prevalence") or {}
@@ -222,7 +215,7 @@ def _class_table(report: Mapping[str, Any]) -> dict[str, Any]:
         for key, _ in columns:
             x = None if _meaningless(per_class[name], key) else per_class[name][key]
             form = percent if key in _SHARES else figure3
-            cell = with_interval(x, _class_interval(report, name, key), form)
+            cell = with_interval(x, class_interval(report, name, key), form)
             if key == "ppv_at" and len(stated) > 1 and name in prevalence:
                 cell += Markup('<span class="interval">at {}</span>').format(
                     percent(prevalence[name])

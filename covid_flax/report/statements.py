@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from covid_flax.early_stopping import EarlyStopping
-from covid_flax.evaluation.intervals import has_width
+from covid_flax.evaluation.intervals import class_interval, has_width
 from covid_flax.report.artefacts import Artefacts
 
 NOT_KNOWN = "not known"
@@ -326,10 +327,13 @@ def _measures(a: Artefacts) -> str | None:
 
 
 def _uncertainty(a: Artefacts) -> str | None:
-    intervals = (a.reports.get(a.headline) or {}).get("intervals") or {}
+    report = a.reports.get(a.headline) or {}
+    intervals = report.get("intervals") or {}
     if not intervals:
         return None
-    text = f"{100 * intervals['level']:g}{_NBSP}% intervals: Wilson's of shares"
+    text = f"{100 * intervals['level']:g}{_NBSP}% intervals: Wilson's of shares of a class"
+    if (intervals.get("clusters") or math.inf) < report["num_examples"]:
+        text += " where all resamples agree"
     if intervals.get("bootstrap"):
         text += (
             f"; percentile bootstrap of {intervals['clusters']:,} groups of images (an image of no "
@@ -625,14 +629,14 @@ def share_of(report: Mapping[str, Any], key: str) -> str:
 
 
 def class_share(report: Mapping[str, Any], name: str, key: str) -> str:
-    """A share of a class with Wilson's interval; none of a class without images."""
+    """A share of a class with its interval; none of a class without images."""
     figures = report["per_class"][name]
     empty = (key == "recall" and not figures["support"]) or (
         key == "precision" and figures.get("predicted") == 0
     )
     if empty:
         return "–"
-    return share(figures[key], at(report, "intervals", "wilson", "per_class", name, key))
+    return share(figures[key], class_interval(report, name, key))
 
 
 def share(x: float | None, interval: Sequence[float] | None = None) -> str:

@@ -1,4 +1,4 @@
-"""The four files of an evaluation."""
+"""The files of an evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from covid_flax.evaluation.predictions import Predictions, predictions_csv
+from covid_flax.evaluation.predictions import Predictions, groups_csv, predictions_csv
 from covid_flax.files import write_atomically
 
 
@@ -21,6 +21,7 @@ def write_evaluation(
 ) -> None:
     """Writes report.json, report.html, predictions.csv and confusion_matrix.png into `output`.
 
+    And groups.csv, where the images' groups are known: what is compared later is resampled alike.
     Each file is written whole or not at all; the folder is made if it is not there.
 
     Args:
@@ -44,6 +45,10 @@ def write_evaluation(
         raise ValueError(f"{len(predictions.files)} predictions for a report on {n} images")
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(output / "predictions.csv", predictions_csv(predictions))
+    if predictions.groups:
+        write_atomically(output / "groups.csv", groups_csv(predictions))
+    else:
+        (output / "groups.csv").unlink(missing_ok=True)  # of an earlier evaluation
     plot_confusion_matrix(report, output / "confusion_matrix.png", title)
     write_report_page(output / "report.html", report, predictions, title=title, run=run)
     # Last, so that a script that waits for it finds the others.

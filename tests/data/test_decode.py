@@ -89,6 +89,17 @@ def test_16_bit_grey_is_scaled(kind):
     np.testing.assert_array_equal(image, np.repeat(expected[:, :, None], 3, 2))
 
 
+def test_a_tiff_whose_0_is_white_is_turned_about():
+    values = RNG.integers(0, 256, (20, 30)).astype(np.uint8)
+    # Pillow writes 8 bits the other way round then, 16 as they are.
+    small = encode(Image.fromarray(values), "TIFF", tiffinfo={262: 0})
+    np.testing.assert_array_equal(decode(small, "x.tif")[..., 0], values)
+    deep = Image.fromarray(values.astype(np.uint16) * 257)
+    for white, expected in ((1, values), (0, 255 - values)):
+        data = encode(deep, "TIFF", tiffinfo={262: white})
+        np.testing.assert_array_equal(decode(data, "x.tif")[..., 0], expected)
+
+
 def test_32_bit_pixels():
     values = np.array([[0, 257, 65535]], np.int32)
     image = decode(encode(Image.fromarray(values), "TIFF"), "x.tif")

@@ -107,6 +107,7 @@ def test_links_are_followed(tmp_path):
         (("loose.png",), r"<Class>/images/\*\.png \(Kaggle's\) or <Class>/\*\.png"),
         (("a/notes.txt", "b/notes.txt"), "no image found"),
         (("COVID/COVID-1.png", "Normal/covid-2.png"), "Normal/covid-2.png names COVID"),
+        (("x/Train/a/1.png", "x/test/a/1.png"), r"parts of a split \(Train, test\).*x/Train"),
     ],
 )
 def test_unusable_folders_are_named(tmp_path, files, message):
@@ -129,15 +130,23 @@ def test_one_class_for_evaluation(tmp_path):
 
 def test_paths_that_are_no_folder(tmp_path):
     (tmp_path / "file.txt").write_text("x")
+    (tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
     (tmp_path / "broken.zip").write_bytes(b"PK\x03\x04 and then nothing")
     for path, message in [
         ("", "no data folder given"),
         (str(tmp_path / "none"), "does not exist"),
         (str(tmp_path / "file.txt"), "neither a folder nor a zip"),
         (str(tmp_path / "broken.zip"), "broken zip"),
+        (os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"), "not valid UTF-8: rename the folder"),
     ]:
         with pytest.raises(UserError, match=message):
             open_folder(path)
+
+
+def test_a_tilde_is_the_home(tmp_path, monkeypatch):
+    make(tmp_path / "data", *FOUR)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_folder("~/data").root == tmp_path / "data"
 
 
 def test_damaged_zip_member(tmp_path):

@@ -121,7 +121,10 @@ def test_verdict_comes_first_with_intervals(tmp_path):
     report |= {"accuracy": 0.8123, "balanced_accuracy": 0.7234}
     report["per_class"]["Normal"]["recall"] = 0.4321
     report["intervals"]["bootstrap"] |= {"accuracy": [0.78, 0.84], "balanced_accuracy": [0.7, 0.75]}
-    report["intervals"]["wilson"]["per_class"]["Normal"]["recall"] = [0.3456, 0.5123]
+    kinds = ("wilson", "bootstrap")
+    of_class = {kind: report["intervals"][kind]["per_class"]["Normal"] for kind in kinds}
+    of_class["wilson"]["recall"] = [0.3456, 0.5123]
+    of_class["bootstrap"]["recall"] = [0.2346, 0.6234]
     path = _write(tmp_path, report, p)
     sections = _read(path)
     assert list(sections)[1:3] == ["verdict", "weakens"]
@@ -129,7 +132,14 @@ def test_verdict_comes_first_with_intervals(tmp_path):
     assert "Of 400 test images (200 groups), 81.2 % (78.0–84.0) are classed rightly" in verdict
     assert "(balanced accuracy) is 72.3 % (70.0–75.0)" in verdict
     support = report["per_class"]["Normal"]["support"]
-    assert f"weakest class is Normal: 43.2 % (34.6–51.2) of its {support} images" in verdict
+    assert f"weakest class is Normal: 43.2 % (23.5–62.3) of its {support} images" in verdict
+    # Where no images share a group, or all resamples agree.
+    for change in ({"clusters": 400}, {"clusters": 200}):
+        report["intervals"] |= change
+        if change["clusters"] == 200:
+            of_class["bootstrap"]["recall"] = [0.4321, 0.4321]
+        verdict = _read(_write(tmp_path, report, p))["verdict"]
+        assert f"weakest class is Normal: 43.2 % (34.6–51.2) of its {support} images" in verdict
     largest = max(NAMES, key=lambda name: report["per_class"][name]["support"])
     share = report["per_class"][largest]["support"] / 4
     assert f"always answering {largest} would get {share:.1f} %" in verdict

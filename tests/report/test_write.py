@@ -59,6 +59,16 @@ def test_predictions_come_back_with_their_groups(tmp_path):
     np.testing.assert_array_equal(read.probabilities, predictions.probabilities)
     assert read.groups == ("a", "a", "b", "", "", "")
     assert read.clusters.tolist() == [0, 0, 1, 2, 3, 4]
+    assert not (tmp_path / "groups.csv").exists()
+
+    groups = ("p", "p", "q, r", "", "ü", "ü")  # what an evaluation knew comes first
+    write_evaluation(tmp_path, report, dataclasses.replace(predictions, groups=groups))
+    assert read_predictions(tmp_path / "predictions.csv", rows).groups == groups
+    (tmp_path / "groups.csv").write_text("file,patient\n")
+    with pytest.raises(UserError, match=r"groups\.csv.*file,group"):
+        read_predictions(tmp_path / "predictions.csv")
+    write_evaluation(tmp_path, report, predictions)
+    assert not (tmp_path / "groups.csv").exists()
 
 
 @pytest.mark.parametrize(
