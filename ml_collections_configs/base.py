@@ -1,7 +1,8 @@
 """Every configuration key, once, with its default and meaning.
 
 The files of `configs/` start from here and say only what differs. The defaults are the
-paper's setting where it stated one (Sun 2024), Keras's default where it did not.
+paper's setting where it stated one (Sun 2024), Keras's default where it did not, but for the
+patience, which is a choice of ours.
 """
 
 import runpy

@@ -72,6 +72,30 @@ def test_warps_are_affine_resamplings(images, how):
         assert np.abs(before - after).mean() > 3 * error or np.abs(before - after).max() < 2
 
 
+@pytest.mark.parametrize("how", [{"shift": 0.2}, {"rotate": 30.0}, {"scale": 0.3}, {"aspect": 0.3}])
+def test_warps_reach_as_far_as_they_are_told(how):
+    """A blob off the centre moves, turns about it, or goes in and out, by up to the bound."""
+    size, (y0, x0) = 61, (18.0, 18.0)
+    y, x = np.mgrid[:size, :size]
+    blob = 255 * np.exp(-((y - y0) ** 2 + (x - x0) ** 2) / 18)
+    out = _apply(np.repeat(np.float32(blob)[None, :, :, None], 400, 0), **how)[..., 0]
+    mass = out.sum((1, 2))
+    at = np.stack([(out * y).sum((1, 2)), (out * x).sum((1, 2))], -1) / mass[:, None] - 30
+    start = np.array([y0, x0]) - 30
+    if "shift" in how:
+        drawn = (at - start) / size / how["shift"]
+    elif "rotate" in how:
+        turn = np.arctan2(at[:, 0], at[:, 1]) - np.arctan2(*start)
+        drawn = np.rad2deg((turn + np.pi) % (2 * np.pi) - np.pi) / how["rotate"]
+    elif "scale" in how:  # the output shows the input `zoom` times as far out
+        drawn = (np.linalg.norm(start) / np.linalg.norm(at, axis=1) - 1) / how["scale"]
+    else:
+        drawn = np.log(at[:, 0] / at[:, 1] / (start[0] / start[1])) / 2 / how["aspect"]
+    assert drawn.min() < -0.9 and drawn.max() > 0.9
+    assert np.abs(drawn).max() < 1.1
+    assert np.abs(np.percentile(drawn, [25, 50, 75]) - [-0.5, 0, 0.5]).max() < 0.2  # evenly
+
+
 def _best_affine_error(before, after, how, height, width):
     from scipy.optimize import minimize
 

@@ -10,7 +10,7 @@ Keras's for that.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -86,7 +86,6 @@ def load_weights(
     Raises:
       UserError: a missing, spare or misshapen array, or an unknown stage in `may_miss`.
     """
-    arrays = _as_named_today(arrays, source)
     for stage in may_miss:
         if stage not in _BACKBONE:
             raise UserError(
@@ -101,6 +100,7 @@ def load_weights(
         raise UserError(
             f"{source}: weights are loaded into networks of Keras's only: set model.weights=none"
         ) from None
+    arrays = _as_named_today(arrays, targets, source)
     want = {name: tuple(flat[p].shape) for name, p in targets.items()}
     have = {name: tuple(value.shape) for name, value in arrays.items()}
 
@@ -141,21 +141,31 @@ _NORMALIZATION = {
 }
 
 
-def _as_named_today(arrays: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
-    """Without what is preprocessing, and depthwise kernels as Keras 3 names them."""
+def _as_named_today(
+    arrays: Mapping[str, np.ndarray], wanted: Container[str], source: str
+) -> dict[str, np.ndarray]:
+    """Without what is preprocessing; depthwise kernels and MobileNetV3's layers as in Keras 3.
+
+    Keras 2's `Conv_1/BatchNorm`, read as `Conv_1_BatchNorm`, is `conv_1_bn` now.
+    """
     for name, values in _NORMALIZATION.items():
         if name in arrays and not np.allclose(arrays[name], values, atol=1e-4):
             raise UserError(
                 f"{source}: {name} is {arrays[name]}, not ImageNet's {values}: these weights "
                 "expect another preprocessing than this network's"
             )
-    return {
-        name.removesuffix("depthwise_kernel") + "kernel"
-        if name.endswith("/depthwise_kernel")
-        else name: value
-        for name, value in arrays.items()
-        if name not in _NORMALIZATION
-    }
+    named: dict[str, np.ndarray] = {}
+    for name, value in arrays.items():
+        if name in _NORMALIZATION:
+            continue
+        layer, _, array = name.rpartition("/")
+        array = "kernel" if array == "depthwise_kernel" else array
+        today = f"{layer.replace('BatchNorm', 'bn').lower()}/{array}"
+        name = today if today in wanted else f"{layer}/{array}"
+        if name in named:
+            raise UserError(f"{source} holds {name} twice: save one network's weights alone")
+        named[name] = value
+    return named
 
 
 def array_names(params: Tree, batch_stats: Tree) -> list[str]:

@@ -167,8 +167,7 @@ def _read_h5(path: Path) -> dict[str, Any]:
         if any("/vars/" in f"/{name}" for name, _ in datasets):
             named = _keras3_names(path, root, datasets)
         else:
-            # .../layer/array or .../layer/array:0, whatever groups stand around it.
-            named = [("/".join(n.split("/")[-2:]).removesuffix(":0"), d) for n, d in datasets]
+            named = [(_layer_and_array(name), dataset) for name, dataset in datasets]
         raw: dict[str, Any] = {}
         for name, dataset in named:
             if name.endswith("normalization/count"):  # of the images a mean is of, no weight
@@ -178,6 +177,18 @@ def _read_h5(path: Path) -> dict[str, Any]:
             # What is not of a float type is refused without being read.
             raw[name] = dataset[()] if dataset.dtype.kind == "f" else np.empty(0, dataset.dtype)
         return raw
+
+
+def _layer_and_array(name: str) -> str:
+    """`layer/array` of `.../layer/array` or `.../layer/array:0`, whatever groups are around it.
+
+    Keras 2 has layers with slashes in their names, and writes a layer's name twice:
+    `conv1/bn/conv1/bn/gamma:0` is `conv1_bn/gamma`.
+    """
+    *groups, array = name.removesuffix(":0").split("/")
+    half = len(groups) // 2
+    twice = half and groups[:half] == groups[half:]
+    return "/".join(["_".join(groups[:half])] if twice else groups[-1:]) + f"/{array}"
 
 
 def _keras3_names(

@@ -5,11 +5,14 @@ import os
 os.environ["KERAS_BACKEND"] = "jax"
 
 import jax.numpy as jnp
+import keras
 import numpy as np
 import pytest
 from keras.src.applications.imagenet_utils import preprocess_input
 
+from covid_flax.models import preprocessing_of
 from covid_flax.models.preprocess import preprocess
+from ml_collections_configs import base
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +58,35 @@ def test_one_grey_channel_counts_as_three_equal_ones(images, mode):
     want = preprocess(np.repeat(grey, 3, -1), mode)
     np.testing.assert_array_equal(preprocess(grey, mode), want)
     assert want.shape == images.shape
+
+
+def _efficientnet_input(x):
+    """Of Keras's EfficientNet with ImageNet weights: the last layer undoes a wrong variance."""
+    deviation = np.array([0.229, 0.224, 0.225])
+    x = keras.layers.Rescaling(1 / 255)(x)
+    x = keras.layers.Normalization(mean=[0.485, 0.456, 0.406], variance=deviation)(x)
+    return keras.layers.Rescaling((1 / np.sqrt(deviation)).tolist())(x)
+
+
+@pytest.mark.parametrize(
+    ("names", "judge"),
+    [
+        ("resnet50", keras.applications.resnet.preprocess_input),
+        ("mobilenet_v2", keras.applications.mobilenet_v2.preprocess_input),
+        ("densenet121", keras.applications.densenet.preprocess_input),
+        ("mobilenet_v3_small mobilenet_v3_large", keras.layers.Rescaling(1 / 127.5, -1.0)),
+        (
+            "efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3",
+            _efficientnet_input,
+        ),
+    ],
+)
+def test_a_network_s_own_is_what_its_weights_were_trained_with(images, names, judge):
+    want = np.asarray(judge(images.astype(np.float32)))
+    for name in names.split():
+        config = base.get_config().model
+        config.name = name
+        got = preprocess(images, preprocessing_of(config))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5, err_msg=name)
+        config.preprocessing = "unit"
+        assert preprocessing_of(config) == "unit"

@@ -326,7 +326,7 @@ def test_dropout_acts_only_with_a_key(small):
     assert np.abs(one - model(images, dropout_key=jax.random.key(1))).max() > 0
 
 
-@pytest.mark.parametrize("batch_stats_in", [STAGES])
+@pytest.mark.parametrize("batch_stats_in", [(), STAGES])
 def test_bfloat16_computes_convolutions_only(small, batch_stats_in):
     def build(dtype):
         model = ResNet(

@@ -53,13 +53,13 @@ def write_official_h5() -> Callable[[Path, dict[str, np.ndarray]], None]:
     """Writes the layout of Keras's published files: `layer/layer/array:0` and its attributes."""
 
     def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
-        layers = list(dict.fromkeys(name.split("/")[0] for name in arrays))
+        layers = list(dict.fromkeys(name.rpartition("/")[0] for name in arrays))
         with h5py.File(path, "w") as file:
             file.attrs["layer_names"] = [layer.encode() for layer in layers]
             file.attrs["backend"], file.attrs["keras_version"] = b"tensorflow", b"2.2.4"
             for layer in layers:
-                names = [f"{n}:0" for n in arrays if n.split("/")[0] == layer]
-                group = file.create_group(layer)
+                names = [f"{n}:0" for n in arrays if n.rpartition("/")[0] == layer]
+                group = file.require_group(layer)
                 group.attrs["weight_names"] = [n.encode() for n in names]
                 for n in names:
                     group[n] = arrays[n.removesuffix(":0")]

@@ -1,13 +1,18 @@
 """Reading: the layouts as Keras writes them, and files that are none of them."""
 
+import re
 import zipfile
 
 import h5py
+import jax
 import numpy as np
 import pytest
 
 from covid_flax.errors import UserError
+from covid_flax.models import create_model
+from covid_flax.pretrained.load import array_names, load_weights
 from covid_flax.pretrained.read import read_weights
+from ml_collections_configs import base
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +179,100 @@ def test_keras3_layer_of_another_kind(tmp_path):
     refused(tmp_path / "a.weights.h5", "another network")
 
 
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("suffix", [".weights.h5", ".h5"])
+def test_what_keras_s_normalization_holds(suffix, tmp_path):
+    from keras_judge import keras
+
+    layers = keras.layers
+    network = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Normalization(name="normalization"),
+            layers.Conv2D(4, 3, name="stem_conv"),
+        ]
+    )
+    kernel, bias = network.get_layer("stem_conv").get_weights()
+    network.get_layer("normalization").set_weights(
+        [np.array(MEAN), np.array(DEVIATION), np.array(7)]
+    )
+    (network.save if suffix == ".h5" else network.save_weights)(tmp_path / f"a{suffix}")
+    read = read_weights(tmp_path / f"a{suffix}")
+    assert set(read) == {f"normalization/{k}" for k in ("mean", "variance")} | {
+        "stem_conv/kernel",
+        "stem_conv/bias",
+    }
+    np.testing.assert_allclose(read["normalization/mean"], MEAN, rtol=1e-6)
+    np.testing.assert_allclose(read["normalization/variance"], DEVIATION, rtol=1e-6)
+
+
+def test_what_a_file_says_of_its_input_is_checked():
+    config = base.get_config().model
+    config.name, config.hidden_units = "efficientnet_b0", 0
+    _, params, stats = jax.eval_shape(lambda: create_model(config, 4, 0))
+    shapes = dict(zip(array_names(params, stats), jax.tree.leaves([params, stats]), strict=True))
+    arrays = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
+    said = {"normalization/mean": np.array(MEAN), "normalization/variance": np.array(DEVIATION)}
+    report = load_weights(arrays | said, params, stats, source="a.h5")[2]
+    assert len(report.loaded) == len(arrays)
+    for wrong in (
+        {"normalization/mean": np.array(DEVIATION)},
+        {"normalization/variance": np.square(DEVIATION)},
+    ):
+        with pytest.raises(UserError, match=r"a\.h5: normalization/\w+ is .*another preprocessing"):
+            load_weights(arrays | said | wrong, params, stats, source="a.h5")
+
+
 def test_same_layer_name_twice(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as f:
         f["one/conv1_conv/kernel:0"] = np.ones(2, np.float32)
         f["two/conv1_conv/kernel:0"] = np.ones(2, np.float32)
     refused(tmp_path / "a.h5", "conv1_conv/kernel twice")
+
+
+def _keras2_layer(name, network):
+    """The layer's name in Keras 2, whose published files are still what is downloaded."""
+    if network == "densenet121":
+        return name.replace("conv1_", "conv1/") if name in ("conv1_conv", "conv1_bn") else name
+    block = re.fullmatch(r"(expanded_conv(?:_\d+)?)_(squeeze_excite|\w+?)_?(conv\w*|bn)?", name)
+    if block is None:  # conv, conv_bn, conv_1, conv_1_bn
+        return name.replace("conv", "Conv").replace("_bn", "/BatchNorm")
+    parts = [
+        block[1],
+        block[2],
+        (block[3] or "").replace("conv", "Conv").replace("bn", "BatchNorm"),
+    ]
+    return "/".join(filter(None, parts))
+
+
+@pytest.mark.parametrize("network", ["densenet121", "mobilenet_v3_small"])
+def test_published_files_of_light_networks_name_layers_as_keras_2_did(
+    network, write_official_h5, tmp_path
+):
+    config = base.get_config().model
+    config.name, config.hidden_units = network, 0
+    _, params, stats = jax.eval_shape(lambda: create_model(config, 4, 0))
+    rng = np.random.default_rng(0)
+    shapes = dict(zip(array_names(params, stats), jax.tree.leaves([params, stats]), strict=True))
+    arrays = {
+        name: rng.uniform(0.5, 1, leaf.shape).astype(np.float32)
+        for name, leaf in shapes.items()
+        if not name.startswith("predictions/")
+    }
+    old = {}
+    for name, value in arrays.items():
+        layer, _, array = name.partition("/")
+        layer = _keras2_layer(layer, network)
+        if layer.endswith("/depthwise"):
+            array = "depthwise_kernel"
+        old[f"{layer}/{array}"] = value
+    assert "conv1/bn/gamma" in old or "expanded_conv_3/squeeze_excite/Conv_1/bias" in old
+    path = tmp_path / "published.h5"
+    write_official_h5(path, old)
+    params, stats, report = load_weights(read_weights(path), params, stats, source="published")
+    assert len(report.loaded) == len(arrays)
+    loaded = dict(zip(array_names(params, stats), jax.tree.leaves([params, stats]), strict=True))
+    for name, value in arrays.items():
+        np.testing.assert_array_equal(loaded[name], value, err_msg=name)

