@@ -66,6 +66,7 @@ def run_command(
     sys.excepthook = _error_of_nobody
     if together:
         distributed.define_flags()
+    preemption.notice_interrupts()
     try:
         arguments = _parse(sys.argv, positional)
         if together:
@@ -124,6 +125,9 @@ def _flag_line(e: Exception) -> str:
         return f"unknown config key {unknown[1]!r}: the nearest known one is config.{nearest}"
     if isinstance(e, TypeError) or "positional argument" in text:
         return "that configuration file has no variants: leave out what follows the colon"
+    if missing := re.search(r"Flag --(\w+) must have a value", text):
+        return f"--{missing[1]} is missing (--help lists the flags)"
+    text = re.sub(r"\('([^']*)', '([^']*)'\)", r"\1: \2", text)
     if "Traceback" in text:
         text = text.rstrip().splitlines()[-1]
     return f"{text} (--help lists the flags)"

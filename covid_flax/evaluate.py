@@ -123,6 +123,9 @@ def evaluate(
             "These images chose the epoch, so the figures are optimistic; "
             "a test split (data.nested_test, or grouped with data.test_fraction) is not."
         )
+    before = _scored_in(output)
+    if before not in (None, report["data_dir"]):
+        say(f"note: this replaces the evaluation of {before} in {output}: give --output to keep it")
     title = f"{split} images of {workdir.name}"
     write_evaluation(output, report, predictions, title=title, run=saved | {"name": workdir.name})
     if fits:
@@ -135,6 +138,15 @@ def evaluate(
             say(f"note: the temperature is not kept for --calibrated: {e}")
     print_report(report, output)
     return report
+
+
+def _scored_in(output: Path) -> str | None:
+    """The folder whose images the evaluation in `output` is of; None without one."""
+    try:
+        found = parse_json((output / "report.json").read_text(encoding="utf-8"))["data_dir"]
+        return found if isinstance(found, str) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _stored_calibration(workdir: Path, step: int) -> dict[str, Any] | None:

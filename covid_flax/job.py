@@ -17,7 +17,6 @@ from covid_flax.augment import Augment
 from covid_flax.chips import peak_of
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.pipeline import ArraySource, Source, usable_examples
-from covid_flax.errors import UserError
 from covid_flax.mesh import Layout, make_layout
 from covid_flax.models import MODELS, preprocessing_of, stage_before, trained_stages
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
@@ -99,33 +98,15 @@ def make_job(run: Run) -> Job:
 
 
 def _teacher(run: Run) -> Teacher | None:
-    """The trained run that the configuration's `train.teacher` names. Raises UserError."""
+    """The run that `train.teacher` names, which `setup` has found fit. Raises UserError."""
     config = run.config.train
     if not config.teacher:
         return None
     # It opens runs, with what training needs and more.
-    from covid_flax.evaluation.trained import learned_files, open_run
+    from covid_flax.evaluation.trained import open_run
 
     folder = Path(config.teacher).expanduser()
     teacher = open_run(folder)
-    if teacher.class_names != tuple(run.data.class_names):
-        raise UserError(
-            f"train.teacher={folder} knows the classes {list(teacher.class_names)}, the data has "
-            f"{list(run.data.class_names)}: train it on the same classes"
-        )
-    size = teacher.config.data.image_size
-    if size != run.config.data.image_size:
-        raise UserError(
-            f"train.teacher={folder} takes images of {size} pixels, this run has "
-            f"{run.config.data.image_size}: set data.image_size={size}"
-        )
-    learned = learned_files(folder, teacher.saved)
-    held_out = {row.file for row in run.data.rows if row.split != "train"}
-    if leaked := len(learned & held_out):
-        raise UserError(
-            f"train.teacher={folder} was trained on {leaked:,} images that this run holds out: "
-            "its figures would be of images seen; give a teacher of the same split"
-        )
     say(f"teacher: {folder}, step {teacher.step:,}")
     return Teacher(teacher.logits, config.teacher_weight, config.teacher_temperature)
 

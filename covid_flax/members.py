@@ -21,6 +21,7 @@ from scipy import stats
 from covid_flax import config as config_lib
 from covid_flax import distributed
 from covid_flax.checkpoint import has_checkpoints
+from covid_flax.data.dataset import check_splits
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
@@ -72,6 +73,9 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
     if saved is not None:
         refuse_changes(saved["config"], config_lib.to_json(config), workdir)
     configs = member_configs(config)
+    for member in configs.values():
+        config_lib.check(member)
+    check_splits([member.data for member in configs.values()], config.seed)
     reports: dict[str, dict[str, Any]] = {}
     data = None
     for number, (name, member) in enumerate(configs.items(), 1):
@@ -96,7 +100,10 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
     summary = {
         "members": {name: _figures(of) for name, of in reports.items()},
         "mean": {
-            split: {f: mean_interval([of[split][f] for of in reports.values()]) for f in FIGURES}
+            split: {
+                f: mean_interval([of[split][f] for of in reports.values()], share=f != "loss")
+                for f in FIGURES
+            }
             for split in splits
         },
         "whole": _figures(whole),
@@ -107,14 +114,18 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
     return summary
 
 
-def mean_interval(values: Sequence[float]) -> dict[str, Any]:
+def mean_interval(values: Sequence[float], *, share: bool = False) -> dict[str, Any]:
     """Mean, and Student's 95 % interval for it, of runs that are taken as independent.
 
-    Folds share training images, so that theirs is too narrow (Bengio and Grandvalet 2004).
+    Folds share training images, so that theirs is too narrow (Bengio and Grandvalet 2004). That of
+    a share is cut off at 0 and 1, which that of two runs commonly exceeds.
     """
     n, mean = len(values), float(np.mean(values))
     half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
-    return {"mean": mean, "interval": [mean - float(half), mean + float(half)], "runs": n}
+    ends = [mean - float(half), mean + float(half)]
+    if share:
+        ends = [max(ends[0], 0.0), min(ends[1], 1.0)]
+    return {"mean": mean, "interval": ends, "runs": n}
 
 
 def _figures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -24,10 +24,33 @@ STATUS = 143  # 128 + SIGTERM, as a shell reports one that the signal ended too
 LOOK_EVERY_S = 5.0
 
 _noted = False
+_interrupted = False
 
 
 class Terminated(BaseException):
     """Ends the command with `STATUS`; its text is the line to print."""
+
+
+def notice_interrupts() -> None:
+    """From now on an interrupt (Ctrl-C) is remembered as well as raised.
+
+    Python loses an exception that is raised in a callback of its garbage collector, and JAX has
+    such a callback.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def heed_interrupt() -> None:
+    """Raises KeyboardInterrupt where one has come and was lost."""
+    if _interrupted:
+        raise KeyboardInterrupt
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
 
 
 def _note(number: int, frame: Any) -> None:

@@ -191,6 +191,7 @@ def _print(report: dict[str, Any], output: Path) -> None:
 
 
 def _define_flags() -> None:
+    flags.DEFINE_string("workdir", "", "the run's folder, in place of the argument")
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step")
     flags.DEFINE_enum("split", "", ("", *SPLITS), "which images; empty: test if there is one")
     flags.DEFINE_string("data_dir", "", "another place of the run's images, or another folder")
@@ -200,11 +201,12 @@ def _define_flags() -> None:
 
 
 def _main(arguments: list[str]) -> None:
-    if len(arguments) != 1:
-        raise UserError("give one run's folder: python -m covid_flax.robustness RUN_DIR")
     f = flags.FLAGS
+    folders = [*arguments, *([f.workdir] if f.workdir else [])]
+    if len(folders) != 1:
+        raise UserError("give one run's folder: python -m covid_flax.robustness RUN_DIR")
     robustness(
-        Path(arguments[0]).expanduser(),
+        Path(folders[0]).expanduser(),
         checkpoint=f.checkpoint,
         split=f.split,
         data_dir=f.data_dir,

@@ -86,6 +86,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     configuration too. Raises UserError, having written nothing.
     """
     config_lib.check(config)
+    _refuse_file(workdir)
     resumed = has_checkpoints(workdir / "checkpoints")
     metrics = workdir / "metrics.jsonl"
     recorded = resumed or (metrics.exists() and metrics.stat().st_size > 0)
@@ -96,6 +97,12 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     data = dataset_lib.load_dataset(config.data, config.seed, workdir)
     _describe_data(data)
     check_batches(config, len(data.files("train")))
+    if config.train.teacher:
+        # It opens runs, with what training needs and more.
+        from covid_flax.evaluation.trained import check_teacher
+
+        teacher = Path(config.train.teacher).expanduser()
+        check_teacher(teacher, data, config.data.image_size)
     graphdef, params, batch_stats = create_model(config.model, len(data.class_names), config.seed)
 
     if resumed and saved is not None:
@@ -203,10 +210,14 @@ def _meet(workdir: Path) -> None:
         )
 
 
-def read_run(workdir: Path) -> dict[str, Any] | None:
-    """The `config.json` of a run's folder, None where there is none. Raises UserError."""
+def _refuse_file(workdir: Path) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file: give a folder as --workdir")
+
+
+def read_run(workdir: Path) -> dict[str, Any] | None:
+    """The `config.json` of a run's folder, None where there is none. Raises UserError."""
+    _refuse_file(workdir)
     path = workdir / "config.json"
     if not path.exists():
         return None

@@ -193,6 +193,7 @@ def _loop(
             elif alone:
                 rate = meter.rate / config.train.batch_size
                 due = min(due, step + max(1, int(rate * preemption.LOOK_EVERY_S)))
+            preemption.heed_interrupt()
             due = profile.before(step, due)
             state = feed.advance(state, due - step, meter)
             step = due
@@ -267,6 +268,12 @@ def _loop(
                 say(f"note: {note}")
             save(copy, best=improved)
             del copy
+            # Where epochs are short no other step is looked at.
+            if preemption.noticed(together=True) and step < total_steps:
+                checkpoints.wait()
+                raise preemption.Terminated(
+                    f"SIGTERM: saved step {step:,}; the same command goes on from there"
+                )
         checkpoints.wait()
 
 

@@ -90,6 +90,11 @@ def style_groups(folder: DataFolder, figures: np.ndarray, styles: int) -> dict[s
             votes[group][int(number)] += 1
         for file, group in zip(files, held, strict=True):
             result[file] = f"{name}-{votes[group].most_common(1)[0][0]}"
+        left = len({result[file] for file in files})
+        if left < styles:
+            raise UserError(
+                f"{name} has {left} styles where its groups hold together: give fewer --styles"
+            )
     return result
 
 

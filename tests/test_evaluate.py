@@ -219,6 +219,8 @@ def test_a_folder_that_names_its_classes_otherwise(trained, phantom_dir, tmp_pat
     assert labels == {"cov": "COVID", "healthy": "Normal", "sars": "COVID"}
     with pytest.raises(UserError, match="Flu"):
         evaluate(trained, class_map=kinds | {"x": "Flu"}, **how)
+    with pytest.raises(UserError, match="--class_map=cov=COVD: the run knows COVID, .*: name one"):
+        evaluate(trained, class_map=kinds | {"cov": "COVD"}, **how)
     with pytest.raises(UserError, match="nowhere"):
         evaluate(trained, class_map=kinds | {"nowhere": "COVID"}, **how)
     with pytest.raises(UserError, match="leaves no image"):

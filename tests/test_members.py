@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from covid_flax.data.splits import read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.predictions import read_predictions
-from covid_flax.job import make_job
 from covid_flax.members import mean_interval, member_configs, train_members
 from covid_flax.report.artefacts import read_artefacts
 from covid_flax.report.statements import statements
@@ -99,13 +99,16 @@ def test_a_whole_is_not_scored_on_what_its_members_learned(folds, tmp_path):
     lessons = [c["simple_model"]["num_training"] for c in report["conditions"]]
     assert lessons[0] == 64  # all that any member learned from
     student = config.copy_and_resolve_references()
-    student.data.folds, student.data.val_fraction, student.train.teacher = 0, 0.25, str(workdir)
-    run = setup(student, tmp_path / "student")
+    student.data.folds, student.data.val_fraction = 0, 0.25
+    student.train.teacher = ""
+    run = setup(student, tmp_path / "alone")
     learned = {row.file for row in read_split_csv(workdir / "split.csv") if row.split != "test"}
     leaked = {row.file for row in run.data.rows if row.split != "train"} & learned
     assert len(leaked) >= 16
+    student.train.teacher = str(workdir)
     with pytest.raises(UserError, match=f"was trained on {len(leaked)} images that this run hold"):
-        make_job(run)
+        setup(student, tmp_path / "student")
+    assert not (tmp_path / "student").exists()
 
 
 def test_what_a_card_says_of_several_runs(folds):
@@ -122,6 +125,22 @@ def test_what_a_card_says_of_several_runs(folds):
     assert "3 folds, number 1 (from 0) val, test share 0.2." in said["partition"]
     assert said["ensemble"] == "None: one network answers."
     assert "One training with one seed" in said["limits"]
+
+
+def test_folds_that_cannot_all_be_made_are_refused_before_the_first(tiny_config, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(tiny_config.data.dir, root)
+    files = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.png"))
+    groups = [f"{i % (2 if file.startswith('COVID') else 5)}" for i, file in enumerate(files)]
+    lines = "".join(f"{f},{f.split('/')[0]}{g}\n" for f, g in zip(files, groups, strict=True))
+    (root / "groups.csv").write_text("file,group\n" + lines)
+    tiny_config.data.dir, tiny_config.data.folds = str(root), 3
+    with pytest.raises(UserError, match="data.split=grouped"):
+        train_members(tiny_config, tmp_path / "run")
+    tiny_config.data.split = "grouped"
+    with pytest.raises(UserError, match="leaves class COVID"):
+        train_members(tiny_config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_seeds_share_a_split(tiny_config):
@@ -149,3 +168,4 @@ def test_the_interval_is_student_s():
     got = mean_interval(values)
     want = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     np.testing.assert_allclose(got["interval"], [want.low, want.high], rtol=1e-9)
+    assert mean_interval([0.5, 0.9], share=True)["interval"] == [0.0, 1.0]

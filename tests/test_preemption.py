@@ -26,6 +26,26 @@ def test_is_noted_where_a_save_comes_first():
         assert not preemption.noticed(together=True)
 
 
+def test_an_interrupt_that_a_garbage_collection_swallows_is_heeded_later():
+    """JAX has such a callback, and Python drops what is raised in one."""
+    code = """
+import gc, os, signal
+from covid_flax import preemption
+preemption.notice_interrupts()
+preemption.heed_interrupt()
+gc.callbacks.append(lambda phase, info: phase == "stop" or os.kill(os.getpid(), signal.SIGINT))
+gc.collect()
+gc.callbacks.clear()
+print("swallowed", flush=True)
+try:
+    preemption.heed_interrupt()
+except KeyboardInterrupt:
+    print("heeded", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["swallowed", "heeded"], done.stderr
+
+
 def test_a_second_one_does_not_wait():
     code = """
 import os, signal

@@ -32,7 +32,7 @@ from covid_flax.data.duplicates import Pair, connected, find_duplicates, thumbna
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
-from covid_flax.files import write_atomically
+from covid_flax.files import make_writable, write_atomically
 
 # Below it a pair may also be two exposures of one patient.
 _SURELY_COPIED = 0.95
@@ -408,6 +408,12 @@ def _main() -> None:
     data_dir, output = os.path.expanduser(f.data_dir), Path(f.output).expanduser()
     rows = read_split_csv(os.path.expanduser(f.split_csv)) if f.split_csv else []
     folder = open_folder(data_dir, require_two_classes=False)
+    make_writable(output)
+    absent = {row.file for row in rows} - {file.file for file in folder.files}
+    if rows and len(absent) == len(rows):
+        raise UserError(f"{data_dir} has no image of {f.split_csv}: give the folder of that run")
+    if absent:
+        print(f"note: {len(absent):,} of the {len(rows):,} images of {f.split_csv} are not there")
     result = audit(folder, rows, progress=True)
     write_audit(result, folder, output)
     print(summary(result))

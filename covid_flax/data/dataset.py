@@ -99,14 +99,48 @@ class Dataset:
         return self._stores[key]
 
 
+def _split_seed(config: Any, seed: int) -> int:
+    return int(seed if config.split_seed < 0 else config.split_seed)
+
+
+def _split(folder: DataFolder, config: Any, seed: int) -> list[Row]:
+    return make_split(
+        folder,
+        split=config.split,
+        val_fraction=config.val_fraction,
+        test_fraction=config.test_fraction,
+        nested_test=config.nested_test,
+        folds=config.folds,
+        fold=config.fold,
+        seed=_split_seed(config, seed),
+    )
+
+
+def check_splits(configs: Sequence[Any], seed: int) -> None:
+    """Refuses what one of several splits of the same images could not be made of. Raises UserError.
+
+    Args:
+      configs: each one's `data`, with its own `data.fold`.
+      seed: of the run.
+    """
+    first = configs[0]
+    if not first.dir:
+        return  # phantoms are drawn with each
+    folder = open_folder(first.dir, groups_file=first.groups_file, group_column=first.group_column)
+    for config in configs:
+        _split(folder, config, seed)
+
+
 def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
     """Opens, checks, stores and splits the images that the configuration's `data` names."""
-    split_seed = seed if config.split_seed < 0 else config.split_seed
     root = config.dir
     if not root and config.phantoms_per_class:
         root = str(workdir / "phantoms")
         phantoms.write_dataset(
-            Path(root), config.phantoms_per_class, seed=split_seed, size=config.image_size
+            Path(root),
+            config.phantoms_per_class,
+            seed=_split_seed(config, seed),
+            size=config.image_size,
         )
     if not root:
         raise UserError(
@@ -117,16 +151,7 @@ def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
     records = None
     if config.on_bad_image == "skip":  # else later: what a split lacks is told at once
         folder, records = prepare_readable(folder, config)
-    rows = make_split(
-        folder,
-        split=config.split,
-        val_fraction=config.val_fraction,
-        test_fraction=config.test_fraction,
-        nested_test=config.nested_test,
-        folds=config.folds,
-        fold=config.fold,
-        seed=split_seed,
-    )
+    rows = _split(folder, config, seed)
     if records is None:
         folder, records = prepare_readable(folder, config)
     notes = _notes(folder, config.split)

@@ -134,7 +134,7 @@ def read_split_csv(path: str | os.PathLike[str]) -> list[Row]:
             header = next(reader, None)
             listed = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"cannot read {path}: {e}") from e
+        raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
     if header != _COLUMNS or any(len(r) != 4 or r[2] not in _PARTS for r in listed):
         raise UserError(f"{path} is not a split file: it must have {','.join(_COLUMNS)}")
     if len({r[0] for r in listed}) < len(listed):

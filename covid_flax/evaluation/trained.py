@@ -138,6 +138,37 @@ def learned_files(workdir: Path, saved: Mapping[str, Any]) -> set[str]:
     return {row.file for row in rows if row.split == "train"}
 
 
+def check_teacher(folder: Path, data: Dataset, image_size: int) -> None:
+    """Refuses a run that cannot teach one of these images.
+
+    Raises:
+      UserError: no run, one of other classes or another size, or one that has learned from images
+        that are held out here.
+    """
+    saved = read_run(folder)
+    if saved is None:
+        raise UserError(
+            f"train.teacher={folder} holds no run (no config.json): give a run's folder"
+        )
+    if saved["class_names"] != list(data.class_names):
+        raise UserError(
+            f"train.teacher={folder} knows the classes {saved['class_names']}, the data has "
+            f"{list(data.class_names)}: train it on the same classes"
+        )
+    size = config_lib.from_json(saved["config"]).data.image_size
+    if size != image_size:
+        raise UserError(
+            f"train.teacher={folder} takes images of {size} pixels, this run has {image_size}: "
+            f"set data.image_size={size}"
+        )
+    held_out = {row.file for row in data.rows if row.split != "train"}
+    if leaked := len(learned_files(folder, saved) & held_out):
+        raise UserError(
+            f"train.teacher={folder} was trained on {leaked:,} images that this run holds out: "
+            "its figures would be of images seen; give a teacher of the same split"
+        )
+
+
 def refuse_folds(workdir: Path, saved: Mapping[str, Any], what: str) -> None:
     """Where a run is a whole cross-validation, of which each image trained all runs but one.
 
@@ -327,6 +358,12 @@ def _labels_of(
             f"--class_map names {absent[0]}, but {folder.root} has the classes "
             f"{', '.join(folder.class_names)}: name one of them"
         )
+    for theirs, ours in class_map.items():
+        if ours not in (*class_names, LEFT_OUT):
+            raise UserError(
+                f"--class_map={theirs}={ours}: the run knows {', '.join(class_names)}: name one of "
+                f"them, or {LEFT_OUT}"
+            )
     label = {name: class_map.get(name, name) for name in folder.class_names}
     unknown = sorted(set(label.values()) - {*class_names, LEFT_OUT})
     if unknown:
