@@ -37,7 +37,7 @@ def find_twins(rows: Sequence[Row], pairs: DataFolder) -> list[tuple[Row, str]]:
     if not found:
         raise UserError(
             f"{pairs.root} holds no twin of a scored image that was not trained on: it needs files "
-            "of the same class and name, or take another --split"
+            "of the same class and name, suffix included, or take another --split"
         )
     return found
 

@@ -250,6 +250,9 @@ def _selection(a: Artefacts) -> str | None:
     if a.saved.get("candidates"):
         return f"Of {len(a.saved['candidates'])} settings, the most accurate on the val images."
     monitor, lines = a.config("train", "monitor"), _epochs(a)
+    if monitor and a.members:
+        most = a.config("train", "epochs")
+        return f"In each run, the epoch with the best {monitor} of at most {most}."
     if not monitor or not lines:
         return None
     best = _best_epoch(a)
