@@ -158,10 +158,10 @@ def _as_named_today(
     for name, value in arrays.items():
         if name in _NORMALIZATION:
             continue
-        layer, _, array = name.rpartition("/")
+        layer, slash, array = name.rpartition("/")
         array = "kernel" if array == "depthwise_kernel" else array
         today = f"{layer.replace('BatchNorm', 'bn').lower()}/{array}"
-        name = today if today in wanted else f"{layer}/{array}"
+        name = today if today in wanted else f"{layer}{slash}{array}"
         if name in named:
             raise UserError(f"{source} holds {name} twice: save one network's weights alone")
         named[name] = value

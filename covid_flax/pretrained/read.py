@@ -188,7 +188,7 @@ def _layer_and_array(name: str) -> str:
     *groups, array = name.removesuffix(":0").split("/")
     half = len(groups) // 2
     twice = half and groups[:half] == groups[half:]
-    return "/".join(["_".join(groups[:half])] if twice else groups[-1:]) + f"/{array}"
+    return "/".join([*(["_".join(groups[:half])] if twice else groups[-1:]), array])
 
 
 def _keras3_names(

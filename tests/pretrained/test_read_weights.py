@@ -225,6 +225,12 @@ def test_what_a_file_says_of_its_input_is_checked():
             load_weights(arrays | said | wrong, params, stats, source="a.h5")
 
 
+def test_an_array_without_a_layer_keeps_its_name(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as f:
+        f["kernel:0"] = np.ones(2, np.float32)
+    assert set(read_weights(tmp_path / "a.h5")) == {"kernel"}
+
+
 def test_same_layer_name_twice(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as f:
         f["one/conv1_conv/kernel:0"] = np.ones(2, np.float32)
