@@ -52,8 +52,8 @@ def run_command(
     Args:
       main: the command.
       together: whether several processes may run it as one, see `covid_flax.distributed`.
-      resumes: whether an interrupted one goes on where it was.
       positional: whether it takes arguments besides its flags; `main` is given their list.
+      resumes: whether an interrupted one goes on where it was.
     """
     # Libraries log what they then raise; the raised error is what the user is told.
     logging.set_verbosity(logging.FATAL)

@@ -45,11 +45,9 @@ from covid_flax.evaluation.trained import (
     CLASS_MAP_HELP,
     Ensemble,
     TrainedRun,
-    open_data,
+    open_held_out,
     open_run,
     parse_class_map,
-    refuse_folds,
-    saved_run,
 )
 from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
 from covid_flax.files import make_writable, write_atomically
@@ -559,13 +557,9 @@ def run_controls(
     Returns:
       What controls.json holds. Raises UserError.
     """
-    saved = saved_run(workdir)
     if pairs and not Path(pairs).exists():
         raise UserError(f"--pairs={pairs} does not exist: give a folder of <Class>/images/<name>")
-    split = split or ("test" if "test" in saved["data"]["images"] else "val")
-    if split == "val":
-        refuse_folds(workdir, saved, "its val images")
-    data = open_data(workdir, saved, split, data_dir, class_map)
+    split, data = open_held_out(workdir, split, data_dir, class_map)
     output = output or workdir / "controls" / split
     make_writable(output)
     training = None

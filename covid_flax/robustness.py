@@ -28,11 +28,9 @@ from covid_flax.evaluation.trained import (
     CLASS_MAP_HELP,
     Ensemble,
     TrainedRun,
-    open_data,
+    open_held_out,
     open_run,
     parse_class_map,
-    refuse_folds,
-    saved_run,
 )
 from covid_flax.files import make_writable, write_atomically
 from covid_flax.report.console import say
@@ -154,11 +152,7 @@ def robustness(
     Returns:
       What robustness.json holds. Raises UserError.
     """
-    saved = saved_run(workdir)
-    split = split or ("test" if "test" in saved["data"]["images"] else "val")
-    if split == "val":
-        refuse_folds(workdir, saved, "its val images")
-    data = open_data(workdir, saved, split, data_dir, class_map)
+    split, data = open_held_out(workdir, split, data_dir, class_map)
     run = open_run(workdir, checkpoint)
     output = output or workdir / "robustness" / split
     make_writable(output)

@@ -88,9 +88,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     config_lib.check(config)
     _refuse_file(workdir)
     resumed = has_checkpoints(workdir / "checkpoints")
-    metrics = workdir / "metrics.jsonl"
-    recorded = resumed or (metrics.exists() and metrics.stat().st_size > 0)
-    saved = read_run(workdir) if recorded else None
+    saved = read_run(workdir) if resumed or has_figures(workdir) else None
     if saved is not None:
         refuse_changes(saved["config"], config_lib.to_json(config), workdir)
     say(f"data: reading {config.data.dir or 'synthetic phantoms'}")
@@ -208,6 +206,12 @@ def _meet(workdir: Path) -> None:
             f"process {jax.process_index()} does not see the {workdir} that process 0 wrote: "
             "give a --workdir on a file system that all hosts share"
         )
+
+
+def has_figures(workdir: Path) -> bool:
+    """Whether the folder holds figures of a training, with or without its checkpoints."""
+    metrics = workdir / "metrics.jsonl"
+    return metrics.exists() and metrics.stat().st_size > 0
 
 
 def _refuse_file(workdir: Path) -> None:

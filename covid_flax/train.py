@@ -25,7 +25,7 @@ from covid_flax.recalibrate import is_due as recalibration_is_due
 from covid_flax.recalibrate import make_recalibration
 from covid_flax.report.console import Meter, say
 from covid_flax.report.log import RunLog
-from covid_flax.run import Run, only_trainer
+from covid_flax.run import Run, has_figures, only_trainer
 from covid_flax.step import TrainState, create_state, make_eval_step, zero_skipped, zero_sums
 from covid_flax.stragglers import find_straggler
 
@@ -85,8 +85,7 @@ def _start(
             f"{run.workdir}/checkpoints: no sound checkpoint is left: remove the folder"
         )
     if found is None:
-        metrics = run.workdir / "metrics.jsonl"
-        if metrics.exists() and metrics.stat().st_size:
+        if has_figures(run.workdir):
             say(f"note: {run.workdir} has figures but no checkpoint: it begins anew")
         stopping = EarlyStopping(
             mode="min" if config.train.monitor == "val_loss" else "max",
@@ -157,6 +156,12 @@ def _loop(
             good = f"last good checkpoint: step {last:,} in {run.workdir / 'checkpoints'}"
         raise non_finite_error(what, since + 1, step, config, good)
 
+    def terminate() -> NoReturn:
+        checkpoints.wait()
+        raise preemption.Terminated(
+            f"SIGTERM: saved step {step:,}; the same command goes on from there"
+        )
+
     def save(state: TrainState, *, best: bool) -> None:
         if not finite(state):
             refuse("the loss or a gradient is not finite", meter.last_step)
@@ -219,10 +224,7 @@ def _loop(
             if not epoch_ends and (stop or (every and step % every == 0)):
                 save(layout.get_state(state), best=False)
             if stop:
-                checkpoints.wait()
-                raise preemption.Terminated(
-                    f"SIGTERM: saved step {step:,}; the same command goes on from there"
-                )
+                terminate()
             if not epoch_ends:
                 continue
 
@@ -270,10 +272,7 @@ def _loop(
             del copy
             # Where epochs are short no other step is looked at.
             if preemption.noticed(together=True) and step < total_steps:
-                checkpoints.wait()
-                raise preemption.Terminated(
-                    f"SIGTERM: saved step {step:,}; the same command goes on from there"
-                )
+                terminate()
         checkpoints.wait()
 
 

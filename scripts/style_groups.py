@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import csv
-import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from covid_flax.data.decode import decode, resize
-from covid_flax.data.folder import DataFolder, open_folder
+from covid_flax.data.folder import DataFolder, groups_csv, open_folder
 from covid_flax.errors import UserError, run_script
 from covid_flax.files import write_atomically
 
@@ -121,11 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--styles={args.styles}: give at least 2")
     folder = open_folder(args.data_dir, groups_file=args.groups_file)
     groups = style_groups(folder, _figures(folder, args.threads), args.styles)
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("file", "group"))
-    writer.writerows(groups.items())
-    write_atomically(args.output, text.getvalue().encode("utf-8", "surrogateescape"))
+    write_atomically(args.output, groups_csv(groups.keys(), groups.values()))
     for group, number in sorted(collections.Counter(groups.values()).items()):
         print(f"{group:24}{number:8,}")
     print(f"written: {args.output}")

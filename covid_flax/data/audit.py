@@ -9,10 +9,8 @@ Never writes into the data folder unless `--output` names it.
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
 import hashlib
-import io
 import json
 import os
 import time
@@ -29,7 +27,7 @@ from covid_flax.command import run_command
 from covid_flax.data import duplicates
 from covid_flax.data.decode import decode
 from covid_flax.data.duplicates import Pair, connected, find_duplicates, thumbnail
-from covid_flax.data.folder import DataFolder, open_folder
+from covid_flax.data.folder import DataFolder, groups_csv, open_folder
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.files import make_writable, write_atomically
@@ -187,11 +185,7 @@ def audit(folder: DataFolder, rows: Sequence[Row] = (), *, progress: bool = Fals
 
 def write_audit(result: Audit, folder: DataFolder, output: Path) -> None:
     """Writes `groups.csv` and `audit.json` into `output`. UserError where it cannot."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["file", "group"])
-    writer.writerows(zip(result.files, result.groups, strict=True))
-    write_atomically(output / "groups.csv", buffer.getvalue().encode("utf-8", "surrogateescape"))
+    write_atomically(output / "groups.csv", groups_csv(result.files, result.groups))
     text = json.dumps(_as_dict(result, folder), indent=1, ensure_ascii=False)
     write_atomically(output / "audit.json", text.encode("utf-8", "replace") + b"\n")
 

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -475,6 +475,16 @@ class _Tables:
                 "relative to that folder"
             )
         return table
+
+
+def groups_csv(files: Iterable[str], groups: Iterable[str]) -> bytes:
+    """`file,group` of every image, as `open_folder` reads it; "" is no known group (UTF-8)."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(("file", "group"))
+    writer.writerows(zip(files, groups, strict=True))
+    # A file name that is not UTF-8 keeps its bytes.
+    return buffer.getvalue().encode("utf-8", "surrogateescape")
 
 
 def _read_csv(name: str, content: bytes) -> tuple[list[str], dict[str, dict[str, str]]]:

@@ -48,6 +48,12 @@ def has_width(interval: Sequence[float] | None) -> bool:
     return interval is not None and interval[1] - interval[0] > 1e-9
 
 
+def resamples_groups(report: Mapping[str, Any]) -> bool:
+    """Whether some of a report's images share a group, so that its bootstrap heeds groups."""
+    clusters = (report.get("intervals") or {}).get("clusters") or math.inf
+    return clusters < report["num_examples"]
+
+
 def class_interval(report: Mapping[str, Any], name: str, key: str) -> Sequence[float] | None:
     """Of a class's figure in a report: by groups where there are any, else Wilson's of a share.
 
@@ -60,12 +66,9 @@ def class_interval(report: Mapping[str, Any], name: str, key: str) -> Sequence[f
     def of(kind: str) -> Any:
         return (((intervals.get(kind) or {}).get("per_class") or {}).get(name) or {}).get(key)
 
-    grouped = (intervals.get("clusters") or math.inf) < report["num_examples"]
-    return (
-        of("bootstrap")
-        if grouped and has_width(of("bootstrap"))
-        else (of("wilson") or of("bootstrap"))
-    )
+    if resamples_groups(report) and has_width(of("bootstrap")):
+        return of("bootstrap")
+    return of("wilson") or of("bootstrap")
 
 
 def cluster_weights(clusters: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:

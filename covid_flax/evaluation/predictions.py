@@ -85,16 +85,8 @@ def predictions_csv(predictions: Predictions) -> bytes:
     return buffer.getvalue().encode("utf-8", "surrogateescape")
 
 
-def groups_csv(predictions: Predictions) -> bytes:
-    """`file,group` of every image, the group empty where it is unknown (UTF-8)."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerows([("file", "group"), *zip(predictions.files, predictions.groups, strict=True)])
-    return buffer.getvalue().encode("utf-8", "surrogateescape")
-
-
 def read_predictions(path: Path, rows: Sequence[Row] = ()) -> Predictions:
-    """What `predictions_csv` wrote, and `groups_csv` beside it.
+    """What `predictions_csv` wrote, and the groups.csv beside it.
 
     Args:
       path: of the csv.

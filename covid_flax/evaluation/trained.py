@@ -315,6 +315,25 @@ def open_data(
     return Dataset(folder, records, rows, class_names, bad_images=records.bad)
 
 
+def open_held_out(
+    workdir: Path, split: str, data_dir: str, class_map: Mapping[str, str] | None
+) -> tuple[str, Dataset]:
+    """A split's images, to be scored under changes, and its name. Arguments as of `open_data`.
+
+    Args:
+      split: "" takes test where there is one, else val.
+
+    Raises:
+      UserError: as `open_data`, and of a whole cross-validation, whose runs learned from its val
+        images.
+    """
+    saved = saved_run(workdir)
+    split = split or ("test" if "test" in saved["data"]["images"] else "val")
+    if split == "val":
+        refuse_folds(workdir, saved, "its val images")
+    return split, open_data(workdir, saved, split, data_dir, class_map)
+
+
 def parse_class_map(text: list[str]) -> dict[str, str]:
     """`THEIRS=OURS` of each; UserError for anything else."""
     found: dict[str, str] = {}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import collections
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from covid_flax.early_stopping import EarlyStopping
-from covid_flax.evaluation.intervals import class_interval, has_width
+from covid_flax.evaluation.intervals import class_interval, has_width, resamples_groups
 from covid_flax.report.artefacts import Artefacts
 
 NOT_KNOWN = "not known"
@@ -335,7 +334,7 @@ def _uncertainty(a: Artefacts) -> str | None:
     if not intervals:
         return None
     text = f"{100 * intervals['level']:g}{_NBSP}% intervals: Wilson's of shares of a class"
-    if (intervals.get("clusters") or math.inf) < report["num_examples"]:
+    if resamples_groups(report):
         text += " where all resamples agree"
     if intervals.get("bootstrap"):
         text += (

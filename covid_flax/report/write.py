@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from covid_flax.evaluation.predictions import Predictions, groups_csv, predictions_csv
+from covid_flax.data.folder import groups_csv
+from covid_flax.evaluation.predictions import Predictions, predictions_csv
 from covid_flax.files import write_atomically
 
 
@@ -46,7 +47,8 @@ def write_evaluation(
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(output / "predictions.csv", predictions_csv(predictions))
     if predictions.groups:
-        write_atomically(output / "groups.csv", groups_csv(predictions))
+        listed = groups_csv(predictions.files, predictions.groups)
+        write_atomically(output / "groups.csv", listed)
     else:
         (output / "groups.csv").unlink(missing_ok=True)  # of an earlier evaluation
     plot_confusion_matrix(report, output / "confusion_matrix.png", title)
