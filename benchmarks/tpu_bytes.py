@@ -13,17 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import runpy
 import sys
 from functools import partial
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
@@ -32,6 +26,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import covid_flax.no_accelerator  # noqa: F401  # isort: split
 from covid_flax import aot
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,20 +14,19 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from covid_flax import hlo
-from covid_flax.augment import Augment
 from covid_flax.chips import PEAKS
 from covid_flax.config import keeps_averages
 from covid_flax.errors import UserError
-from covid_flax.job import cacheable
+from covid_flax.feature_cache import cacheable
+from covid_flax.job import step_config_of
 from covid_flax.mesh import AXIS, jit_layout, replicated, sharded
 from covid_flax.models import (
     MODELS,
     create_model,
-    preprocessing_of,
     trained_stages,
 )
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
-from covid_flax.step import StepConfig, abstract_batch, create_state, make_train_step
+from covid_flax.step import abstract_batch, create_state, make_train_step
 
 _GENERATIONS = ("v4", "v5e", "v5p", "v6e", "h100")
 # What XLA must know of a GPU that is not there; limits from NVIDIA's CUDA programming guide
@@ -125,15 +124,11 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
     schedule = learning_rate_schedule(config.optimizer, 1000, 1)
     tx = make_optimizer(config.optimizer, schedule, MODELS[config.model.name].stages)
     weights = (1.0,) * num_classes if config.train.class_weights == "balanced" else None
-    step_config = StepConfig(
-        preprocessing=preprocessing_of(config.model),
-        batch_stats_in=frozenset(trained if config.model.batch_norm == "train" else ()),
+    step_config = step_config_of(
+        config,
         start=None if cached is None else trained[0],
         class_weights=weights,
-        label_smoothing=config.train.label_smoothing,
-        augment=Augment(**config.augment.to_dict()),
         micro_batch=config.train.micro_batch,
-        ema_decay=config.train.ema_decay,
         swa_after=config.train.swa_start,  # in epochs: the number is a constant, and costs nothing
     )
     average = keeps_averages(config)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,15 +25,16 @@ from absl import flags
 from covid_flax import __version__
 from covid_flax import config as config_lib
 from covid_flax.command import run_command
+from covid_flax.console import say
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.pipeline import eval_batches
 from covid_flax.data.splits import write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import print_report
 from covid_flax.evaluation.predictions import Predictions, predictions_of
-from covid_flax.evaluation.trained import open_data, refuse_folds, saved_run
-from covid_flax.files import write_atomically
-from covid_flax.report.console import say
+from covid_flax.files import write_json
+from covid_flax.run_images import open_data
+from covid_flax.trained_run import refuse_folds, saved_run
 
 SIDE = 28  # of a thumbnail, pixels
 COMPONENTS = 64  # 95 % of the variance of chest X-rays
@@ -171,8 +171,7 @@ def baselines(
             for split, scores in predictions.items()
         }
         # Last: a folder with a config.json is whole.
-        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(folder / "config.json", text.encode())
+        write_json(folder / "config.json", about, allow_nan=True)
     return reports
 
 

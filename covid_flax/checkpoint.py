@@ -26,8 +26,8 @@ from orbax.checkpoint.experimental import v1 as ocp
 from orbax.checkpoint.metadata import get_step_metadata
 
 from covid_flax import __version__, distributed
+from covid_flax.console import duration, say
 from covid_flax.errors import UserError
-from covid_flax.report.console import duration, say
 
 _policies = ocp.training.preservation_policies
 
@@ -150,11 +150,7 @@ class Checkpoints:
         newest = self.latest_step
         if newest is None:
             return None
-        record = self._contents(newest).get("record")
-        if record is None:
-            marks = {c.step: (c.metrics or {}).get("best") for c in self._orbax.checkpoints}
-            return max((step for step, mark in marks.items() if mark), default=None)
-        best = record["best_step"]
+        best = self._contents(newest)["record"]["best_step"]
         if best is not None and best not in self.steps:
             raise self._damaged(best, _BEST_IS_GONE)
         return best
@@ -171,8 +167,8 @@ class Checkpoints:
           UserError: it is of another model.
         """
         contents = self._contents(step)
-        record = contents.get("record")
-        if record is not None and record["layout"] != _digest_of_layout(like):
+        record = contents["record"]
+        if record["layout"] != _digest_of_layout(like):
             raise UserError(
                 f"checkpoint {self._directory}/{step} is of another model"
                 f"{self._first_difference(step, like)}: give the run's own configuration"
@@ -182,9 +178,7 @@ class Checkpoints:
         )
         with self._sound(step, _what_else(record)):
             state = self._orbax.load(step, abstract)
-        if record is None:
-            say(f"note: checkpoint {step:,} is an earlier version's, without a digest: unchecked")
-        elif _digest_of_arrays(state) != record["arrays"]:
+        if _digest_of_arrays(state) != record["arrays"]:
             raise self._damaged(step, "its arrays are not those that were saved")
         return state, contents["loop"]
 
@@ -218,8 +212,7 @@ class Checkpoints:
                 )
             return None
         step, state, loop = found
-        record = self._contents(step).get("record")
-        best = record["best_step"] if record is not None else self._marked_before(step)
+        best = self._contents(step)["record"]["best_step"]
         lost = False
         if best is not None and best != step:
             if best not in self.steps:
@@ -250,10 +243,6 @@ class Checkpoints:
             return None, why or str(self._damaged(step, "as another process read it"))
         return loaded, ""
 
-    def _marked_before(self, step: int) -> int | None:
-        marks = {c.step: (c.metrics or {}).get("best") for c in self._orbax.checkpoints}
-        return max((s for s, mark in marks.items() if mark and s <= step), default=None)
-
     @property
     def _unlisted(self) -> list[int]:
         """Steps with a folder that Orbax does not take for a checkpoint."""
@@ -263,15 +252,13 @@ class Checkpoints:
         return sorted(set(there) - set(self.steps))
 
     def _contents(self, step: int) -> dict[str, Any]:
-        """The checked JSON of a checkpoint; without `record` where an earlier version wrote it."""
+        """The checked JSON of a checkpoint: `loop` and `record`."""
         if step not in self.steps:
             raise self._damaged(step, "it was not finished, or files are missing")
         with self._sound(step):
             # Not the checkpointer's own `metadata`, which opens every array first; what TensorStore
             # (0.1.86) tells of each is never freed.
             contents = dict(get_step_metadata(self._directory / str(step)).custom_metadata)
-            if contents.keys() == {"loop"}:
-                return contents
             digest = contents.pop("sha256")
             if digest != _digest_of_json(contents) or contents["record"]["step"] != step:
                 raise ValueError("its JSON is not what was saved")
@@ -317,10 +304,8 @@ class Checkpoints:
         return ""
 
 
-def _what_else(record: dict[str, Any] | None) -> str:
+def _what_else(record: dict[str, Any]) -> str:
     """Of a checkpoint whose arrays do not load: what may be the matter if not damage."""
-    if record is None:
-        return "or of another model: "
     if record["versions"] == _versions():
         return ""
     wrote = ", ".join(f"{name} {v}" for name, v in record["versions"].items())

@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import io
 import itertools
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ from covid_flax.evaluation.intervals import (
 )
 from covid_flax.evaluation.metrics import classification_report, resampled_figures
 from covid_flax.evaluation.predictions import Predictions, read_predictions
-from covid_flax.files import write_atomically
+from covid_flax.files import write_atomically, write_json
 from covid_flax.report.artefacts import EVALUATION, RUN, read_object
 
 SPLITS = ("test", "val")
@@ -245,11 +244,10 @@ def write_comparison(output: Path, comparison: Mapping[str, Any]) -> None:
     # Here, for matplotlib is slow to import.
     from covid_flax.report.comparison import comparison_page
 
-    text = json.dumps(comparison, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     page = comparison_page(comparison)
     write_atomically(output / "compare.html", page.encode("utf-8", "replace"))
     write_atomically(output / "compare.csv", _csv(comparison))
-    write_atomically(output / "compare.json", text.encode("utf-8", "surrogateescape"))
+    write_json(output / "compare.json", comparison)
 
 
 def _places(folders: Sequence[Path], split: str) -> list[Path]:

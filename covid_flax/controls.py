@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from covid_flax.command import run_command
+from covid_flax.console import say
 from covid_flax.data.conditions import Condition, conditions, histogram
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.folder import DataFolder, open_folder
@@ -41,17 +41,10 @@ from covid_flax.evaluation.intervals import (
 )
 from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sources, source_only
-from covid_flax.evaluation.trained import (
-    CLASS_MAP_HELP,
-    Ensemble,
-    TrainedRun,
-    open_held_out,
-    open_run,
-    parse_class_map,
-)
 from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
-from covid_flax.files import make_writable, write_atomically
-from covid_flax.report.console import say
+from covid_flax.files import make_writable, write_json
+from covid_flax.run_images import CLASS_MAP_HELP, open_held_out, parse_class_map
+from covid_flax.trained_run import Ensemble, TrainedRun, open_run
 
 SPLITS = ("test", "val", "train", "all")
 RESAMPLES = 2000
@@ -589,8 +582,7 @@ def run_controls(
     write_controls_page(
         output / "controls.html", report, examples, title=f"Shortcut controls of {workdir.name}"
     )
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(output / "controls.json", f"{text}\n".encode())
+    write_json(output / "controls.json", report)
     _print(report, output)
     return report
 

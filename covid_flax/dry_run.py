@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from covid_flax.config import keeps_averages
-from covid_flax.job import batch_shapes, make_job
+from covid_flax.console import say
+from covid_flax.job import make_job
 from covid_flax.models import MODELS
-from covid_flax.report.console import say
 from covid_flax.run import Run
 from covid_flax.step import create_state, make_train_step
 
@@ -40,7 +40,7 @@ def dry_run(run: Run) -> None:
     # A cost that skipping does not change.
     step_config = dataclasses.replace(job.step_config, axis_name=None, skip_non_finite=False)
     step = jax.jit(make_train_step(run.graphdef, job.tx, step_config), donate_argnums=0)
-    compiled = step.lower(state, batch_shapes(run, job.start, batch)).compile()
+    compiled = step.lower(state, run.batch_shapes(job.start, batch)).compile()
     cost = compiled.cost_analysis() or {}
     memory = compiled.memory_analysis()
     say("")

@@ -11,7 +11,6 @@ if __name__ == "__main__":
 
     restart_with_huge_pages()
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,22 +19,15 @@ import jax
 from absl import flags
 
 from covid_flax.command import run_command
+from covid_flax.console import say
 from covid_flax.data.dataset import Dataset, left_out
 from covid_flax.errors import UserError
-from covid_flax.evaluation.intervals import has_width
+from covid_flax.evaluation.intervals import has_width, whole_interval
+from covid_flax.evaluation.metrics import check_prevalence
 from covid_flax.evaluation.predictions import Predictions, predictions_of
-from covid_flax.evaluation.trained import (
-    CLASS_MAP_HELP,
-    Ensemble,
-    open_data,
-    open_run,
-    out_of_fold,
-    own_images,
-    parse_class_map,
-    saved_run,
-)
-from covid_flax.files import make_writable, parse_json, write_atomically
-from covid_flax.report.console import say
+from covid_flax.files import make_writable, parse_json, write_json
+from covid_flax.run_images import CLASS_MAP_HELP, open_data, own_images, parse_class_map
+from covid_flax.trained_run import Ensemble, open_run, out_of_fold, saved_run
 
 SPLITS = ("val", "test", "train", "all")
 
@@ -179,21 +171,19 @@ def _fit_calibration(predictions: Predictions) -> dict[str, Any]:
 
 def _store_calibration(workdir: Path, step: int, calibration: Mapping[str, Any] | None) -> None:
     path = workdir / "calibration.json"
-    text = json.dumps(_read_calibrations(path) | {str(step): calibration}, indent=2)
-    write_atomically(path, f"{text}\n".encode())
+    write_json(path, _read_calibrations(path) | {str(step): calibration}, allow_nan=True)
 
 
 def print_report(report: Mapping[str, Any], output: Path) -> None:
     """The figures a person looks for first, on the console."""
     names, matrix = report["class_names"], report["confusion_matrix"]
     width = max(map(len, names))
-    intervals = report["intervals"]["bootstrap"]
     checkpoint = report.get("checkpoint")
     say("")
     say(
         f"{report['split']}: {report['num_examples']:,} images, accuracy "
-        f"{_with_interval(report['accuracy'], intervals['accuracy'])}, balanced "
-        f"{_with_interval(report['balanced_accuracy'], intervals['balanced_accuracy'])}, "
+        f"{_with_interval(report, 'accuracy')}, balanced "
+        f"{_with_interval(report, 'balanced_accuracy')}, "
         f"loss {report['loss']:.4f}"
         + (
             f" ({checkpoint['which']} checkpoint, step {checkpoint['step']:,})"
@@ -219,9 +209,10 @@ def print_report(report: Mapping[str, Any], output: Path) -> None:
     say(f"written: {output}/report.html, report.json, predictions.csv, confusion_matrix.png")
 
 
-def _with_interval(x: float, interval: list[float] | None) -> str:
+def _with_interval(report: Mapping[str, Any], key: str) -> str:
+    interval = whole_interval(report, key)
     shown = interval if interval and has_width(interval) else None
-    return f"{x:.4f}" + (f" ({shown[0]:.4f} to {shown[1]:.4f})" if shown else "")
+    return f"{report[key]:.4f}" + (f" ({shown[0]:.4f} to {shown[1]:.4f})" if shown else "")
 
 
 def parse_prevalence(text: list[str], class_names: list[str]) -> dict[str, float] | None:
@@ -238,15 +229,6 @@ def parse_prevalence(text: list[str], class_names: list[str]) -> dict[str, float
         raise UserError(
             f"--prevalence={','.join(text)}: give a share for every class, or CLASS=SHARE,..."
         ) from None
-
-
-def check_prevalence(prevalence: Mapping[str, float], class_names: list[str]) -> None:
-    """Refuses a class the run has not, and shares outside 0 to 1. Raises UserError."""
-    for name, share in prevalence.items():
-        if name not in class_names:
-            raise UserError(f"--prevalence names {name!r}: the run has {', '.join(class_names)}")
-        if not 0 < share < 1:
-            raise UserError(f"--prevalence={name}={share}: give a share between 0 and 1")
 
 
 def _define_flags() -> None:

@@ -14,6 +14,7 @@ import grain
 import jax
 import numpy as np
 
+from covid_flax.console import Meter, say
 from covid_flax.data.pipeline import (
     ArraySource,
     StoreSource,
@@ -23,7 +24,6 @@ from covid_flax.data.pipeline import (
 from covid_flax.errors import UserError
 from covid_flax.job import Job
 from covid_flax.mesh import make_mesh, put_indices, put_whole
-from covid_flax.report.console import Meter, say
 from covid_flax.run import Run
 from covid_flax.step import TrainState, make_steps_on_device, make_train_step, take
 

@@ -44,6 +44,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         ) from error
 
 
+def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
+    """As indented UTF-8, by `write_atomically`.
+
+    Args:
+      allow_nan: whether what JSON has no word for is written as Python reads it.
+
+    Raises:
+      UserError: as `write_atomically`.
+      ValueError: NaN or an infinity that is not allowed.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan)
+    write_atomically(path, f"{text}\n".encode("utf-8", "surrogateescape"))
+
+
 def make_writable(folder: Path) -> None:
     """Creates a folder that results will be written to, before the work on them.
 

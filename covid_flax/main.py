@@ -15,11 +15,11 @@ from ml_collections import config_flags
 
 from covid_flax.command import run_command
 from covid_flax.config import is_repeated
+from covid_flax.console import say
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.members import train_members
-from covid_flax.report.console import say
 from covid_flax.run import default_workdir, setup
 from covid_flax.train import train
 

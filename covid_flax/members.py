@@ -8,7 +8,6 @@ that are not test, each scored by the member that held it out.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,17 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
-from scipy import stats
 
 from covid_flax import config as config_lib
 from covid_flax import distributed
 from covid_flax.checkpoint import has_checkpoints
+from covid_flax.console import say
 from covid_flax.data.dataset import check_splits
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
-from covid_flax.evaluation.intervals import LEVEL
-from covid_flax.files import write_atomically
-from covid_flax.report.console import say
+from covid_flax.evaluation.intervals import student_interval
+from covid_flax.files import write_json
 from covid_flax.run import read_run, refuse_changes, setup
 from covid_flax.train import train
 
@@ -108,8 +106,7 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
         },
         "whole": _figures(whole),
     }
-    text = json.dumps(summary, indent=2) + "\n"
-    write_atomically(workdir / "members.json", text.encode())
+    write_json(workdir / "members.json", summary, allow_nan=True)
     _print(summary)
     return summary
 
@@ -120,12 +117,10 @@ def mean_interval(values: Sequence[float], *, share: bool = False) -> dict[str, 
     Folds share training images, so that theirs is too narrow (Bengio and Grandvalet 2004). That of
     a share is cut off at 0 and 1, which that of two runs commonly exceeds.
     """
-    n, mean = len(values), float(np.mean(values))
-    half = stats.t.ppf((1 + LEVEL) / 2, n - 1) * np.std(values, ddof=1) / np.sqrt(n)
-    ends = [mean - float(half), mean + float(half)]
+    ends = student_interval(values)
     if share:
         ends = [max(ends[0], 0.0), min(ends[1], 1.0)]
-    return {"mean": mean, "interval": ends, "runs": n}
+    return {"mean": float(np.mean(values)), "interval": ends, "runs": len(values)}
 
 
 def _figures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -148,8 +143,7 @@ def _write_whole(config: ml_collections.ConfigDict, workdir: Path, names: Sequen
         parts = [images.pop("train"), images.pop("val")]
         images["val"] = {name: sum(part[name] for part in parts) for name in parts[0]}
         about["data"] = first["data"] | {"images": images}
-    text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(workdir / "config.json", text.encode())
+    write_json(workdir / "config.json", about, allow_nan=True)
 
 
 def _print(summary: Mapping[str, Any]) -> None:

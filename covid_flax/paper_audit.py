@@ -9,7 +9,6 @@ a run's predictions, the fault that would explain the paper's confusion matrix.
 from __future__ import annotations
 
 import dataclasses
-import json
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from covid_flax.evaluation.alarms import (
 )
 from covid_flax.evaluation.intervals import wilson
 from covid_flax.evaluation.predictions import Predictions, read_predictions
-from covid_flax.files import write_atomically
+from covid_flax.files import write_json
 from covid_flax.models import create_model
 from ml_collections_configs import base
 
@@ -430,7 +429,7 @@ def _main() -> None:
             run = dataclasses.asdict(shuffled)
             run |= {"before": shuffled.before.tolist(), "after": shuffled.after.tolist()}
             document["shuffled"] = {"class_names": list(predictions.class_names), **run}
-        write_atomically(path, json.dumps(document, indent=2).encode())
+        write_json(path, document, allow_nan=True)
         print(f"\nwritten: {path}")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from covid_flax.report.console import say
+from covid_flax.console import say
 
 
 class Profile:

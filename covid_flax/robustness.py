@@ -9,7 +9,6 @@ Scores the same images plain and changed in twelve ways at five strengths (see
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,15 @@ from absl import flags
 from tqdm import tqdm
 
 from covid_flax.command import run_command
+from covid_flax.console import say
 from covid_flax.controls import stratified_sample
 from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS, Corruption
 from covid_flax.data.pipeline import Element, Source
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import wilson_interval
-from covid_flax.evaluation.trained import (
-    CLASS_MAP_HELP,
-    Ensemble,
-    TrainedRun,
-    open_held_out,
-    open_run,
-    parse_class_map,
-)
-from covid_flax.files import make_writable, write_atomically
-from covid_flax.report.console import say
+from covid_flax.files import make_writable, write_json
+from covid_flax.run_images import CLASS_MAP_HELP, open_held_out, parse_class_map
+from covid_flax.trained_run import Ensemble, TrainedRun, open_run
 
 SPLITS = ("test", "val", "train", "all")
 
@@ -167,8 +160,7 @@ def robustness(
     from covid_flax.report.robustness_plot import plot_robustness
 
     plot_robustness(report, output / "robustness.png", f"{workdir.name}, {split} images")
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(output / "robustness.json", f"{text}\n".encode())
+    write_json(output / "robustness.json", report)
     _print(report, output)
     return report
 

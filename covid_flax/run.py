@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
-import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,17 +18,25 @@ from flax import nnx
 from covid_flax import __version__, distributed
 from covid_flax import config as config_lib
 from covid_flax.checkpoint import has_checkpoints
+from covid_flax.console import say
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.pipeline import usable_examples
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
-from covid_flax.files import parse_json, write_atomically
-from covid_flax.models import beginning_of, create_model, preprocessing_of, trained_stages
+from covid_flax.files import parse_json, write_json
+from covid_flax.models import (
+    batch_stats_stages,
+    beginning_of,
+    create_model,
+    preprocessing_of,
+    stage_before,
+    trained_stages,
+)
 from covid_flax.pretrained.fetch import resolve, sha256
 from covid_flax.pretrained.load import array_names, load_weights
 from covid_flax.pretrained.read import read_weights
-from covid_flax.report.console import say
+from covid_flax.step import abstract_batch
 from ml_collections_configs import base
 
 # What may differ when a run goes on: nothing here changes a figure. The images used are
@@ -73,8 +80,13 @@ class Run:
 
     @property
     def batch_stats_in(self) -> frozenset[str]:
-        """Frozen stages run as in inference, as Keras's `trainable=False` layers do."""
-        return frozenset(self.trained if self.config.model.batch_norm == "train" else ())
+        return batch_stats_stages(self.config.model)
+
+    def batch_shapes(self, start: str | None, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Of a batch of `size` examples as steps from `start` on take it, see `abstract_batch`."""
+        cached = None if start is None else stage_before(self.config.model, start)
+        side = self.config.data.image_size
+        return abstract_batch(self.graphdef, self.params, self.batch_stats, size, side, cached)
 
 
 def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
@@ -96,9 +108,6 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     _describe_data(data)
     check_batches(config, len(data.files("train")))
     if config.train.teacher:
-        # It opens runs, with what training needs and more.
-        from covid_flax.evaluation.trained import check_teacher
-
         teacher = Path(config.train.teacher).expanduser()
         check_teacher(teacher, data, config.data.image_size)
     graphdef, params, batch_stats = create_model(config.model, len(data.class_names), config.seed)
@@ -158,8 +167,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
             "devices": [str(d.device_kind) for d in jax.devices()],
         }
         # Last: a folder with a config.json is a run.
-        text = json.dumps(about, indent=2, ensure_ascii=False) + "\n"
-        write_atomically(workdir / "config.json", text.encode())
+        write_json(workdir / "config.json", about, allow_nan=True)
     _meet(workdir)
     return Run(config, workdir, data, graphdef, params, batch_stats)
 
@@ -187,6 +195,58 @@ def check_batches(config: ml_collections.ConfigDict, num_train: int) -> None:
         raise UserError(
             f"{num_train} training images do not fill a batch of {train.batch_size}: "
             "lower config.train.batch_size"
+        )
+
+
+def learned_files(workdir: Path) -> set[str]:
+    """The files that a run learned from: its own, all members' of a repeated one, its teachers'.
+
+    Those of a teacher that is gone cannot be told. Raises UserError.
+    """
+    learned: set[str] = set()
+    asked: set[Path] = set()
+    folder = workdir
+    while folder.resolve() not in asked and (saved := read_run(folder)) is not None:
+        asked.add(folder.resolve())
+        for part in [folder / name for name in saved.get("members", ())] or [folder]:
+            rows = read_split_csv(part / "split.csv")
+            learned |= {row.file for row in rows if row.split == "train"}
+        teacher = config_lib.from_json(saved["config"]).train.teacher
+        if not teacher:
+            break
+        folder = Path(teacher).expanduser()
+    return learned
+
+
+def check_teacher(folder: Path, data: Dataset, image_size: int) -> None:
+    """Refuses a run that cannot teach one of these images.
+
+    Raises:
+      UserError: no run, one of other classes or another size, or one that has learned from images
+        that are held out here.
+    """
+    saved = read_run(folder)
+    if saved is None:
+        raise UserError(
+            f"train.teacher={folder} holds no run (no config.json): give a run's folder"
+        )
+    if saved["class_names"] != list(data.class_names):
+        raise UserError(
+            f"train.teacher={folder} knows the classes {saved['class_names']}, the data has "
+            f"{list(data.class_names)}: train it on the same classes"
+        )
+    size = config_lib.from_json(saved["config"]).data.image_size
+    if size != image_size:
+        raise UserError(
+            f"train.teacher={folder} takes images of {size} pixels, this run has {image_size}: "
+            f"set data.image_size={size}"
+        )
+    held_out = {row.file for row in data.rows if row.split != "train"}
+    if leaked := len(learned_files(folder) & held_out):
+        raise UserError(
+            f"train.teacher={folder}, or a teacher of its own, was trained on {leaked:,} images "
+            "that this run holds out: its figures would be of images seen; give a teacher of the "
+            "same split"
         )
 
 

@@ -14,16 +14,17 @@ import numpy as np
 from covid_flax import preemption
 from covid_flax.checkpoint import Checkpoints
 from covid_flax.config import keeps_averages
+from covid_flax.console import Meter, say
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
+from covid_flax.feature_cache import cached_source
 from covid_flax.feed import make_feed
-from covid_flax.job import Job, cache_features, make_job, peak_rate
+from covid_flax.job import Job, make_job, peak_rate
 from covid_flax.numerics import MOST_SKIPPED, all_finite, divergence, non_finite_error
 from covid_flax.predict import compile_apply, mean_loss, predict
 from covid_flax.profile import Profile
 from covid_flax.recalibrate import is_due as recalibration_is_due
 from covid_flax.recalibrate import make_recalibration
-from covid_flax.report.console import Meter, say
 from covid_flax.report.log import RunLog
 from covid_flax.run import Run, has_figures, only_trainer
 from covid_flax.step import TrainState, create_state, make_eval_step, zero_skipped, zero_sums
@@ -55,7 +56,11 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
         else:
             if job.start is not None:
                 params = {**state.frozen, **state.params}
-                cache_features(run, job, job.start, params, state.batch_stats)
+                how = job.step_config.preprocessing
+                job.train_source, job.val_source = (
+                    cached_source(run, split, job.start, how, params, state.batch_stats)
+                    for split in ("train", "val")
+                )
             _loop(run, job, state, stopping, loop, checkpoints, Profile(run.workdir, profile))
         if stopping.should_stop:
             say(

@@ -10,28 +10,20 @@ docs/performance.md says how to read them.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
-
-# Before JAX loads: no accelerator is looked for nor locked, and no cloud asked what this is.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
+import covid_flax.no_accelerator  # noqa: F401  # isort: split
 from covid_flax import aot, hlo
 from covid_flax import config as config_lib
 from covid_flax.command import run_command
+from covid_flax.console import say
 from covid_flax.errors import UserError
-from covid_flax.files import write_atomically
-from covid_flax.report.console import say
+from covid_flax.files import write_atomically, write_json
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "a file of configs/, with :variant where it has variants", lock_config=True
@@ -68,7 +60,7 @@ def _main() -> None:
     if _HLO.value:
         write_atomically(Path(_HLO.value), (compiled.as_text() or "").encode())
     if _OUTPUT.value:
-        write_atomically(Path(_OUTPUT.value), (json.dumps(figures, indent=2) + "\n").encode())
+        write_json(Path(_OUTPUT.value), figures, allow_nan=True)
         say(f"written: {_OUTPUT.value}")
 
 

@@ -38,10 +38,10 @@ from PIL import Image
 
 from covid_flax import train as train_lib
 from covid_flax.config import check
+from covid_flax.console import Meter
 from covid_flax.data import phantoms
 from covid_flax.evaluate import evaluate
 from covid_flax.files import write_atomically
-from covid_flax.report.console import Meter
 from covid_flax.run import setup
 from ml_collections_configs import base
 

@@ -44,16 +44,16 @@ from ml_collections import config_flags
 
 from covid_flax import config as config_lib
 from covid_flax.command import run_command
+from covid_flax.console import duration, say
 from covid_flax.errors import UserError
+from covid_flax.evaluation.intervals import LEVEL, student_interval
 from covid_flax.files import write_atomically
-from covid_flax.report.console import duration, say
 from covid_flax.run import only_trainer
 
 KINDS = ("grid", "random", "halving")
 MAIN = (sys.executable, "-m", "covid_flax.main")
 ROOT = Path(__file__).resolve().parents[1]
 _RANGE = re.compile(r"(log|uniform)\(([^,()]+),([^,()]+)\)")
-_LEVEL = 0.95
 _POLL_SECONDS = 0.5
 _REDUCTION = 3  # of successive halving: one trial in so many goes on from a rung
 _PLOTTED = 40  # settings in sweep.png, at most
@@ -651,16 +651,10 @@ class _Halving:
 # ---- what it writes -----------------------------------------------------------------------------
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+def mean_interval(values: Sequence[float]) -> tuple[float, list[float] | None]:
     """The mean and its 95 % t-interval; None for that where the values have no spread."""
-    from scipy.stats import t
-
-    mean = statistics.fmean(values)
-    if len(set(values)) < 2:
-        return mean, None
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    half = float(t.ppf((1 + _LEVEL) / 2, len(values) - 1)) * error
-    return mean, (mean - half, mean + half)
+    spread = len(set(values)) > 1
+    return statistics.fmean(values), student_interval(values) if spread else None
 
 
 def rank(trials: Sequence[Mapping[str, Any]], monitor: str) -> list[dict[str, Any]]:
@@ -685,7 +679,7 @@ def rank(trials: Sequence[Mapping[str, Any]], monitor: str) -> list[dict[str, An
                 "failed_seeds": [m["seed"] for m in members if m["state"] == "failed"],
                 "values": values,
                 "mean": mean,
-                "interval": None if interval is None else list(interval),
+                "interval": interval,
             }
         )
     sign = 1 if monitor == "val_loss" else -1
@@ -710,7 +704,7 @@ def _document(plan: Plan, results: Mapping[str, dict[str, Any]]) -> dict[str, An
         "config_file": plan.config_file,
         "spec": plan.spec,
         "monitor": plan.monitor,
-        "level": _LEVEL,
+        "level": LEVEL,
         "planned": len(plan.trials),
         "ranking": rank(trials, plan.monitor),
         "trials": trials,

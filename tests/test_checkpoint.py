@@ -230,20 +230,13 @@ def test_nothing_is_moved_where_nothing_is_sound(tmp_path):
     assert {p.name for p in (tmp_path / "c").iterdir()} == {"3", "8"}
 
 
-def test_an_earlier_version_s_checkpoint_is_taken_with_a_note(tmp_path, capsys):
-    """Before there were digests, the best was marked in Orbax's metrics."""
+def test_a_checkpoint_without_its_record_is_damaged(tmp_path):
+    """Else whoever strips the digests from it would be believed."""
     trees = _two(tmp_path, best=[])
-    with Checkpoints(tmp_path / "old", writing=True) as c:
-        c._orbax.save(3, trees[3], metrics={"best": 1}, custom_metadata={"loop": {"a": 3}})
-    with Checkpoints(tmp_path / "old", writing=True) as c:
-        assert c.best_step == 3
-        step, tree, loop, lost = c.resume(trees[8])
-        assert (step, loop, lost) == (3, {"a": 3}, False)
-        np.testing.assert_array_equal(tree["w"], trees[3]["w"])
-        c.save(8, trees[8], {"a": 8}, best=False)
-    with Checkpoints(tmp_path / "old") as c:
-        assert (c.best_step, c.steps) == (3, [3, 8])
-    assert "without a digest" in capsys.readouterr().out
+    with Checkpoints(tmp_path / "bare", writing=True) as c:
+        c._orbax.save(3, trees[3], custom_metadata={"loop": {"a": 3}})
+    with Checkpoints(tmp_path / "bare") as c, pytest.raises(DamagedError, match="3 is damaged"):
+        c.load(3, trees[3])
 
 
 def test_a_reader_leaves_a_save_under_way_alone(tmp_path):

@@ -9,11 +9,11 @@ import pytest
 import scipy.special
 
 from covid_flax.errors import UserError
-from covid_flax.evaluation.trained import open_run
 from covid_flax.job import make_job
 from covid_flax.run import setup
 from covid_flax.step import distillation_loss
 from covid_flax.train import train
+from covid_flax.trained_run import open_run
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,10 @@ import sklearn.metrics
 from PIL import Image
 
 from covid_flax.errors import UserError
-from covid_flax.evaluate import check_prevalence, evaluate, parse_prevalence
-from covid_flax.evaluation.trained import parse_class_map
+from covid_flax.evaluate import evaluate, parse_prevalence
+from covid_flax.evaluation.metrics import check_prevalence
 from covid_flax.run import setup
+from covid_flax.run_images import parse_class_map
 from covid_flax.train import train
 
 

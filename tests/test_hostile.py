@@ -26,12 +26,12 @@ from covid_flax.data.folder import open_folder
 from covid_flax.data.splits import read_split_csv
 from covid_flax.errors import UserError, printable
 from covid_flax.evaluate import _read_calibrations
-from covid_flax.evaluation.trained import open_data
 from covid_flax.pretrained.read import read_weights
 from covid_flax.pretrained.torch_file import MAGIC, read_torch
 from covid_flax.report.artefacts import _read_report
 from covid_flax.report.plots import read_metrics
 from covid_flax.run import read_run
+from covid_flax.run_images import open_data
 from ml_collections_configs import base
 
 

@@ -10,13 +10,13 @@ import pytest
 from flax import nnx
 from small_resnet import with_batch_norm
 
-from covid_flax.evaluation.trained import open_run
 from covid_flax.job import make_job
 from covid_flax.models.preprocess import preprocess
 from covid_flax.recalibrate import is_due, make_recalibration
 from covid_flax.run import setup
 from covid_flax.step import create_state
 from covid_flax.train import train
+from covid_flax.trained_run import open_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -43,6 +43,15 @@ def wilson_interval(hits: float, total: float) -> list[float] | None:
     return [float(low), float(high)]
 
 
+def student_interval(values: Sequence[float]) -> list[float]:
+    """`[low, high]` of Student's interval for the mean of two independent values or more."""
+    from scipy.stats import t  # half a second, which training need not wait for
+
+    mean, error = np.mean(values), np.std(values, ddof=1) / np.sqrt(len(values))
+    half = t.ppf((1 + LEVEL) / 2, len(values) - 1) * error
+    return [float(mean - half), float(mean + half)]
+
+
 def has_width(interval: Sequence[float] | None) -> bool:
     """A bootstrap whose resamples all gave the same figure knows nothing of its spread."""
     return interval is not None and interval[1] - interval[0] > 1e-9
@@ -52,6 +61,20 @@ def resamples_groups(report: Mapping[str, Any]) -> bool:
     """Whether some of a report's images share a group, so that its bootstrap heeds groups."""
     clusters = (report.get("intervals") or {}).get("clusters") or math.inf
     return clusters < report["num_examples"]
+
+
+def whole_interval(report: Mapping[str, Any], *keys: str) -> Sequence[float] | None:
+    """Of a figure of all images in a report: by the bootstrap; None where there is none.
+
+    Wilson's of accuracy where all resamples agree.
+    """
+    intervals = report.get("intervals") or {}
+    found: Any = intervals.get("bootstrap")
+    for key in keys:
+        found = (found or {}).get(key)
+    if keys == ("accuracy",) and not has_width(found):
+        return (intervals.get("wilson") or {}).get("accuracy")
+    return found
 
 
 def class_interval(report: Mapping[str, Any], name: str, key: str) -> Sequence[float] | None:

@@ -244,6 +244,7 @@ def _prepare(
     names: list[str],
     prevalence: Mapping[str, float] | None,
 ) -> _Sample:
+    check_prevalence(prevalence or {}, names)
     probabilities = probabilities.astype(np.float64)
     k = len(names)
     cell = labels.astype(np.int64) * k + probabilities.argmax(axis=1)
@@ -263,7 +264,7 @@ def _prepare(
         cell_starts=cell_starts,
         sums=np.concatenate(sums, axis=1),
         rankings=[_rank(is_class[:, i], probabilities[:, i]) for i in range(k)],
-        prevalence=_check_prevalence(prevalence or {}, names),
+        prevalence=np.array([float((prevalence or {}).get(name, PREVALENCE)) for name in names]),
     )
 
 
@@ -456,10 +457,12 @@ def _check_clusters(clusters: np.ndarray | None, n: int) -> np.ndarray:
     return clusters
 
 
-def _check_prevalence(prevalence: Mapping[str, float], names: list[str]) -> np.ndarray:
+def check_prevalence(prevalence: Mapping[str, float], names: Sequence[str]) -> None:
+    """Refuses a class that there is not, and shares outside 0 to 1. Raises UserError."""
     for name, share in prevalence.items():
         if name not in names:
-            raise UserError(f"prevalence of {name}: no such class: name one of {', '.join(names)}")
+            raise UserError(
+                f"prevalence of {name!r}, no such class: name one of {', '.join(names)}"
+            )
         if not 0 < share < 1:
             raise UserError(f"prevalence of {name} is {share}: give a share between 0 and 1")
-    return np.array([float(prevalence.get(name, PREVALENCE)) for name in names])

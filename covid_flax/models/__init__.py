@@ -44,6 +44,7 @@ __all__ = [
     "LeNet",
     "MobileNet",
     "ResNet",
+    "batch_stats_stages",
     "beginning_of",
     "create_model",
     "preprocessing_of",
@@ -112,3 +113,11 @@ def trained_stages(config: Any) -> tuple[str, ...]:
     """The stages that `model.trainable` trains, in order; the others are frozen."""
     stages = MODELS[config.name].stages
     return stages if config.trainable == "all" else stages[stages.index(config.trainable) :]
+
+
+def batch_stats_stages(config: Any) -> frozenset[str]:
+    """The stages of the configuration's `model` whose batch norm uses and updates the batch's.
+
+    Frozen ones run as in inference, as Keras's `trainable=False` layers do.
+    """
+    return frozenset(trained_stages(config) if config.batch_norm == "train" else ())

@@ -7,16 +7,7 @@ compiler), and the images a second that this machine scores.
 
 from __future__ import annotations
 
-import os
 import time
-
-# Before JAX loads: no accelerator is looked for nor locked, and no cloud asked what this is.
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-
 from collections.abc import Callable
 from typing import Any
 
@@ -26,12 +17,13 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
+import covid_flax.no_accelerator  # noqa: F401  what it does, it does when imported
 from covid_flax import aot
 from covid_flax.command import run_command
+from covid_flax.console import say
 from covid_flax.errors import UserError
 from covid_flax.mesh import AXIS, replicated
 from covid_flax.models import MODELS, create_model
-from covid_flax.report.console import say
 from covid_flax.step import make_eval_step
 from covid_flax.xla import compiler_options
 from ml_collections_configs import base

@@ -22,8 +22,6 @@ from tqdm import tqdm
 
 from covid_flax.errors import UserError
 
-DEFAULT_CACHE_DIR = Path("~/.cache/covid_flax/weights")
-
 _CHUNK = 1 << 18
 _TIMEOUT_S = 30
 
@@ -90,14 +88,14 @@ _LITE0 = (
 INSTALLED = {"efficientnet_lite0": _LITE0, "efficientnet_lite0_small": _LITE0}
 
 
-def resolve(weights: str, model: str, cache_dir: Path | None = None) -> Path | None:
+def resolve(weights: str, model: str, cache_dir: Path) -> Path | None:
     """The file that `model.weights` means.
 
     Args:
       weights: `none`, `imagenet` (fetched where it is not there yet, or an installed package's)
         or a path.
       model: `model.name`.
-      cache_dir: where `imagenet` is kept; None is `~/.cache/covid_flax/weights`.
+      cache_dir: where `imagenet` is kept.
 
     Returns:
       The path of a file that exists, or None for `none`.
@@ -121,14 +119,14 @@ def resolve(weights: str, model: str, cache_dir: Path | None = None) -> Path | N
     return path
 
 
-def fetch_imagenet_weights(cache_dir: Path | None = None, *, model: str = "resnet50") -> Path:
+def fetch_imagenet_weights(cache_dir: Path, *, model: str = "resnet50") -> Path:
     """Keras's ImageNet weights without top, from the cache or the network.
 
     A verified copy of Keras's own (`~/.keras/models`, or under `KERAS_HOME`) is taken where
     there is one. A download that was cut goes on where it stopped.
 
     Args:
-      cache_dir: made if absent; None is `~/.cache/covid_flax/weights`.
+      cache_dir: made if absent.
       model: `model.name`.
 
     Returns:
@@ -146,7 +144,7 @@ def fetch_imagenet_weights(cache_dir: Path | None = None, *, model: str = "resne
     file = IMAGENET[model]
     keras_home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
     keras_copy = keras_home / "models" / file.name
-    folder = (cache_dir or DEFAULT_CACHE_DIR).expanduser()
+    folder = cache_dir.expanduser()
     if not (folder / file.name).exists() and _is(keras_copy, file):
         return keras_copy
     if not file.url.startswith("https://"):

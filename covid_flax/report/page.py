@@ -19,7 +19,7 @@ from markupsafe import Markup
 from covid_flax import __version__
 from covid_flax.data.dataset import left_out
 from covid_flax.evaluation.alarms import CHECKS
-from covid_flax.evaluation.intervals import class_interval, has_width
+from covid_flax.evaluation.intervals import class_interval, has_width, whole_interval
 from covid_flax.evaluation.predictions import Predictions
 from covid_flax.files import write_atomically
 from covid_flax.report import pictures
@@ -172,9 +172,9 @@ def _verdict(report: Mapping[str, Any], predictions: Predictions) -> dict[str, A
     return {
         "images": n,
         "groups": clusters,
-        "accuracy": with_interval(report["accuracy"], _interval(report, "accuracy")),
+        "accuracy": with_interval(report["accuracy"], whole_interval(report, "accuracy")),
         "balanced": with_interval(
-            report["balanced_accuracy"], _interval(report, "balanced_accuracy")
+            report["balanced_accuracy"], whole_interval(report, "balanced_accuracy")
         ),
         "weakest": weakest,
         "weakest_images": per_class[weakest]["support"],
@@ -187,17 +187,6 @@ def _verdict(report: Mapping[str, Any], predictions: Predictions) -> dict[str, A
         "alarms": levels.count("alarm"),
         "cautions": len(levels) - levels.count("alarm"),
     }
-
-
-def _interval(report: Mapping[str, Any], *keys: str) -> Sequence[float] | None:
-    """Bootstrap interval of a figure of the whole; Wilson's of accuracy where that has no width."""
-    intervals = report.get("intervals") or {}
-    found: Any = intervals.get("bootstrap")
-    for key in keys:
-        found = (found or {}).get(key)
-    if keys == ("accuracy",) and not has_width(found):
-        return (intervals.get("wilson") or {}).get("accuracy")
-    return found
 
 
 def _class_table(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,7 +235,7 @@ def _average_table(report: Mapping[str, Any]) -> dict[str, Any] | None:
             *(
                 with_interval(
                     report[kind][key],
-                    _interval(report, kind, key),
+                    whole_interval(report, kind, key),
                     percent if key in _SHARES else figure3,
                 )
                 for kind in kinds
@@ -265,7 +254,7 @@ def _whole_table(report: Mapping[str, Any]) -> dict[str, Any]:
         if key in report:
             form = percent if "accuracy" in key else figure3
             heading = Markup('{}<br><span class="soft">{}</span>').format(label, meaning)
-            rows.append([heading, with_interval(report[key], _interval(report, key), form)])
+            rows.append([heading, with_interval(report[key], whole_interval(report, key), form)])
     return {"head": ["All images", "Figure"], "rows": rows}
 
 

@@ -8,7 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from covid_flax.early_stopping import EarlyStopping
-from covid_flax.evaluation.intervals import class_interval, has_width, resamples_groups
+from covid_flax.evaluation.intervals import (
+    class_interval,
+    has_width,
+    resamples_groups,
+    whole_interval,
+)
 from covid_flax.report.artefacts import Artefacts
 
 NOT_KNOWN = "not known"
@@ -624,10 +629,7 @@ def bootstrap(report: Mapping[str, Any], *keys: str) -> Any:
 
 def share_of(report: Mapping[str, Any], key: str) -> str:
     """A share of the whole with its bootstrap interval; Wilson's of accuracy if that is a point."""
-    interval = bootstrap(report, key)
-    if key == "accuracy" and not has_width(interval):
-        interval = at(report, "intervals", "wilson", key)
-    return share(report.get(key), interval)
+    return share(report.get(key), whole_interval(report, key))
 
 
 def class_share(report: Mapping[str, Any], name: str, key: str) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from covid_flax.data.folder import groups_csv
 from covid_flax.evaluation.predictions import Predictions, predictions_csv
-from covid_flax.files import write_atomically
+from covid_flax.files import write_atomically, write_json
 
 
 def write_evaluation(
@@ -44,7 +43,6 @@ def write_evaluation(
     n = report["num_examples"]
     if len(predictions.files) != n or list(predictions.class_names) != report["class_names"]:
         raise ValueError(f"{len(predictions.files)} predictions for a report on {n} images")
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_atomically(output / "predictions.csv", predictions_csv(predictions))
     if predictions.groups:
         listed = groups_csv(predictions.files, predictions.groups)
@@ -54,4 +52,4 @@ def write_evaluation(
     plot_confusion_matrix(report, output / "confusion_matrix.png", title)
     write_report_page(output / "report.html", report, predictions, title=title, run=run)
     # Last, so that a script that waits for it finds the others.
-    write_atomically(output / "report.json", text.encode())
+    write_json(output / "report.json", report)

@@ -16,8 +16,14 @@ def run(*flags):
         [sys.executable, "-m", "covid_flax.models", *flags],
         capture_output=True,
         text=True,
-        env=dict(os.environ, JAX_PLATFORMS="cpu"),
     )
+
+
+def test_no_accelerator_is_opened():
+    code = "import covid_flax.models.__main__, jax; print(jax.config.jax_platforms)"
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert out.stdout == "cpu\n", out.stderr
 
 
 def test_lenet_s_row_is_what_a_hand_counts():

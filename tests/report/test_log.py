@@ -9,7 +9,7 @@ import jax
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from covid_flax.report.console import duration
+from covid_flax.console import duration
 from covid_flax.report.log import RunLog
 
 

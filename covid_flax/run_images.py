@@ -1,0 +1,181 @@
+"""The images that a trained run is scored on: its own splits, or another folder's."""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from covid_flax import config as config_lib
+from covid_flax.data.dataset import Dataset, prepare_readable
+from covid_flax.data.folder import DataFolder, open_folder
+from covid_flax.data.splits import Row, read_split_csv
+from covid_flax.errors import UserError
+from covid_flax.trained_run import refuse_folds, saved_run
+
+LEFT_OUT = "-"  # in a class map: images of that folder are not scored
+CLASS_MAP_HELP = (
+    f"for another folder: THEIRS=OURS,...; THEIRS={LEFT_OUT} leaves a class out; "
+    """quote what has a comma: '"a, b=Normal"'"""
+)
+
+
+def open_data(
+    workdir: Path,
+    saved: Mapping[str, Any],
+    split: str = "all",
+    data_dir: str = "",
+    class_map: Mapping[str, str] | None = None,
+) -> Dataset:
+    """The images to score: a run's own, or another folder's under the run's class names.
+
+    Args:
+      workdir: the run's folder.
+      saved: its config.json.
+      split: of its split.csv; with `data_dir`, `all` takes every image there.
+      data_dir: where the images lie now; empty for where they lay in training.
+      class_map: the run's class for a class folder of `data_dir`, `LEFT_OUT` for none; folders
+        it does not name keep their names.
+
+    Returns:
+      With rows of every split, or those of another folder, which are of no split ("").
+
+    Raises:
+      UserError: no such folder, images that are missing, a class the run does not know.
+    """
+    config = config_lib.from_json(saved["config"])
+    root = os.path.expanduser(data_dir) or saved["data"]["root"]
+    if not data_dir and not Path(root).exists():
+        raise UserError(f"the run's images are no longer at {root}: give --data_dir=DIR")
+    if class_map and not (data_dir and split == "all"):
+        raise UserError("--class_map is for another folder: give --data_dir=DIR --split=all too")
+    elsewhere = bool(data_dir) and split == "all"
+    folder = open_folder(root, require_two_classes=False) if elsewhere else _reopen(root, config)
+    records = None
+    if config.data.on_bad_image == "skip":  # else later: what is missing is told at once
+        folder, records = prepare_readable(folder, config.data)
+    class_names = tuple(saved["class_names"])
+    if elsewhere:
+        label = _labels_of(folder, class_names, class_map or {})
+        rows = [
+            Row(f.file, label[f.label], "", folder.groups[f.file] if folder.groups else "")
+            for f in folder.files
+            if label[f.label] != LEFT_OUT
+        ]
+        if not rows:
+            raise UserError(f"--class_map leaves no image of {root}: name a class of the run")
+    else:
+        rows = read_split_csv(workdir / "split.csv")
+        strange = sorted({row.label for row in rows} - set(class_names))
+        if strange:
+            raise UserError(
+                f"{workdir}/split.csv names the class {strange[0]}, which the run has not: "
+                "restore it"
+            )
+        wanted = [row for row in rows if split in (row.split, "all")]
+        if not wanted:
+            present = collections.Counter(row.split for row in rows)
+            raise UserError(
+                f"the run has no {split} split: choose one of {', '.join(sorted(present))}, all"
+            )
+        _refuse_missing(wanted, folder, records.bad if records else {})
+    if records is None:
+        folder, records = prepare_readable(folder, config.data)
+    return Dataset(folder, records, rows, class_names, bad_images=records.bad)
+
+
+def open_held_out(
+    workdir: Path, split: str, data_dir: str, class_map: Mapping[str, str] | None
+) -> tuple[str, Dataset]:
+    """A split's images, to be scored under changes, and its name. Arguments as of `open_data`.
+
+    Args:
+      split: "" takes test where there is one, else val.
+
+    Raises:
+      UserError: as `open_data`, and of a whole cross-validation, whose runs learned from its val
+        images.
+    """
+    saved = saved_run(workdir)
+    split = split or ("test" if "test" in saved["data"]["images"] else "val")
+    if split == "val":
+        refuse_folds(workdir, saved, "its val images")
+    return split, open_data(workdir, saved, split, data_dir, class_map)
+
+
+def parse_class_map(text: list[str]) -> dict[str, str]:
+    """`THEIRS=OURS` of each; UserError for anything else."""
+    found: dict[str, str] = {}
+    for part in text:
+        theirs, _, ours = (word.strip() for word in part.rpartition("="))
+        if not theirs or not ours:
+            raise UserError(f"--class_map={part}: give THEIRS=OURS,... (THEIRS=- leaves one out)")
+        if theirs in found:
+            raise UserError(f"--class_map names {theirs} twice: say once what it is")
+        found[theirs] = ours
+    return found
+
+
+def own_images(workdir: Path, saved: Mapping[str, Any]) -> tuple[DataFolder, list[Row]] | None:
+    """The folder a run was trained on, and its split; None where the images are gone."""
+    try:
+        folder = _reopen(saved["data"]["root"], config_lib.from_json(saved["config"]))
+        return folder, read_split_csv(workdir / "split.csv")
+    except UserError:
+        return None
+
+
+def _reopen(root: str, config: ml_collections.ConfigDict) -> DataFolder:
+    """The folder that a run was trained on, with the groups that it was told, if they are there."""
+    told = {"groups_file": config.data.groups_file, "group_column": config.data.group_column}
+    if any(told.values()):
+        try:
+            return open_folder(root, require_two_classes=False, **told)
+        except UserError:  # moved without that file: what the folder itself says
+            pass
+    return open_folder(root, require_two_classes=False)
+
+
+def _labels_of(
+    folder: DataFolder, class_names: tuple[str, ...], class_map: Mapping[str, str]
+) -> dict[str, str]:
+    """The run's class, or LEFT_OUT, for each class folder."""
+    absent = sorted(set(class_map) - set(folder.class_names))
+    if absent:
+        raise UserError(
+            f"--class_map names {absent[0]}, but {folder.root} has the classes "
+            f"{', '.join(folder.class_names)}: name one of them"
+        )
+    for theirs, ours in class_map.items():
+        if ours not in (*class_names, LEFT_OUT):
+            raise UserError(
+                f"--class_map={theirs}={ours}: the run knows {', '.join(class_names)}: name one of "
+                f"them, or {LEFT_OUT}"
+            )
+    label = {name: class_map.get(name, name) for name in folder.class_names}
+    unknown = sorted(set(label.values()) - {*class_names, LEFT_OUT})
+    if unknown:
+        raise UserError(
+            f"{folder.root} has the classes {unknown}, the run knows {list(class_names)}: say "
+            f"which is which with --class_map=THEIRS=OURS,... (THEIRS={LEFT_OUT} leaves one out)"
+        )
+    return label
+
+
+def _refuse_missing(rows: list[Row], folder: DataFolder, bad: Mapping[str, str]) -> None:
+    there = {f.file for f in folder.files}
+    missing = [row.file for row in rows if row.file not in there]
+    unread = [bad[file] for file in missing if file in bad]
+    if unread:
+        raise UserError(
+            f"{len(unread)} images of the run's split.csv can no longer be read, first {unread[0]}"
+        )
+    if missing:
+        raise UserError(
+            f"{folder.root} lacks {len(missing)} images of the run's split.csv, first "
+            f"{missing[0]}: restore them, or score another folder whole with --split=all"
+        )

@@ -1,0 +1,204 @@
+"""A trained run opened to score images: its network, its data, and what they are called."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from covid_flax import config as config_lib
+from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
+from covid_flax.data.dataset import Dataset
+from covid_flax.data.pipeline import Source
+from covid_flax.data.splits import read_split_csv
+from covid_flax.errors import UserError
+from covid_flax.mesh import make_layout
+from covid_flax.models import MODELS, create_model, trained_stages
+from covid_flax.optimizer import make_optimizer
+from covid_flax.predict import compile_apply, log_softmax, predict
+from covid_flax.run import read_run
+from covid_flax.step import create_state, make_eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainedRun:
+    """A checkpoint of a run, ready to score.
+
+    Attributes:
+      workdir: the run's folder.
+      saved: its config.json.
+      config: the configuration in it.
+      class_names: in the order of the class indices.
+      which: `best`, `latest` or a step, as asked for.
+      step: of the checkpoint.
+    """
+
+    workdir: Path
+    saved: dict[str, Any]
+    config: ml_collections.ConfigDict
+    class_names: tuple[str, ...]
+    which: str
+    step: int
+    _step: Callable[..., Any] = dataclasses.field(repr=False)
+    _apply: Callable[..., Any] = dataclasses.field(repr=False)
+    _params: Any = dataclasses.field(repr=False)
+    _batch_stats: Any = dataclasses.field(repr=False)
+
+    def logits(self, images: jax.Array) -> jax.Array:
+        """Of images `[N, H, W, 1 or 3]`, 0..255, within a traced function: float32 `[N, K]`."""
+        return self._step(self._params, self._batch_stats, images)
+
+    def probabilities(self, source: Source, description: str = "") -> np.ndarray:
+        """Of every image of `source`, in its order, float64 `[N, K]`; see `predict`."""
+        logits = predict(
+            self._apply,
+            self._params,
+            self._batch_stats,
+            source,
+            batch_size=self.config.eval.batch_size,
+            num_threads=self.config.data.num_threads,
+            prefetch=self.config.data.prefetch,
+            description=description,
+        )
+        return np.exp(log_softmax(logits))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Runs of one configuration that answer together; to a caller, a `TrainedRun`.
+
+    Attributes:
+      members: the runs.
+    """
+
+    workdir: Path
+    saved: dict[str, Any]
+    config: ml_collections.ConfigDict
+    class_names: tuple[str, ...]
+    which: str
+    step: int
+    members: tuple[TrainedRun, ...]
+
+    def logits(self, images: jax.Array) -> jax.Array:
+        """As `TrainedRun.logits`: logarithms of the mean probabilities."""
+        answers = jnp.stack([jax.nn.softmax(member.logits(images)) for member in self.members])
+        return jnp.log(jnp.maximum(jnp.mean(answers, 0), 1e-12))
+
+    def probabilities(self, source: Source, description: str = "") -> np.ndarray:
+        """The mean of the members', float64 `[N, K]`."""
+        number = len(self.members)
+        return np.mean(
+            [
+                member.probabilities(source, description and f"{description}, {i} of {number}")
+                for i, member in enumerate(self.members, 1)
+            ],
+            0,
+        )
+
+
+def out_of_fold(run: Ensemble, data: Dataset) -> np.ndarray:
+    """Of every val image of a cross-validation, by the member that held it out, `[N, K]`.
+
+    Raises:
+      RuntimeError: an image was not held out exactly once.
+    """
+    place = {row.file: i for i, row in enumerate(data.files("val"))}
+    seen = np.zeros(len(place), np.int64)
+    result = np.zeros((len(place), len(run.class_names)))
+    for number, member in enumerate(run.members, 1):
+        rows = [row for row in read_split_csv(member.workdir / "split.csv") if row.split == "val"]
+        source = dataclasses.replace(data, rows=rows).source("val", run.config.data)
+        index = [place[row.file] for row in rows]
+        result[index] = member.probabilities(source, f"scoring fold {number}")
+        np.add.at(seen, index, 1)
+    if not np.all(seen == 1):
+        raise RuntimeError("the folds did not hold out every image exactly once")
+    return result
+
+
+def refuse_folds(workdir: Path, saved: Mapping[str, Any], what: str) -> None:
+    """Where a run is a whole cross-validation, of which each image trained all runs but one.
+
+    Args:
+      what: the user wants that needs images held out by all runs.
+
+    Raises:
+      UserError: it is.
+    """
+    if "members" in saved and saved["config"]["data"]["folds"]:
+        raise UserError(
+            f"{workdir} is a cross-validation, where one run's held-out images trained the others: "
+            f"for {what} give one of them, like {workdir / saved['members'][0]}"
+        )
+
+
+def saved_run(workdir: Path) -> dict[str, Any]:
+    """The config.json of a run. Raises UserError where `workdir` holds none."""
+    saved = read_run(workdir)
+    if saved is None:
+        raise UserError(
+            f"{workdir} holds no run (no config.json): give a run's folder as --workdir"
+        )
+    return saved
+
+
+def open_run(workdir: Path, checkpoint: str = "best") -> TrainedRun | Ensemble:
+    """Loads a checkpoint (`best`, `latest` or a step), or those of all members of a repeated run.
+
+    An ensemble's `step` is the sum of its members'. Raises UserError.
+    """
+    saved = saved_run(workdir)
+    if "members" not in saved:
+        return _open_one(workdir, saved, checkpoint)
+    members = tuple(
+        _open_one(workdir / name, saved_run(workdir / name), checkpoint)
+        for name in saved["members"]
+    )
+    config, names = config_lib.from_json(saved["config"]), tuple(saved["class_names"])
+    step = sum(member.step for member in members)
+    return Ensemble(workdir, saved, config, names, checkpoint, step, members)
+
+
+def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str) -> TrainedRun:
+    config = config_lib.from_json(saved["config"])
+    class_names = tuple(saved["class_names"])
+    graphdef, params, batch_stats = create_model(config.model, len(class_names), config.seed)
+    state = create_state(
+        params,
+        batch_stats,
+        frozenset(trained_stages(config.model)),
+        make_optimizer(config.optimizer, lambda _: 0.0, MODELS[config.model.name].stages),
+        config.seed,
+        average=config_lib.keeps_averages(config),
+    )
+    if not has_checkpoints(workdir / "checkpoints"):
+        raise UserError(f"{workdir} has no checkpoint yet: train it first")
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        step = resolve_step(checkpoints, checkpoint)
+        state, _ = checkpoints.load(step, make_layout("jit").place(state))
+    eval_step = make_eval_step(
+        graphdef,
+        saved["preprocessing"],
+        mirror=config.eval.mirror,
+        aspect=config.eval.aspect,
+    )
+    apply = compile_apply(eval_step)
+    params, batch_stats = state.for_evaluation()
+    return TrainedRun(
+        workdir,
+        saved,
+        config,
+        class_names,
+        checkpoint,
+        step,
+        eval_step,
+        apply,
+        params,
+        batch_stats,
+    )
