@@ -33,8 +33,8 @@ from covid_flax.errors import UserError
 from covid_flax.evaluate import print_report
 from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.files import write_json
+from covid_flax.run import refuse_folds, saved_run
 from covid_flax.run_images import open_data
-from covid_flax.trained_run import refuse_folds, saved_run
 
 SIDE = 28  # of a thumbnail, pixels
 COMPONENTS = 64  # 95 % of the variance of chest X-rays

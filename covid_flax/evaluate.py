@@ -26,8 +26,9 @@ from covid_flax.evaluation.intervals import has_width, whole_interval
 from covid_flax.evaluation.metrics import check_prevalence
 from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.files import make_writable, parse_json, write_json
+from covid_flax.run import saved_run
 from covid_flax.run_images import CLASS_MAP_HELP, open_data, own_images, parse_class_map
-from covid_flax.trained_run import Ensemble, open_run, out_of_fold, saved_run
+from covid_flax.trained_run import Ensemble, open_run, out_of_fold
 
 SPLITS = ("val", "test", "train", "all")
 

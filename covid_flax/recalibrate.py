@@ -14,49 +14,59 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from flax import nnx
 
-from covid_flax.data.pipeline import gather
-from covid_flax.job import Job
+from covid_flax.augment import Augment
+from covid_flax.data.pipeline import Source, gather
 from covid_flax.mesh import make_mesh, put_batch, replicated
-from covid_flax.models import MODELS
+from covid_flax.models import MODELS, batch_stats_stages, preprocessing_of
 from covid_flax.models.preprocess import preprocess
-from covid_flax.run import Run
 from covid_flax.step import TrainState
 from covid_flax.xla import compiler_options
 
 Tree = Any
 
 
-def is_due(run: Run, job: Job) -> bool:
-    """Whether a run's statistics follow images that its evaluation does not see."""
-    config = run.config
-    followed = bool(run.batch_stats_in) and bool(jax.tree.leaves(run.batch_stats))
-    follows = followed and config.model.bn_momentum < 1
-    return bool(config.train.recalibrate and follows and job.step_config.augment.active)
+def follows_augmented(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:
+    """Whether the statistics follow images that an evaluation does not see."""
+    follows = bool(batch_stats_stages(config.model)) and bool(jax.tree.leaves(batch_stats))
+    augmented = Augment(**config.augment.to_dict()).active
+    return follows and config.model.bn_momentum < 1 and augmented
 
 
-def make_recalibration(run: Run, job: Job) -> Callable[[TrainState], TrainState]:
+def is_due(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:
+    """Whether they do, and are to be taken anew."""
+    return config.train.recalibrate > 0 and follows_augmented(config, batch_stats)
+
+
+def make_recalibration(
+    config: ml_collections.ConfigDict, graphdef: nnx.GraphDef, source: Source
+) -> Callable[[TrainState], TrainState]:
     """`state -> state` with the statistics of the configuration's `train.recalibrate` images.
 
     The images are drawn once, by the seed, and taken in whole batches of the training's size.
     Where averages of the weights are kept, theirs are the statistics that change: an evaluation
     uses those.
+
+    Args:
+      config: of the run.
+      graphdef: of its network.
+      source: of its training images.
     """
-    config, source = run.config, job.train_source
     size = config.train.batch_size
     count = max(1, min(config.train.recalibrate, len(source)) // size)
     order = np.random.default_rng(config.seed).permutation(len(source))
     batches = np.resize(order, count * size).reshape(count, jax.process_count(), -1)
-    stages, momentum = run.batch_stats_in, config.model.bn_momentum
+    stages, momentum = batch_stats_stages(config.model), config.model.bn_momentum
     last = max(stages, key=MODELS[config.model.name].stages.index)
-    preprocessing = job.step_config.preprocessing
+    preprocessing = preprocessing_of(config.model)
     mesh = make_mesh()
 
     def statistics(params: Tree, batch_stats: Tree, images: jax.Array) -> Tree:
         """Of this batch, from how the running ones move by it."""
-        model = nnx.merge(run.graphdef, params, batch_stats)
+        model = nnx.merge(graphdef, params, batch_stats)
         model(preprocess(images, preprocessing), batch_stats_in=stages, stop=last)
         moved = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         return jax.tree.map(lambda a, b: a + (b - a) / (1 - momentum), batch_stats, moved)

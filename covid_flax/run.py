@@ -7,7 +7,7 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +306,32 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
     if not whole:
         raise UserError(f"{path} is damaged: restore it, or choose another --workdir")
     return saved
+
+
+def saved_run(workdir: Path) -> dict[str, Any]:
+    """The config.json of a run. Raises UserError where `workdir` holds none."""
+    saved = read_run(workdir)
+    if saved is None:
+        raise UserError(
+            f"{workdir} holds no run (no config.json): give a run's folder as --workdir"
+        )
+    return saved
+
+
+def refuse_folds(workdir: Path, saved: Mapping[str, Any], what: str) -> None:
+    """For what needs images that no member has learned from: folds have none but the test images.
+
+    Args:
+      what: names what the user asked for, for the message.
+
+    Raises:
+      UserError: the run is a whole cross-validation.
+    """
+    if "members" in saved and saved["config"]["data"]["folds"]:
+        raise UserError(
+            f"{workdir} is a cross-validation, where one run's held-out images trained the others: "
+            f"for {what} give one of them, like {workdir / saved['members'][0]}"
+        )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from covid_flax.data.dataset import Dataset, prepare_readable
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
-from covid_flax.trained_run import refuse_folds, saved_run
+from covid_flax.run import refuse_folds, saved_run
 
 LEFT_OUT = "-"  # in a class map: images of that folder are not scored
 CLASS_MAP_HELP = (

@@ -23,8 +23,8 @@ from covid_flax.job import Job, make_job, peak_rate
 from covid_flax.numerics import MOST_SKIPPED, all_finite, divergence, non_finite_error
 from covid_flax.predict import compile_apply, mean_loss, predict
 from covid_flax.profile import Profile
+from covid_flax.recalibrate import follows_augmented, make_recalibration
 from covid_flax.recalibrate import is_due as recalibration_is_due
-from covid_flax.recalibrate import make_recalibration
 from covid_flax.report.log import RunLog
 from covid_flax.run import Run, has_figures, only_trainer
 from covid_flax.step import TrainState, create_state, make_eval_step, zero_skipped, zero_sums
@@ -134,7 +134,14 @@ def _loop(
     )
     apply = compile_apply(eval_step)
     val_labels = run.data.labels("val")
-    recalibrate = make_recalibration(run, job) if recalibration_is_due(run, job) else None
+    recalibrate = None
+    if recalibration_is_due(config, run.batch_stats):
+        recalibrate = make_recalibration(config, run.graphdef, job.train_source)
+    elif follows_augmented(config, run.batch_stats):
+        say(
+            "note: train.recalibrate=0, but batch norm's statistics follow augmented images: "
+            "expect less on plain ones"
+        )
     skipping = job.step_config.skip_non_finite
     # Adam's moments keep a NaN for good: this finds any bad gradient since it last looked.
     finite = jax.jit(all_finite)

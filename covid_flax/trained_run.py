@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from covid_flax import config as config_lib
 from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
+from covid_flax.console import say
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.pipeline import Source
 from covid_flax.data.splits import read_split_csv
@@ -22,7 +23,10 @@ from covid_flax.mesh import make_layout
 from covid_flax.models import MODELS, create_model, trained_stages
 from covid_flax.optimizer import make_optimizer
 from covid_flax.predict import compile_apply, log_softmax, predict
-from covid_flax.run import read_run
+from covid_flax.recalibrate import is_due as recalibration_is_due
+from covid_flax.recalibrate import make_recalibration
+from covid_flax.run import saved_run
+from covid_flax.run_images import open_data
 from covid_flax.step import create_state, make_eval_step
 
 
@@ -122,36 +126,11 @@ def out_of_fold(run: Ensemble, data: Dataset) -> np.ndarray:
     return result
 
 
-def refuse_folds(workdir: Path, saved: Mapping[str, Any], what: str) -> None:
-    """Where a run is a whole cross-validation, of which each image trained all runs but one.
-
-    Args:
-      what: the user wants that needs images held out by all runs.
-
-    Raises:
-      UserError: it is.
-    """
-    if "members" in saved and saved["config"]["data"]["folds"]:
-        raise UserError(
-            f"{workdir} is a cross-validation, where one run's held-out images trained the others: "
-            f"for {what} give one of them, like {workdir / saved['members'][0]}"
-        )
-
-
-def saved_run(workdir: Path) -> dict[str, Any]:
-    """The config.json of a run. Raises UserError where `workdir` holds none."""
-    saved = read_run(workdir)
-    if saved is None:
-        raise UserError(
-            f"{workdir} holds no run (no config.json): give a run's folder as --workdir"
-        )
-    return saved
-
-
 def open_run(workdir: Path, checkpoint: str = "best") -> TrainedRun | Ensemble:
     """Loads a checkpoint (`best`, `latest` or a step), or those of all members of a repeated run.
 
-    An ensemble's `step` is the sum of its members'. Raises UserError.
+    Where batch norm's statistics follow augmented images until an epoch ends, those of a checkpoint
+    amid one are taken anew. An ensemble's `step` is the sum of its members'. Raises UserError.
     """
     saved = saved_run(workdir)
     if "members" not in saved:
@@ -182,6 +161,11 @@ def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str) -> TrainedR
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = resolve_step(checkpoints, checkpoint)
         state, _ = checkpoints.load(step, make_layout("jit").place(state))
+    amid_an_epoch = float(state.sums["count"]) > 0
+    if amid_an_epoch and recalibration_is_due(config, batch_stats):
+        say(f"step {step:,} is amid an epoch: batch statistics are taken anew from plain images")
+        source = open_data(workdir, saved, "train").source("train", config.data)
+        state = make_recalibration(config, graphdef, source)(state)
     eval_step = make_eval_step(
         graphdef,
         saved["preprocessing"],
