@@ -8,6 +8,8 @@ from ml_collections_configs import base
 
 
 def get_config(variant: str = ""):
+    if variant not in ("", "tpu"):
+        raise ValueError(f"full_299.py has no variant {variant!r}: tpu")
     c = base.start_from("full_224.py", __file__, variant)
     c.data.image_size = 299
     c.model.name = "resnet50"

@@ -28,7 +28,7 @@ from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.files import make_writable, parse_json, write_json
 from covid_flax.run import saved_run
 from covid_flax.run_images import CLASS_MAP_HELP, open_data, own_images, parse_class_map
-from covid_flax.trained_run import Ensemble, open_run, out_of_fold
+from covid_flax.trained_run import Ensemble, answers_of_members, open_run, together
 
 SPLITS = ("val", "test", "train", "all")
 
@@ -77,8 +77,10 @@ def evaluate(
             f"{workdir} has no temperature for step {run.step}: score its validation split "
             f"first (--split=val --checkpoint={checkpoint})"
         )
-    if split == "val" and isinstance(run, Ensemble) and run.config.data.folds:
-        probabilities = out_of_fold(run, data)
+    answers = None
+    if isinstance(run, Ensemble):
+        answers = answers_of_members(run, data, split)
+        probabilities = together(answers, len(data.files(split)))
     else:
         source = data.source(split, run.config.data)
         probabilities = run.probabilities(source, f"scoring {split}")
@@ -93,6 +95,7 @@ def evaluate(
 
     # Slow to import, and training's first step need not wait for it.
     from covid_flax.evaluation.assess import assess
+    from covid_flax.evaluation.members import members_report
     from covid_flax.report.write import write_evaluation
 
     report, predictions = assess(
@@ -106,6 +109,8 @@ def evaluate(
         calibrated=calibrated,
         prevalence=prevalence,
     )
+    if answers is not None:
+        report["members"] = members_report(predictions.labels, predictions.class_names, answers)
     report["checkpoint"] = {"which": checkpoint, "step": run.step}
     report["data_dir"] = str(Path(data.folder.root).absolute())
     report["bad_images"] = dict(data.bad_images)

@@ -19,7 +19,7 @@ from covid_flax.console import say
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
-from covid_flax.members import train_members
+from covid_flax.members import member_configs, train_members
 from covid_flax.run import default_workdir, setup
 from covid_flax.train import train
 
@@ -38,8 +38,13 @@ def _main() -> None:
     profiled = _profiled_steps(_PROFILE.value)
     workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(name)
     if is_repeated(_CONFIG.value):
-        if _DRY_RUN.value or profiled:
-            raise UserError("--dry_run and --profile are for one run: set repeats=1, data.fold=0")
+        if profiled:
+            raise UserError("--profile is for one run: set repeats=1, data.fold=0")
+        if _DRY_RUN.value:
+            name, member = next(iter(member_configs(_CONFIG.value).items()))
+            say(f"the first of the runs, {name}:")
+            dry_run(setup(member, workdir / name))
+            return
         train_members(_CONFIG.value, workdir)
         say(f"runs: {workdir} (members.json, eval/, and a folder for each)")
         return

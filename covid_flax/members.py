@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 
 from covid_flax import config as config_lib
 from covid_flax import distributed
@@ -24,19 +23,17 @@ from covid_flax.data.dataset import check_splits
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
-from covid_flax.evaluation.intervals import student_interval
+from covid_flax.evaluation.members import FIGURES, mean_figures
 from covid_flax.files import write_json
 from covid_flax.run import read_run, refuse_changes, setup
 from covid_flax.train import train
-
-FIGURES = ("accuracy", "balanced_accuracy", "loss")
 
 
 def member_configs(config: ml_collections.ConfigDict) -> dict[str, ml_collections.ConfigDict]:
     """The configurations of the runs, by the names of their folders.
 
     All of a cross-validation's folds have one seed; runs of several seeds have one split, that
-    of the first seed. Both: every fold with every seed.
+    of the first seed.
     """
     folds = range(config.data.folds) if config.data.folds and config.data.fold < 0 else (None,)
     members = {}
@@ -97,30 +94,12 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
         return {}
     summary = {
         "members": {name: _figures(of) for name, of in reports.items()},
-        "mean": {
-            split: {
-                f: mean_interval([of[split][f] for of in reports.values()], share=f != "loss")
-                for f in FIGURES
-            }
-            for split in splits
-        },
+        "mean": {split: mean_figures([of[split] for of in reports.values()]) for split in splits},
         "whole": _figures(whole),
     }
     write_json(workdir / "members.json", summary, allow_nan=True)
     _print(summary)
     return summary
-
-
-def mean_interval(values: Sequence[float], *, share: bool = False) -> dict[str, Any]:
-    """Mean, and Student's 95 % interval for it, of runs that are taken as independent.
-
-    Folds share training images, so that theirs is too narrow (Bengio and Grandvalet 2004). That of
-    a share is cut off at 0 and 1, which that of two runs commonly exceeds.
-    """
-    ends = student_interval(values)
-    if share:
-        ends = [max(ends[0], 0.0), min(ends[1], 1.0)]
-    return {"mean": float(np.mean(values)), "interval": ends, "runs": len(values)}
 
 
 def _figures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,34 +96,54 @@ class Ensemble:
 
     def probabilities(self, source: Source, description: str = "") -> np.ndarray:
         """The mean of the members', float64 `[N, K]`."""
+        return np.mean(self.of_each(source, description), 0)
+
+    def of_each(self, source: Source, description: str = "") -> list[np.ndarray]:
+        """As `TrainedRun.probabilities`, of every member."""
         number = len(self.members)
-        return np.mean(
-            [
-                member.probabilities(source, description and f"{description}, {i} of {number}")
-                for i, member in enumerate(self.members, 1)
-            ],
-            0,
-        )
+        return [
+            member.probabilities(source, description and f"{description}, {i} of {number}")
+            for i, member in enumerate(self.members, 1)
+        ]
 
 
-def out_of_fold(run: Ensemble, data: Dataset) -> np.ndarray:
-    """Of every val image of a cross-validation, by the member that held it out, `[N, K]`.
+def answers_of_members(
+    run: Ensemble, data: Dataset, split: str
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """By member, which of a split's images it scores, int [n], and their probabilities, [n, K].
+
+    All of them; of a cross-validation's val images, those that it has held out.
 
     Raises:
-      RuntimeError: an image was not held out exactly once.
+      RuntimeError: a val image was not held out exactly once.
     """
+    names = run.saved["members"]
+    if split != "val" or not run.config.data.folds:
+        each = run.of_each(data.source(split, run.config.data), f"scoring {split}")
+        everything = np.arange(len(data.files(split)))
+        return {name: (everything, of) for name, of in zip(names, each, strict=True)}
     place = {row.file: i for i, row in enumerate(data.files("val"))}
     seen = np.zeros(len(place), np.int64)
-    result = np.zeros((len(place), len(run.class_names)))
-    for number, member in enumerate(run.members, 1):
+    answers = {}
+    for number, (name, member) in enumerate(zip(names, run.members, strict=True), 1):
         rows = [row for row in read_split_csv(member.workdir / "split.csv") if row.split == "val"]
         source = dataclasses.replace(data, rows=rows).source("val", run.config.data)
-        index = [place[row.file] for row in rows]
-        result[index] = member.probabilities(source, f"scoring fold {number}")
+        index = np.array([place[row.file] for row in rows])
+        answers[name] = (index, member.probabilities(source, f"scoring fold {number}"))
         np.add.at(seen, index, 1)
     if not np.all(seen == 1):
         raise RuntimeError("the folds did not hold out every image exactly once")
-    return result
+    return answers
+
+
+def together(answers: Mapping[str, tuple[np.ndarray, np.ndarray]], images: int) -> np.ndarray:
+    """The mean probabilities of the members that scored each image, `[images, K]`."""
+    classes = next(iter(answers.values()))[1].shape[1]
+    total, count = np.zeros((images, classes)), np.zeros((images, 1))
+    for index, probabilities in answers.values():
+        total[index] += probabilities
+        count[index] += 1
+    return total / count
 
 
 def open_run(workdir: Path, checkpoint: str = "best") -> TrainedRun | Ensemble:

@@ -15,8 +15,9 @@ from covid_flax.controls import run_controls
 from covid_flax.data.splits import read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
+from covid_flax.evaluation.members import mean_interval
 from covid_flax.evaluation.predictions import read_predictions
-from covid_flax.members import mean_interval, member_configs, train_members
+from covid_flax.members import member_configs, train_members
 from covid_flax.report.artefacts import read_artefacts
 from covid_flax.report.statements import statements
 from covid_flax.robustness import robustness
@@ -69,6 +70,26 @@ def test_the_whole_is_its_members_together(folds):
     assert summary["mean"]["test"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies))
     again = evaluate(workdir, split="test")
     assert again["accuracy"] == summary["whole"]["test"]["accuracy"]
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_the_report_of_the_whole_tells_of_each_run_and_of_their_mean(folds, split):
+    """What the runs' own evaluations say, and what members.json sums up."""
+    _, workdir, summary = folds
+    report = json.loads((workdir / "eval" / split / "report.json").read_text())
+    for name, figures in report["members"]["figures"].items():
+        for key, value in figures.items():
+            assert value == pytest.approx(summary["members"][name][split][key], abs=1e-6)
+    for key, mean in report["members"]["mean"].items():
+        want = summary["mean"][split][key]
+        np.testing.assert_allclose(mean["interval"], want["interval"], atol=1e-6)
+    page = (workdir / "eval" / split / "report.html").read_text()
+    mean = report["members"]["mean"]["accuracy"]
+    low, high = (f"{100 * end:.1f}" for end in mean["interval"])
+    section = page[page.index('<section id="members">') :]
+    assert "fold2" in section and f"{100 * mean['mean']:.1f}" in section
+    assert low in section and high in section
+    assert 'id="members"' not in (workdir / "fold0" / "eval" / split / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -145,6 +145,7 @@ def write_report_page(
         classes=_class_table(report),
         averages=_average_table(report),
         whole=_whole_table(report),
+        members=_members_table(report),
         intervals=report.get("intervals") or {},
         matrix=_matrix_table(report),
         pictures=pictures.evaluation_pictures(report, predictions),
@@ -256,6 +257,17 @@ def _whole_table(report: Mapping[str, Any]) -> dict[str, Any]:
             heading = Markup('{}<br><span class="soft">{}</span>').format(label, meaning)
             rows.append([heading, with_interval(report[key], whole_interval(report, key), form)])
     return {"head": ["All images", "Figure"], "rows": rows}
+
+
+def _members_table(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    if "members" not in report:
+        return None
+    form = {"accuracy": percent, "balanced_accuracy": percent, "loss": figure3}
+    figures, mean = report["members"]["figures"], report["members"]["mean"]
+    rows = [[name, *(form[key](of[key]) for key in form)] for name, of in figures.items()]
+    last = [with_interval(mean[key]["mean"], mean[key]["interval"], form[key]) for key in form]
+    head = ["Run", "Accuracy", "Balanced accuracy", "Negative log-likelihood"]
+    return {"head": head, "rows": [*rows, ["Mean", *last]]}
 
 
 def _matrix_table(report: Mapping[str, Any]) -> dict[str, Any]:
