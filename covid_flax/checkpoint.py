@@ -182,6 +182,10 @@ class Checkpoints:
             raise self._damaged(step, "its arrays are not those that were saved")
         return state, contents["loop"]
 
+    def digest(self, step: int) -> str:
+        """SHA-256 of the arrays of one of `steps`, as they were saved. Raises DamagedError."""
+        return self._contents(step)["record"]["arrays"]
+
     def resume(self, like: Any) -> tuple[int, Any, dict[str, Any], bool] | None:
         """The newest sound checkpoint, for the process that trains; None where there is none.
 

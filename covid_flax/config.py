@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -55,7 +55,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "optimizer.learning_rate": (0, None),
     "optimizer.warmup_epochs": (0, None),
     "optimizer.b1": (0, 0.999999),
-    "optimizer.b2": (0, 0.999999999),
+    "optimizer.b2": (0, 0.999999),  # the next but few are 1 in float32
     "optimizer.epsilon": (0, None),
     "optimizer.weight_decay": (0, None),
     "optimizer.stage_decay": (0, 1),
@@ -127,9 +127,14 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_network(flat["model.name"], flat)
 
 
+def is_cross_validation(data: Mapping[str, Any]) -> bool:
+    """Whether a configuration's `data` asks for a run on every fold."""
+    return data["folds"] > 1 and data["fold"] < 0
+
+
 def is_repeated(config: ml_collections.ConfigDict) -> bool:
     """Whether the configuration asks for more than one run, see `covid_flax.members`."""
-    return config.repeats > 1 or (config.data.folds > 1 and config.data.fold < 0)
+    return config.repeats > 1 or is_cross_validation(config.data)
 
 
 def keeps_averages(config: ml_collections.ConfigDict) -> bool:

@@ -562,7 +562,7 @@ def run_controls(
     data = dataclasses.replace(data, rows=data.files(split))
     twin_folder = open_folder(pairs, require_two_classes=False) if pairs else None
     lungs = find_masks(data.folder, [*data.rows, *(training.rows if training else ())], masks)
-    run = open_run(workdir, checkpoint)
+    run = open_run(workdir, checkpoint, data_dir)
     report, examples = score_conditions(
         run, data, training=training, masks=lungs, pairs=twin_folder, limit=limit
     )

@@ -68,7 +68,7 @@ def evaluate(
     check_prevalence(prevalence or {}, saved["class_names"])
     if data is None:
         data = open_data(workdir, saved, split, data_dir, class_map)
-    run = open_run(workdir, checkpoint)
+    run = open_run(workdir, checkpoint, data_dir)
     calibration = _stored_calibration(workdir, run.step)
     output = output or workdir / "eval" / split
     make_writable(output)

@@ -35,7 +35,7 @@ def member_configs(config: ml_collections.ConfigDict) -> dict[str, ml_collection
     All of a cross-validation's folds have one seed; runs of several seeds have one split, that
     of the first seed.
     """
-    folds = range(config.data.folds) if config.data.folds and config.data.fold < 0 else (None,)
+    folds = range(config.data.folds) if config_lib.is_cross_validation(config.data) else (None,)
     members = {}
     for seed in range(config.seed, config.seed + config.repeats):
         for fold in folds:
@@ -60,7 +60,7 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
       images (and test images, where there are any); `mean`, of each figure with its interval;
       `whole`, those of the runs together. Raises UserError.
     """
-    if config.repeats > 1 and config.data.folds and config.data.fold < 0:
+    if config.repeats > 1 and config_lib.is_cross_validation(config.data):
         raise UserError("repeats and data.folds: set one, or data.fold to one of the folds")
     if has_checkpoints(workdir / "checkpoints"):
         raise UserError(f"{workdir} holds a single run: choose another --workdir")
@@ -111,13 +111,13 @@ def _write_whole(config: ml_collections.ConfigDict, workdir: Path, names: Sequen
     first = read_run(workdir / names[0])
     assert first is not None
     rows = read_split_csv(workdir / names[0] / "split.csv")
-    if config.data.folds:
+    if config_lib.is_cross_validation(config.data):
         rows = [
             row if row.split == "test" else dataclasses.replace(row, split="val") for row in rows
         ]
     write_split_csv(workdir / "split.csv", rows)
     about = first | {"config": config_lib.to_json(config), "members": list(names)}
-    if config.data.folds:
+    if config_lib.is_cross_validation(config.data):
         images = dict(first["data"]["images"])
         parts = [images.pop("train"), images.pop("val")]
         images["val"] = {name: sum(part[name] for part in parts) for name in parts[0]}

@@ -29,47 +29,59 @@ from covid_flax.xla import compiler_options
 Tree = Any
 
 
-def follows_augmented(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:
-    """Whether the statistics follow images that an evaluation does not see."""
-    follows = bool(batch_stats_stages(config.model)) and bool(jax.tree.leaves(batch_stats))
+def do_not_fit(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:
+    """Whether the running statistics are not those of what is evaluated.
+
+    They follow augmented images, or (of a mean of the weights) other weights.
+    """
+    stages = batch_stats_stages(config.model)
+    follow = any(jax.tree.leaves(batch_stats.get(stage, {})) for stage in stages)
     augmented = Augment(**config.augment.to_dict()).active
-    return follows and config.model.bn_momentum < 1 and augmented
+    return follow and config.model.bn_momentum < 1 and (augmented or config.train.swa_start > 0)
 
 
 def is_due(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:
-    """Whether they do, and are to be taken anew."""
-    return config.train.recalibrate > 0 and follows_augmented(config, batch_stats)
+    """Whether they do not, and are to be taken anew."""
+    return config.train.recalibrate > 0 and do_not_fit(config, batch_stats)
 
 
 def make_recalibration(
-    config: ml_collections.ConfigDict, graphdef: nnx.GraphDef, source: Source
+    config: ml_collections.ConfigDict,
+    graphdef: nnx.GraphDef,
+    source: Source,
+    start: str | None = None,
 ) -> Callable[[TrainState], TrainState]:
     """`state -> state` with the statistics of the configuration's `train.recalibrate` images.
 
-    The images are drawn once, by the seed, and taken in whole batches of the training's size.
-    Where averages of the weights are kept, theirs are the statistics that change: an evaluation
-    uses those.
+    The images are drawn once, by the seed, and taken in whole batches, as many at once as in
+    training. Where averages of the weights are kept, theirs are the statistics that change: an
+    evaluation uses those.
 
     Args:
       config: of the run.
       graphdef: of its network.
-      source: of its training images.
+      source: of its training images, or of the cached output of the stage before `start`.
+      start: first stage to compute; None: all.
     """
-    size = config.train.batch_size
+    mesh = make_mesh()
+    size = config.train.micro_batch or config.train.batch_size
+    size = -(-size // mesh.size) * mesh.size  # a run may be opened on other devices
     count = max(1, min(config.train.recalibrate, len(source)) // size)
     order = np.random.default_rng(config.seed).permutation(len(source))
     batches = np.resize(order, count * size).reshape(count, jax.process_count(), -1)
-    stages, momentum = batch_stats_stages(config.model), config.model.bn_momentum
+    stages = batch_stats_stages(config.model)
     last = max(stages, key=MODELS[config.model.name].stages.index)
     preprocessing = preprocessing_of(config.model)
-    mesh = make_mesh()
 
     def statistics(params: Tree, batch_stats: Tree, images: jax.Array) -> Tree:
-        """Of this batch, from how the running ones move by it."""
+        """Of this batch: the running ones, where these forget all that was before."""
         model = nnx.merge(graphdef, params, batch_stats)
-        model(preprocess(images, preprocessing), batch_stats_in=stages, stop=last)
-        moved = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-        return jax.tree.map(lambda a, b: a + (b - a) / (1 - momentum), batch_stats, moved)
+        for _, module in nnx.iter_modules(model):
+            if hasattr(module, "momentum"):
+                module.momentum = 0.0
+        x = images if start is not None else preprocess(images, preprocessing)
+        model(x, batch_stats_in=stages, start=start, stop=last)
+        return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     apply = jax.jit(statistics, out_shardings=replicated(mesh), compiler_options=compiler_options())
 

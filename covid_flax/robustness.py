@@ -146,7 +146,7 @@ def robustness(
       What robustness.json holds. Raises UserError.
     """
     split, data = open_held_out(workdir, split, data_dir, class_map)
-    run = open_run(workdir, checkpoint)
+    run = open_run(workdir, checkpoint, data_dir)
     output = output or workdir / "robustness" / split
     make_writable(output)
     source = data.source(split, run.config.data)

@@ -17,7 +17,7 @@ from flax import nnx
 
 from covid_flax import __version__, distributed
 from covid_flax import config as config_lib
-from covid_flax.checkpoint import has_checkpoints
+from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
 from covid_flax.console import say
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.dataset import Dataset
@@ -39,16 +39,19 @@ from covid_flax.pretrained.read import read_weights
 from covid_flax.step import abstract_batch
 from ml_collections_configs import base
 
-# What may differ when a run goes on: nothing here changes a figure. The images used are
-# compared by themselves.
+# What may differ when a run goes on: nothing here changes a figure. The images used, their split
+# and the teacher's arrays are compared by themselves.
 _FREE_ON_RESUME = (
     "data.dir",
+    "data.groups_file",
     "data.cache_dir",
     "data.store_gb",
     "data.num_threads",
     "data.prefetch",
     "data.on_bad_image",
     "data.on_device",
+    "eval.batch_size",
+    "train.teacher",
     "train.feature_cache_gb",
     "train.feature_disk_gb",
     "train.log_every_steps",
@@ -101,6 +104,11 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     _refuse_file(workdir)
     resumed = has_checkpoints(workdir / "checkpoints")
     saved = read_run(workdir) if resumed or has_figures(workdir) else None
+    if resumed and saved is None:
+        raise UserError(
+            f"{workdir} holds checkpoints but no config.json: restore it, or choose another "
+            "--workdir"
+        )
     if saved is not None:
         refuse_changes(saved["config"], config_lib.to_json(config), workdir)
     say(f"data: reading {config.data.dir or 'synthetic phantoms'}")
@@ -112,64 +120,105 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         check_teacher(teacher, data, config.data.image_size)
     graphdef, params, batch_stats = create_model(config.model, len(data.class_names), config.seed)
 
-    if resumed and saved is not None:
-        if saved["class_names"] != list(data.class_names):
-            raise UserError(
-                f"{workdir} was trained on the classes {saved['class_names']}, the data has "
-                f"{list(data.class_names)}: choose another --workdir"
-            )
-        before, now = (
-            [dataclasses.replace(row, group="") for row in rows]
-            for rows in (read_split_csv(workdir / "split.csv"), data.rows)
-        )
-        if before != now:
-            raise UserError(
-                f"the images or their split differ from {workdir}/split.csv: restore the data "
-                "and the csv of their groups, or choose another --workdir"
-            )
+    if resumed:
+        assert saved is not None
+        _check_resumed(workdir, saved, config, data)
         _meet(workdir)
         return Run(config, workdir, data, graphdef, params, batch_stats, resumed=True)
-
-    weights: dict[str, Any] = {"source": config.model.weights}
-    weights_cache = dataset_lib.cache_dir(config.data.cache_dir) / "weights"
-    path = resolve(config.model.weights, config.model.name, weights_cache)
-    if path is not None:
-        params, batch_stats, report = load_weights(
-            read_weights(path),
-            params,
-            batch_stats,
-            source=str(path),
-            may_miss=tuple(config.model.weights_may_miss),
-            may_spare=_of_the_whole(config.model),
-        )
-        say(f"weights: {path.name}: {report.summary()}")
-        weights.update(file=str(path), sha256=sha256(path), report=report.summary())
-    else:
-        say("weights: none, everything starts at random")
-
+    params, batch_stats, weights = _initial_weights(config, params, batch_stats)
     if jax.process_index() == 0:
-        try:
-            workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise UserError(
-                f"cannot make {workdir} ({e.strerror}): choose another --workdir"
-            ) from e
-        write_split_csv(workdir / "split.csv", list(data.rows))
-        about = {
-            "config": config_lib.to_json(config),
-            "class_names": list(data.class_names),
-            "seed": config.seed,
-            "preprocessing": preprocessing_of(config.model),
-            "data": dataset_lib.summary(data),
-            "weights": weights,
-            "versions": {"covid_flax": __version__, "python": platform.python_version()}
-            | {p: importlib.metadata.version(p) for p in _PACKAGES},
-            "devices": [str(d.device_kind) for d in jax.devices()],
-        }
-        # Last: a folder with a config.json is a run.
-        write_json(workdir / "config.json", about, allow_nan=True)
+        _write_run(config, workdir, data, weights)
     _meet(workdir)
     return Run(config, workdir, data, graphdef, params, batch_stats)
+
+
+def _check_resumed(
+    workdir: Path, saved: Mapping[str, Any], config: ml_collections.ConfigDict, data: Dataset
+) -> None:
+    """Refuses to go on with other classes, images, split or teacher. Raises UserError."""
+    if saved["class_names"] != list(data.class_names):
+        raise UserError(
+            f"{workdir} was trained on the classes {saved['class_names']}, the data has "
+            f"{list(data.class_names)}: choose another --workdir"
+        )
+    before, now = (
+        [dataclasses.replace(row, group="") for row in rows]
+        for rows in (read_split_csv(workdir / "split.csv"), data.rows)
+    )
+    if before != now:
+        raise UserError(
+            f"the images or their split differ from {workdir}/split.csv: restore the data "
+            "and the csv of their groups, or choose another --workdir"
+        )
+    if config.train.teacher and saved.get("teacher") != _teacher_arrays(config.train.teacher):
+        raise UserError(
+            f"train.teacher={config.train.teacher} is no longer the network that {workdir} has "
+            "learned from: restore it, or choose another --workdir"
+        )
+
+
+def _teacher_arrays(folder: str) -> list[str]:
+    """Digests of the checkpoint that a teacher answers with, or of those of its members."""
+    teacher = Path(folder).expanduser()
+    names = saved_run(teacher).get("members", [""])
+    digests = []
+    for directory in (teacher / name / "checkpoints" for name in names):
+        if not has_checkpoints(directory):
+            raise UserError(f"{directory.parent} has no checkpoint yet: train it first")
+        with Checkpoints(directory) as checkpoints:
+            digests.append(checkpoints.digest(resolve_step(checkpoints, "best")))
+    return digests
+
+
+def _initial_weights(
+    config: ml_collections.ConfigDict, params: dict[str, Any], batch_stats: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Parameters and batch statistics to begin with, and what config.json says of them."""
+    about: dict[str, Any] = {"source": config.model.weights}
+    cache = dataset_lib.cache_dir(config.data.cache_dir) / "weights"
+    path = resolve(config.model.weights, config.model.name, cache)
+    if path is None:
+        say("weights: none, everything starts at random")
+        return params, batch_stats, about
+    params, batch_stats, report = load_weights(
+        read_weights(path),
+        params,
+        batch_stats,
+        source=str(path),
+        may_miss=tuple(config.model.weights_may_miss),
+        may_spare=_of_the_whole(config.model),
+    )
+    say(f"weights: {path.name}: {report.summary()}")
+    return (
+        params,
+        batch_stats,
+        about | {"file": str(path), "sha256": sha256(path), "report": report.summary()},
+    )
+
+
+def _write_run(
+    config: ml_collections.ConfigDict, workdir: Path, data: Dataset, weights: dict[str, Any]
+) -> None:
+    about = {
+        "config": config_lib.to_json(config),
+        "class_names": list(data.class_names),
+        "seed": config.seed,
+        "preprocessing": preprocessing_of(config.model),
+        "data": dataset_lib.summary(data),
+        "weights": weights,
+        "versions": {"covid_flax": __version__, "python": platform.python_version()}
+        | {p: importlib.metadata.version(p) for p in _PACKAGES},
+        "devices": [str(d.device_kind) for d in jax.devices()],
+    }
+    if config.train.teacher:
+        about["teacher"] = _teacher_arrays(config.train.teacher)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make {workdir} ({e.strerror}): choose another --workdir") from e
+    write_split_csv(workdir / "split.csv", list(data.rows))
+    # Last: a folder with a config.json is a run.
+    write_json(workdir / "config.json", about, allow_nan=True)
 
 
 def check_batches(config: ml_collections.ConfigDict, num_train: int) -> None:
@@ -327,7 +376,7 @@ def refuse_folds(workdir: Path, saved: Mapping[str, Any], what: str) -> None:
     Raises:
       UserError: the run is a whole cross-validation.
     """
-    if "members" in saved and saved["config"]["data"]["folds"]:
+    if "members" in saved and config_lib.is_cross_validation(saved["config"]["data"]):
         raise UserError(
             f"{workdir} is a cross-validation, where one run's held-out images trained the others: "
             f"for {what} give one of them, like {workdir / saved['members'][0]}"

@@ -243,7 +243,8 @@ def make_train_step(
             own = batch["share"]
             losses = own * losses + (1 - own) * label_losses(batch["other"])
         if teacher is not None:
-            distilled = distillation_loss(logits, batch["teacher"], teacher.temperature)
+            answers = lax.stop_gradient(teacher.logits(batch["augmented"]))
+            distilled = distillation_loss(logits, answers, teacher.temperature)
             losses = (1 - teacher.weight) * losses + teacher.weight * distilled
         loss = jnp.mean(losses) if weights is None else jnp.sum(losses * weights)
         real = batch.get("mask", jnp.ones(labels.shape, bool))
@@ -308,7 +309,7 @@ def make_train_step(
                 # Its own share of the labels too, and the labels of what was mixed in.
                 batch = {**batch, "share": share, "other": jnp.roll(batch["label"], 1)}
             if teacher is not None:
-                batch = {**batch, "teacher": lax.stop_gradient(teacher.logits(x))}
+                batch = {**batch, "augmented": x}
             batch = {**batch, "image": preprocess(x, config.preprocessing)}
         grads, batch_stats, sums = gradients(state, batch, dropout_key)
         if axis is not None:

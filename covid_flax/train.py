@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from covid_flax import preemption
 from covid_flax.checkpoint import Checkpoints
@@ -23,7 +24,7 @@ from covid_flax.job import Job, make_job, peak_rate
 from covid_flax.numerics import MOST_SKIPPED, all_finite, divergence, non_finite_error
 from covid_flax.predict import compile_apply, mean_loss, predict
 from covid_flax.profile import Profile
-from covid_flax.recalibrate import follows_augmented, make_recalibration
+from covid_flax.recalibrate import do_not_fit, make_recalibration
 from covid_flax.recalibrate import is_due as recalibration_is_due
 from covid_flax.report.log import RunLog
 from covid_flax.run import Run, has_figures, only_trainer
@@ -67,6 +68,8 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
                 f"early stop: {config.train.monitor} has not improved for {config.train.patience} "
                 f"epochs; best epoch {stopping.best_epoch}"
             )
+            if stopping.best_epoch + stopping.wait <= config.train.swa_start:
+                say("note: the mean of the weights had not begun")
     if first:
         # Here, for matplotlib need not load before the first step.
         from covid_flax.report.plots import plot_curves
@@ -136,11 +139,11 @@ def _loop(
     val_labels = run.data.labels("val")
     recalibrate = None
     if recalibration_is_due(config, run.batch_stats):
-        recalibrate = make_recalibration(config, run.graphdef, job.train_source)
-    elif follows_augmented(config, run.batch_stats):
+        recalibrate = make_recalibration(config, run.graphdef, job.train_source, job.start)
+    elif do_not_fit(config, run.batch_stats):
         say(
-            "note: train.recalibrate=0, but batch norm's statistics follow augmented images: "
-            "expect less on plain ones"
+            "note: train.recalibrate=0, but batch norm's statistics are of augmented images or "
+            "other weights: expect less on plain images"
         )
     skipping = job.step_config.skip_non_finite
     # Adam's moments keep a NaN for good: this finds any bad gradient since it last looked.
@@ -228,7 +231,9 @@ def _loop(
                 row = int(sums.get("skipped_in_a_row", 0))
                 if row >= min(MOST_SKIPPED, job.steps_per_epoch):
                     refuse(f"{row:,} updates in a row were skipped, none finite", step - row)
-                learning_rate = float(job.schedule(step - 1))
+                # A skipped update leaves the schedule where it was.
+                updates = _updates(state) if skipping else step
+                learning_rate = float(job.schedule(max(0, updates - 1)))
                 figures = meter.interval(step, count, loss, accuracy, learning_rate)
                 log.interval(step, **figures)
             logged = step == meter.last_step
@@ -286,6 +291,12 @@ def _loop(
             if preemption.noticed(together=True) and step < total_steps:
                 terminate()
         checkpoints.wait()
+
+
+def _updates(state: TrainState) -> int:
+    """How many the optimiser has made."""
+    counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
+    return int(np.asarray(counts[0][1]).reshape(-1)[0])  # under pmap, one of each device
 
 
 def _host_sums(sums: dict[str, jax.Array]) -> dict[str, float]:

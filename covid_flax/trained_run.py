@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from flax import nnx
 
 from covid_flax import config as config_lib
 from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
@@ -27,7 +28,7 @@ from covid_flax.recalibrate import is_due as recalibration_is_due
 from covid_flax.recalibrate import make_recalibration
 from covid_flax.run import saved_run
 from covid_flax.run_images import open_data
-from covid_flax.step import create_state, make_eval_step
+from covid_flax.step import TrainState, create_state, make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def answers_of_members(
       RuntimeError: a val image was not held out exactly once.
     """
     names = run.saved["members"]
-    if split != "val" or not run.config.data.folds:
+    if split != "val" or not config_lib.is_cross_validation(run.config.data):
         each = run.of_each(data.source(split, run.config.data), f"scoring {split}")
         everything = np.arange(len(data.files(split)))
         return {name: (everything, of) for name, of in zip(names, each, strict=True)}
@@ -146,17 +147,18 @@ def together(answers: Mapping[str, tuple[np.ndarray, np.ndarray]], images: int) 
     return total / count
 
 
-def open_run(workdir: Path, checkpoint: str = "best") -> TrainedRun | Ensemble:
+def open_run(workdir: Path, checkpoint: str = "best", data_dir: str = "") -> TrainedRun | Ensemble:
     """Loads a checkpoint (`best`, `latest` or a step), or those of all members of a repeated run.
 
     Where batch norm's statistics follow augmented images until an epoch ends, those of a checkpoint
-    amid one are taken anew. An ensemble's `step` is the sum of its members'. Raises UserError.
+    amid one are taken anew, if the training images are where they were or in `data_dir`. An
+    ensemble's `step` is the sum of its members'. Raises UserError.
     """
     saved = saved_run(workdir)
     if "members" not in saved:
-        return _open_one(workdir, saved, checkpoint)
+        return _open_one(workdir, saved, checkpoint, data_dir)
     members = tuple(
-        _open_one(workdir / name, saved_run(workdir / name), checkpoint)
+        _open_one(workdir / name, saved_run(workdir / name), checkpoint, data_dir)
         for name in saved["members"]
     )
     config, names = config_lib.from_json(saved["config"]), tuple(saved["class_names"])
@@ -164,7 +166,31 @@ def open_run(workdir: Path, checkpoint: str = "best") -> TrainedRun | Ensemble:
     return Ensemble(workdir, saved, config, names, checkpoint, step, members)
 
 
-def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str) -> TrainedRun:
+def _recalibrated(
+    workdir: Path,
+    saved: Mapping[str, Any],
+    data_dir: str,
+    step: int,
+    graphdef: nnx.GraphDef,
+    state: TrainState,
+) -> TrainState:
+    """The state with statistics of plain training images, if those are there."""
+    config = config_lib.from_json(saved["config"])
+    for place in dict.fromkeys(("", data_dir)):
+        try:
+            source = open_data(workdir, saved, "train", place).source("train", config.data)
+        except UserError:
+            continue
+        say(f"step {step:,} is amid an epoch: batch statistics are taken anew from plain images")
+        return make_recalibration(config, graphdef, source)(state)
+    say(
+        f"note: step {step:,} is amid an epoch, and the training images are not there to take "
+        "batch norm's statistics anew: expect less than of an epoch's end"
+    )
+    return state
+
+
+def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str, data_dir: str) -> TrainedRun:
     config = config_lib.from_json(saved["config"])
     class_names = tuple(saved["class_names"])
     graphdef, params, batch_stats = create_model(config.model, len(class_names), config.seed)
@@ -183,9 +209,7 @@ def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str) -> TrainedR
         state, _ = checkpoints.load(step, make_layout("jit").place(state))
     amid_an_epoch = float(state.sums["count"]) > 0
     if amid_an_epoch and recalibration_is_due(config, batch_stats):
-        say(f"step {step:,} is amid an epoch: batch statistics are taken anew from plain images")
-        source = open_data(workdir, saved, "train").source("train", config.data)
-        state = make_recalibration(config, graphdef, source)(state)
+        state = _recalibrated(workdir, saved, data_dir, step, graphdef, state)
     eval_step = make_eval_step(
         graphdef,
         saved["preprocessing"],

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import scipy.special
 
+from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.job import make_job
-from covid_flax.run import setup
+from covid_flax.run import learned_files, setup
 from covid_flax.step import distillation_loss
 from covid_flax.train import train
 from covid_flax.trained_run import open_run
@@ -39,7 +41,7 @@ def test_the_loss_is_hinton_s():
     np.testing.assert_allclose(distillation_loss(logits, answers, 2.5), want, rtol=1e-5)
 
 
-def test_a_student_comes_to_answer_as_its_teacher_does(tiny_config, teacher, tmp_path):
+def test_a_student_comes_to_answer_as_its_teacher_does(tiny_config, teacher, tmp_path, capsys):
     """It starts elsewhere and sees no label: what it knows, it has from there."""
     config = _student(tiny_config, teacher, teacher_weight=1.0, teacher_temperature=1.0)
     config.model.dropout = 0.0
@@ -47,7 +49,7 @@ def test_a_student_comes_to_answer_as_its_teacher_does(tiny_config, teacher, tmp
     config.seed = 1
     config.data.split = "paper-sorted"
     with pytest.raises(UserError, match="images that this run holds out"):
-        make_job(setup(config, tmp_path / "leaks"))
+        setup(config, tmp_path / "leaks")
     config = config.copy_and_resolve_references()
     config.data.split = "paper-random"
     config.seed = 0
@@ -57,17 +59,40 @@ def test_a_student_comes_to_answer_as_its_teacher_does(tiny_config, teacher, tmp
     student, taught = open_run(tmp_path / "student", "latest"), open_run(teacher)
     p, q = (net.probabilities(job.train_source) for net in (student, taught))
     assert np.abs(p - q).mean() < 0.12
-    first = json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[0])
-    entropy = -np.mean(np.sum(q * np.log(np.maximum(q, 1e-12)), -1))
-    assert first["loss"] > entropy  # a cross-entropy to q is never less than q's own
+    capsys.readouterr()
+    train(setup(config, tmp_path / "student"))  # the same teacher, so it is complete
+    assert "training is complete" in capsys.readouterr().out
+    about = json.loads((tmp_path / "student" / "config.json").read_text())
+    about["teacher"] = ["0" * 64]
+    (tmp_path / "student" / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match="no longer the network that .*student has learned from"):
+        setup(config, tmp_path / "student")
 
 
 def test_a_teacher_of_other_images_is_refused(tiny_config, teacher, tmp_path):
     config = _student(tiny_config, teacher)
     config.data.image_size = 48
     with pytest.raises(UserError, match="takes images of 32 pixels"):
-        make_job(setup(config, tmp_path))
+        setup(config, tmp_path)
     with pytest.raises(UserError, match="holds no run"):
         config.data.image_size = 32
         config.train.teacher = str(tmp_path / "none")
-        make_job(setup(config, tmp_path / "other"))
+        setup(config, tmp_path / "other")
+
+
+def test_a_teacher_whose_own_teacher_saw_what_is_held_out_is_refused(
+    tiny_config, teacher, tmp_path
+):
+    """Only through its own teacher did this one learn of all the images."""
+    middle = tmp_path / "middle"
+    shutil.copytree(teacher, middle)
+    rows = read_split_csv(teacher / "split.csv")
+    learned = {row.file for row in rows if row.split == "train"}
+    write_split_csv(middle / "split.csv", [row for row in rows if row.split != "train"])
+    about = json.loads((middle / "config.json").read_text())
+    about["config"]["train"]["teacher"] = str(teacher)
+    (middle / "config.json").write_text(json.dumps(about))
+    assert learned_files(middle) == learned
+    tiny_config.data.split_seed = 9
+    with pytest.raises(UserError, match="or a teacher of its own"):
+        setup(_student(tiny_config, middle), tmp_path / "student")

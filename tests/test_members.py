@@ -175,6 +175,20 @@ def test_seeds_share_a_split(tiny_config):
     assert not any(is_repeated(m) for m in members.values())
 
 
+def test_seeds_of_one_fold_are_no_cross_validation(tiny_config, tmp_path):
+    tiny_config.data.split, tiny_config.data.folds, tiny_config.data.fold = "grouped", 3, 0
+    tiny_config.repeats = 2
+    tiny_config.train.epochs = 1
+    summary = train_members(tiny_config, tmp_path)
+    assert (
+        list(summary["members"]) == ["seed0-fold0", "seed1-fold0"] or len(summary["members"]) == 2
+    )
+    whole, member = (read_split_csv(d / "split.csv") for d in (tmp_path, tmp_path / "seed0"))
+    assert whole == member
+    assert robustness(tmp_path, split="val", limit=4)["num_examples"] == 4
+    assert "with other seeds" in statements(read_artefacts(tmp_path))["ensemble"]
+
+
 def test_seeds_share_their_phantoms(tiny_config, tmp_path):
     tiny_config.repeats = 2
     tiny_config.data.dir, tiny_config.data.phantoms_per_class = "", 8

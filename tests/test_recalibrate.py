@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -66,6 +67,18 @@ def test_where_nothing_is_augmented_or_followed_none_is_due(config, tmp_path):
         other[section][name] = value
         run = setup(other, tmp_path / name)
         assert not is_due(other, run.batch_stats)
+    config.model.trainable = "head"  # which has no batch norm
+    assert not is_due(config, run.batch_stats)
+
+
+def test_a_mean_of_weights_has_its_own_statistics(config, tmp_path):
+    """Those of the weights that it is of are not: without augmentation too."""
+    config.augment.rotate = 0.0
+    config.train.epochs, config.train.swa_start = 2, 1
+    run = setup(config, tmp_path)
+    assert is_due(config, run.batch_stats)
+    train(run)
+    _assert_statistics_of_plain_images(config, run, open_run(tmp_path, "latest"))
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
@@ -74,17 +87,7 @@ def test_the_checkpoint_that_is_evaluated_has_them(config, tmp_path, ema):
     config.train.epochs = 1
     run = setup(config, tmp_path)
     train(run)
-    trained = open_run(tmp_path)
-    params, stats = trained._params, trained._batch_stats
-    job = make_job(run)
-    state = dataclasses.replace(
-        _state(run, job),
-        params={k: params[k] for k in run.trained if k in params},
-        batch_stats=stats,
-    )
-    anew = make_recalibration(config, run.graphdef, job.train_source)(state).batch_stats
-    for a, b in zip(jax.tree.leaves(anew), jax.tree.leaves(stats), strict=True):
-        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
+    _assert_statistics_of_plain_images(config, run, open_run(tmp_path))
 
 
 def test_a_checkpoint_amid_an_epoch_gets_them_when_it_is_opened(
@@ -95,14 +98,29 @@ def test_a_checkpoint_amid_an_epoch_gets_them_when_it_is_opened(
     with monkeypatch.context() as m, pytest.raises(preemption.Terminated):
         m.setattr(preemption, "noticed", lambda **_: True)
         train(run)
-    first = open_run(tmp_path, "latest")
-    assert "is amid an epoch" in capsys.readouterr().out
+    amid = open_run(tmp_path, "latest")
+    assert "is amid an epoch: batch statistics are taken anew" in capsys.readouterr().out
+    _assert_statistics_of_plain_images(config, run, amid)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    saved["data"]["root"] = str(tmp_path / "gone")
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    there = open_run(tmp_path, "latest", config.data.dir)
+    for a, b in zip(
+        jax.tree.leaves(there._batch_stats), jax.tree.leaves(amid._batch_stats), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)
+    capsys.readouterr()
+    open_run(tmp_path, "latest")
+    assert "the training images are not there" in capsys.readouterr().out
+
+
+def _assert_statistics_of_plain_images(config, run, trained):
     job = make_job(run)
     state = dataclasses.replace(
         _state(run, job),
-        params={k: first._params[k] for k in run.trained if k in first._params},
-        batch_stats=first._batch_stats,
+        params={k: trained._params[k] for k in run.trained if k in trained._params},
+        batch_stats=trained._batch_stats,
     )
     anew = make_recalibration(config, run.graphdef, job.train_source)(state).batch_stats
-    for a, b in zip(jax.tree.leaves(anew), jax.tree.leaves(first._batch_stats), strict=True):
+    for a, b in zip(jax.tree.leaves(anew), jax.tree.leaves(trained._batch_stats), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)

@@ -15,7 +15,8 @@ from covid_flax.models.mobilenet import MOBILENETS, MobileNet, MobileNetSpec
 from covid_flax.models.resnet import RESNETS, ResNet, ResNetSpec
 
 # Every spec says its network's `stages` in order of computation, the `preprocessing` it is
-# meant for, and the side of the `smallest` image it takes.
+# meant for, and the sides of the images it was designed for (`native_size`) and of the
+# `smallest` it takes.
 MODELS: dict[
     str, ResNetSpec | LeNetSpec | AlexNetSpec | EfficientNetSpec | MobileNetSpec | DenseNetSpec
 ] = {

@@ -1,8 +1,8 @@
-"""The networks side by side: `python -m covid_flax.models [--names=...] [--image_size=224]`.
+"""The networks side by side: `python -m covid_flax.models [--names=...] [--image_size=...]`.
 
-Of the network for four classes, forward, an image: parameters, arithmetic as XLA counts it,
-memory traffic of the program that a TPU v5e would run (where `make tpu-compiler` has put its
-compiler), and the images a second that this machine scores.
+Of the network for four classes, forward, an image of the size it was designed for: parameters,
+arithmetic as XLA counts it, memory traffic of the program that a TPU v5e would run (where `make
+tpu-compiler` has put its compiler), and the images a second that this machine scores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 import covid_flax.no_accelerator  # noqa: F401  what it does, it does when imported
-from covid_flax import aot
+from covid_flax import aot, hlo
 from covid_flax.command import run_command
 from covid_flax.console import say
 from covid_flax.errors import UserError
@@ -44,8 +44,9 @@ def figures(name: str, image_size: int, *, speed: bool, traffic: bool) -> dict[s
       traffic: whether to compile for a TPU.
 
     Returns:
-      `parameters`, `gflop` and `hbm_mb` an image, `images_per_second`, `smallest` image,
-      `preprocessing`; None for what was not asked for.
+      `parameters`; an image's `gflop` (twice its multiply-adds and what little else there is, of
+      plain convolutions) and `hbm_mb`; `images_per_second`; `preprocessing`. None for what was not
+      asked for.
     """
     config = base.get_config().model
     config.name, config.hidden_units = name, 0
@@ -53,13 +54,14 @@ def figures(name: str, image_size: int, *, speed: bool, traffic: bool) -> dict[s
     graphdef, params, batch_stats = create_model(config, _CLASSES, 0)
     step = make_eval_step(graphdef, spec.preprocessing)
     one = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
-    cost = jax.jit(step).lower(params, batch_stats, one).cost_analysis() or {}
+    # As for an accelerator: on CPU some convolutions are formulas with fewer products.
+    plain = jax.jit(step).trace(params, batch_stats, one).lower(lowering_platforms=("tpu",))
+    cost = plain.cost_analysis() or {}
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
         "gflop": float(cost.get("flops", 0.0)) / 1e9,
         "hbm_mb": _hbm_bytes(step, params, batch_stats, image_size) / 1e6 if traffic else None,
         "images_per_second": _speed(step, params, batch_stats, image_size) if speed else None,
-        "smallest": spec.smallest,
         "preprocessing": spec.preprocessing,
     }
 
@@ -79,7 +81,7 @@ def _speed(step: Callable[..., Any], params: Any, batch_stats: Any, image_size: 
 
 
 def _hbm_bytes(step: Callable[..., Any], params: Any, batch_stats: Any, image_size: int) -> float:
-    """Bytes an image that the TPU's program reads and writes, by its compiler's count."""
+    """Bytes an image that the TPU's program moves to and from its memory, off its text."""
     mesh = aot.topology_mesh(_TOPOLOGY)
 
     def like(sharding: NamedSharding) -> Callable[[Any], jax.ShapeDtypeStruct]:
@@ -90,7 +92,8 @@ def _hbm_bytes(step: Callable[..., Any], params: Any, batch_stats: Any, image_si
     split = NamedSharding(mesh, PartitionSpec(AXIS))
     images = like(split)(jax.ShapeDtypeStruct(shape, jnp.uint8))
     compiled = jax.jit(step).lower(*arrays, images).compile()
-    return (compiled.cost_analysis() or {}).get("bytes accessed", 0.0) / _TPU_BATCH
+    moved = hlo.traffic(hlo.parse(compiled.as_text() or ""))
+    return sum(t.hbm for t in moved) / _TPU_BATCH
 
 
 def _shown(value: float | None, digits: int) -> str:
@@ -104,20 +107,23 @@ def _main() -> None:
         raise UserError(f"--names={','.join(unknown)}: name some of {', '.join(MODELS)}")
     names = f.names or list(MODELS)
     traffic = f.traffic and aot.tpu_compiler() is not None
-    say(f"{_CLASSES} classes, an image of {f.image_size} pixels, forward, float32")
+    # A program compiled for a TPU that is not there cannot be read back from the cache.
+    jax.config.update("jax_enable_compilation_cache", False)
+    say(f"{_CLASSES} classes, an image, forward, float32")
     say(
         f"{'model.name':<26}{'parameters':>12}{'GFLOP':>8}{'HBM MB':>8}{'images/s':>10}"
-        f"{'smallest':>10}  preprocessing"
+        f"{'pixels':>8}{'smallest':>10}  preprocessing"
     )
     for name in names:
         spec = MODELS[name]
-        if f.image_size < spec.smallest:
+        size = f.image_size or spec.native_size
+        if size < spec.smallest:
             say(f"{name:<26} takes images of {spec.smallest} pixels or more")
             continue
-        row = figures(name, f.image_size, speed=f.speed, traffic=traffic)
+        row = figures(name, size, speed=f.speed, traffic=traffic)
         say(
-            f"{name:<26}{row['parameters']:>12,}{row['gflop']:>8.2f}{_shown(row['hbm_mb'], 1):>8}"
-            f"{_shown(row['images_per_second'], 1):>10}{row['smallest']:>10}  "
+            f"{name:<26}{row['parameters']:>12,}{row['gflop']:>8.2f}{_shown(row['hbm_mb'], 2):>8}"
+            f"{_shown(row['images_per_second'], 1):>10}{size:>8}{spec.smallest:>10}  "
             f"{row['preprocessing']}"
         )
     if f.traffic and not traffic:
@@ -126,7 +132,7 @@ def _main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_list("names", [], "networks; empty: all")
-    flags.DEFINE_integer("image_size", 224, "side of the images, pixels", 1)
+    flags.DEFINE_integer("image_size", 0, "side of the images, pixels; 0: each network's own", 0)
     flags.DEFINE_bool("speed", True, "measure the images a second here")
     flags.DEFINE_bool("traffic", True, "compile for a TPU, for its memory traffic")
     run_command(_main)

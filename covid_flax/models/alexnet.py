@@ -32,12 +32,14 @@ class AlexNetSpec:
       grid: side of the maps that the dense layers take.
       preprocessing: see `covid_flax.models.preprocess`.
       stages: of every AlexNet; `pool` has no parameters, `head` is all dense layers.
+      native_size: side of the images it was designed for, pixels.
       smallest: side of the smallest image, pixels.
     """
 
     channels: tuple[int, int, int, int, int]
     hidden_units: tuple[int, int]
     grid: int
+    native_size: int
     preprocessing: str
     stages: ClassVar[tuple[str, ...]] = (
         "conv1",
@@ -53,10 +55,10 @@ class AlexNetSpec:
 
 _CHANNELS = (64, 192, 384, 256, 256)
 # For the original's 224 pixels, whose last maps are 6x6: 61.1 million parameters for ImageNet.
-ALEXNET = AlexNetSpec(_CHANNELS, (4096, 4096), 6, "torch")
+ALEXNET = AlexNetSpec(_CHANNELS, (4096, 4096), 6, 224, "torch")
 # For 95 to 126 pixels, whose last maps are 2x2: above, the dense layers would see each pixel
 # of them nine times, through 33.6 million parameters more.
-ALEXNET_SMALL = AlexNetSpec(_CHANNELS, (4096, 4096), 2, "torch")
+ALEXNET_SMALL = AlexNetSpec(_CHANNELS, (4096, 4096), 2, 112, "torch")
 
 _SIZES = (11, 5, 3, 3, 3)
 _MAX_POOLED = ("conv1", "conv2", "conv5")

@@ -33,12 +33,14 @@ class DenseNetSpec:
       preprocessing: what its ImageNet weights expect, see `covid_flax.models.preprocess`.
       epsilon: batch norm's.
       stages: of every DenseNet; `top` is the last batch norm, `pool` has no parameters.
+      native_size: side of the images it was designed for, pixels.
       smallest: side of the smallest image, pixels.
     """
 
     depths: tuple[int, int, int, int]
     preprocessing: ClassVar[str] = "torch"
     epsilon: ClassVar[float] = 1.001e-5
+    native_size: ClassVar[int] = 224
     smallest: ClassVar[int] = 32
     stages: ClassVar[tuple[str, ...]] = (
         "stem",

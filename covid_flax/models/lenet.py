@@ -34,6 +34,7 @@ class LeNetSpec:
       preprocessing: `torch` gives X-rays a mean near 0 and a deviation near 1, as the paper
         advises.
       stages: of every LeNet; `pool` has no parameters, `head` is all dense layers.
+      native_size: side of the images it was designed for, pixels.
       smallest: side of the smallest image, pixels.
     """
 
@@ -41,6 +42,7 @@ class LeNetSpec:
     hidden_units: tuple[int, int]
     grid: int
     preprocessing: str
+    native_size: ClassVar[int] = 32
     stages: ClassVar[tuple[str, ...]] = ("conv1", "conv2", "pool", "head")
     smallest: ClassVar[int] = 32
 

@@ -62,6 +62,7 @@ class MobileNetSpec:
       activation: of stem and top.
       preprocessing: what its ImageNet weights expect, see `covid_flax.models.preprocess`.
       epsilon: batch norm's.
+      native_size: side of the images it was designed for, pixels.
       smallest: side of the smallest image, pixels.
     """
 
@@ -72,6 +73,7 @@ class MobileNetSpec:
     activation: str
     preprocessing: ClassVar[str] = "tf"
     epsilon: ClassVar[float] = 1e-3
+    native_size: ClassVar[int] = 224
     smallest: ClassVar[int] = 32
 
     def staged(self) -> dict[str, list[_Block]]:

@@ -38,10 +38,12 @@ class ResNetSpec:
       epsilon: batch norm's.
       preprocessing: what its ImageNet weights expect, see `covid_flax.models.preprocess`.
       stages: of every ResNet.
+      native_size: side of the images it was designed for, pixels.
       smallest: side of the smallest image, pixels.
     """
 
     stages: ClassVar[tuple[str, ...]] = STAGES
+    native_size: ClassVar[int] = 224
     smallest: ClassVar[int] = 32
     depths: tuple[int, int, int, int]
     width: int

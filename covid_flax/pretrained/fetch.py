@@ -138,8 +138,8 @@ def fetch_imagenet_weights(cache_dir: Path, *, model: str = "resnet50") -> Path:
     """
     if model not in IMAGENET:
         raise UserError(
-            f"model.weights=imagenet: none is published for {model}, only for "
-            f"{', '.join([*IMAGENET, *INSTALLED])}; give a path, or none"
+            f"model.weights=imagenet: none with a hash is published for {model}, only for "
+            f"{', '.join([*IMAGENET, *INSTALLED])}; give the path of a file, or none"
         )
     file = IMAGENET[model]
     keras_home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()

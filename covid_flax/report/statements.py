@@ -123,13 +123,17 @@ def _partition(a: Artefacts) -> str | None:
     text = f"Rule '{rule}', seed {a.saved.get('seed') if own in (None, -1) else own}"
     if folds:
         fold = a.config("data", "fold")
-        which = "each val" if fold in (None, -1) else f"number {fold} (from 0) val"
-        text += f", {folds} folds, {which}{' in turn' if a.members else ''}"
+        which = "each val in turn" if fold in (None, -1) else f"number {fold} (from 0) val"
+        text += f", {folds} folds, {which}"
     for part in ("val", "test"):
         fraction = a.config("data", f"{part}_fraction")
-        if fraction and not (folds and part == "val"):
+        # paper-sorted and paper-random draw no test part.
+        drawn = not folds if part == "val" else rule == "grouped"
+        if fraction and drawn:
             text += f", {part} share {fraction:g}"
-    nested = ", val drawn from what is not test" if a.config("data", "nested_test") else ""
+    nested = ""
+    if a.config("data", "nested_test") and rule != "grouped":
+        nested = ", val drawn from what is not test"
     return f"{text}{nested}. {_counts(a) or ''}".strip()
 
 
@@ -288,7 +292,7 @@ def _ensemble(a: Artefacts) -> str | None:
         return None
     if a.members:
         text = f"The mean of the probabilities of {len(a.members)} runs"
-        if a.config("data", "folds"):
+        if a.config("data", "folds") and a.config("data", "fold") in (None, -1):
             text += ", one a fold; a val image is scored by the run alone that held it out"
         else:
             text += " with other seeds"

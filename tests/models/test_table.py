@@ -40,7 +40,18 @@ def test_lenet_s_row_is_what_a_hand_counts():
     else:
         assert float(row[3]) >= 32 * 32 * 3 / 1e6  # it reads the image at least
     assert float(row[4].replace(",", "")) > 0
+    assert row[5:7] == ["32", "32"]
     assert "alexnet                    takes images of 63 pixels or more" in out.stdout
+
+
+@pytest.mark.parametrize(("name", "billions"), [("resnet50", 3.86), ("resnet50_v1_5", 4.09)])
+def test_arithmetic_is_of_plain_convolutions(name, billions):
+    """Multiply-adds of a 224 px image as torchvision and others count them: fvcore, thop."""
+    out = run(f"--names={name}", "--nospeed", "--notraffic")
+    row = next(line for line in out.stdout.splitlines() if line.startswith(name)).split()
+    got = float(row[2])
+    # XLA leaves out the products with padding's zeros, which those count.
+    assert 0.9 * 2 * billions < got < 2 * billions * 1.02
 
 
 def test_an_unknown_name_is_one_line():
