@@ -154,7 +154,7 @@ def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
     rows = _split(folder, config, seed)
     if records is None:
         folder, records = prepare_readable(folder, config)
-    notes = _notes(folder, config.split)
+    notes = _notes(folder, config)
     if records.bad:
         notes.insert(0, f"{left_out(records.bad)} (all in config.json)")
     return Dataset(folder, records, rows, folder.class_names, notes, records.bad)
@@ -177,8 +177,12 @@ def left_out(bad_images: Collection[str]) -> str:
     return f"{len(bad_images):,} {are} left out: {named}{more}"
 
 
-def _notes(folder: DataFolder, split: str) -> list[str]:
-    notes = []
+def _notes(folder: DataFolder, config: Any) -> list[str]:
+    split, notes = config.split, []
+    if split == "grouped" and config.nested_test:
+        notes.append("data.nested_test is for paper-sorted and paper-random: it does nothing here")
+    if split != "grouped" and config.test_fraction:
+        notes.append(f"data.test_fraction is for data.split=grouped: {split} draws no test part")
     if folder.ignored:
         notes.append(f"{folder.ignored:,} files in the class folders are no images: left out")
     notes += [f"{name} cannot be read: its sources are left out" for name in folder.unreadable]
