@@ -30,9 +30,9 @@ from covid_flax.data.dataset import Dataset
 from covid_flax.data.pipeline import eval_batches
 from covid_flax.data.splits import write_split_csv
 from covid_flax.errors import UserError
-from covid_flax.evaluate import print_report
 from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.files import write_json
+from covid_flax.report.summary import print_report
 from covid_flax.run import refuse_folds, saved_run
 from covid_flax.run_images import open_data
 

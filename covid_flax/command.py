@@ -21,10 +21,8 @@ import jax
 from absl import app, flags, logging
 
 from covid_flax import distributed, preemption
-from covid_flax.config import flatten
-from covid_flax.data.dataset import cache_dir
 from covid_flax.errors import UserError, printable
-from ml_collections_configs import base
+from covid_flax.files import cache_dir
 
 _FULL_OR_LOCKED = {
     errno.ENOSPC: "free some space",
@@ -115,6 +113,10 @@ def _parse(argv: list[str], positional: bool) -> list[str]:
 
 def _flag_line(e: Exception) -> str:
     """What ml_collections and absl raise, as a line: the key, file or value, and the mend."""
+    # Here, for they bring the networks and the input pipeline with them.
+    from covid_flax.config import flatten
+    from ml_collections_configs import base
+
     text = str(e)
     unknown = re.search(r'Key "(\w+)" does not exist', text) or re.fullmatch(r"\W*(\w+)\W*", text)
     unknown = re.search(r'instead of "(\w+)"', text) or unknown

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from covid_flax.command import run_command
-from covid_flax.data.splits import Row, read_split_csv
+from covid_flax.data.splits import PARTS, Row, read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation.alarms import Evidence, checks_made, find_alarms
 from covid_flax.evaluation.intervals import (
@@ -34,7 +34,7 @@ from covid_flax.evaluation.predictions import Predictions, read_predictions
 from covid_flax.files import write_atomically, write_json
 from covid_flax.report.artefacts import EVALUATION, RUN, read_object
 
-SPLITS = ("test", "val")
+SCORED = ("test", "val")  # in the order of preference
 # Where `classification_report` keeps each figure.
 FIGURES = {
     "accuracy": ("accuracy",),
@@ -256,11 +256,11 @@ def _places(folders: Sequence[Path], split: str) -> list[Path]:
         if not folder.is_dir():
             raise UserError(f"no folder {folder}: give the folder of a run, or of an evaluation")
     runs = [f for f in folders if not (f / "predictions.csv").exists()]
-    scored = {s: [f for f in runs if (f / "eval" / s / "predictions.csv").exists()] for s in SPLITS}
+    scored = {s: [f for f in runs if (f / "eval" / s / "predictions.csv").exists()] for s in SCORED}
     if not split:
-        split = next((s for s in SPLITS if len(scored[s]) == len(runs)), "")
+        split = next((s for s in SCORED if len(scored[s]) == len(runs)), "")
     for folder in runs:
-        has = [s for s in SPLITS if folder in scored[s]]
+        has = [s for s in SCORED if folder in scored[s]]
         if split and folder not in scored[split]:
             raise UserError(
                 f"{folder} has no eval/{split}/predictions.csv: evaluate it with --split={split}"
@@ -447,7 +447,7 @@ def _alarms(e: Evaluation) -> list[tuple[str, str, str]]:
         class_names=p.class_names,
         stated_accuracy=e.report.get("accuracy"),
         rows=() if elsewhere else e.rows,
-        scored=split if split in ("train", *SPLITS, "all") and not elsewhere else None,
+        scored=split if split in (*PARTS, "all") and not elsewhere else None,
         stopped_on="val",
         files=p.files,
     )
@@ -550,7 +550,7 @@ def _main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_enum(
-        "split", "", ("", *SPLITS), "of the runs; empty: test where all have it, else val"
+        "split", "", ("", *SCORED), "of the runs; empty: test where all have it, else val"
     )
     flags.DEFINE_string("output", "", "folder to write to; empty: ./compare-<split>")
     run_command(_main, positional=True)

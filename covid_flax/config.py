@@ -10,14 +10,14 @@ from typing import Any
 import ml_collections
 
 from covid_flax.data.decode import INTERPOLATIONS
-from covid_flax.data.splits import SPLITS
+from covid_flax.data.splits import RULES
 from covid_flax.errors import UserError
 from covid_flax.models import MODELS, RESNETS, trainable_choices
 from covid_flax.models.preprocess import MODES
 from ml_collections_configs import base
 
 _CHOICES = {
-    "data.split": SPLITS,
+    "data.split": RULES,
     "data.interpolation": tuple(INTERPOLATIONS),
     "data.on_bad_image": ("refuse", "skip"),
     "data.on_device": ("auto", "always", "never"),

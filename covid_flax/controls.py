@@ -31,7 +31,7 @@ from covid_flax.data.dataset import Dataset
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.data.masks import LungMasks, find_masks
 from covid_flax.data.pipeline import Element, ImageSource, Source
-from covid_flax.data.splits import Row
+from covid_flax.data.splits import PARTS, Row
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import (
     LEVEL,
@@ -40,13 +40,13 @@ from covid_flax.evaluation.intervals import (
     wilson_interval,
 )
 from covid_flax.evaluation.predictions import cluster_numbers
+from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sources, source_only
 from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
 from covid_flax.files import make_writable, write_json
 from covid_flax.run_images import CLASS_MAP_HELP, open_held_out, parse_class_map
 from covid_flax.trained_run import Ensemble, TrainedRun, open_run
 
-SPLITS = ("test", "val", "train", "all")
 RESAMPLES = 2000
 SEED = 0
 # Training images that give the histogram to match, and that the simple models learn from.
@@ -119,27 +119,6 @@ class JoinedSource:
     def split(self, values: np.ndarray) -> list[np.ndarray]:
         """`values` `[len(self), ...]` of each part."""
         return np.split(values, self._ends[:-1])
-
-
-def stratified_sample(labels: np.ndarray, limit: int, seed: int = SEED) -> np.ndarray:
-    """At most `limit` images (all for 0), the classes as common as in `labels` `[N]`, one at least.
-
-    Returns:
-      Their places in ascending order, int64.
-    """
-    if not 0 < limit < len(labels):
-        return np.arange(len(labels))
-    names, counts = np.unique(labels, return_counts=True)
-    exact = limit * counts / len(labels)
-    share = np.maximum(1, np.floor(exact)).astype(int)
-    for k in np.argsort(np.floor(exact) - exact, kind="stable")[: max(0, limit - share.sum())]:
-        share[k] += 1
-    rng = np.random.default_rng(seed)
-    drawn = [
-        rng.permutation(np.flatnonzero(labels == name))[:n]
-        for name, n in zip(names, share, strict=True)
-    ]
-    return np.sort(np.concatenate(drawn))
 
 
 def score_conditions(
@@ -610,7 +589,7 @@ def _print(report: dict[str, Any], output: Path) -> None:
 def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "the run's folder", required=True)
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step")
-    flags.DEFINE_enum("split", "", ("", *SPLITS), "which images; empty: test if there is one")
+    flags.DEFINE_enum("split", "", ("", *PARTS, "all"), "which images; empty: test if there is one")
     flags.DEFINE_string("data_dir", "", "another place of the run's images, or another folder")
     flags.DEFINE_list("class_map", [], CLASS_MAP_HELP)
     flags.DEFINE_string("masks", "", "a folder of lung masks; empty: <Class>/masks of the images")

@@ -20,17 +20,16 @@ from absl import flags
 
 from covid_flax.command import run_command
 from covid_flax.console import say
-from covid_flax.data.dataset import Dataset, left_out
+from covid_flax.data.dataset import Dataset
+from covid_flax.data.splits import PARTS
 from covid_flax.errors import UserError
-from covid_flax.evaluation.intervals import has_width, whole_interval
 from covid_flax.evaluation.metrics import check_prevalence
 from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.files import make_writable, parse_json, write_json
+from covid_flax.report.summary import print_report
 from covid_flax.run import saved_run
 from covid_flax.run_images import CLASS_MAP_HELP, open_data, own_images, parse_class_map
 from covid_flax.trained_run import Ensemble, answers_of_members, open_run, together
-
-SPLITS = ("val", "test", "train", "all")
 
 
 def evaluate(
@@ -180,47 +179,6 @@ def _store_calibration(workdir: Path, step: int, calibration: Mapping[str, Any] 
     write_json(path, _read_calibrations(path) | {str(step): calibration}, allow_nan=True)
 
 
-def print_report(report: Mapping[str, Any], output: Path) -> None:
-    """The figures a person looks for first, on the console."""
-    names, matrix = report["class_names"], report["confusion_matrix"]
-    width = max(map(len, names))
-    checkpoint = report.get("checkpoint")
-    say("")
-    say(
-        f"{report['split']}: {report['num_examples']:,} images, accuracy "
-        f"{_with_interval(report, 'accuracy')}, balanced "
-        f"{_with_interval(report, 'balanced_accuracy')}, "
-        f"loss {report['loss']:.4f}"
-        + (
-            f" ({checkpoint['which']} checkpoint, step {checkpoint['step']:,})"
-            if checkpoint
-            else ""
-        )
-    )
-    say("confusion matrix, rows true, columns predicted:")
-    say(f"{'':<{width}}  " + " ".join(f"{n[:15]:>15}" for n in names) + "    recall precision")
-    for name, row in zip(names, matrix, strict=True):
-        figures = report["per_class"][name]
-        say(
-            f"{name:<{width}}  "
-            + " ".join(f"{n:>15,}" for n in row)
-            + f"    {figures['recall']:6.4f} {figures['precision']:9.4f}"
-        )
-    for alarm in report["alarms"]:
-        say(f"{alarm['level']}: {alarm['text']}")
-    if report.get("bad_images"):
-        say(f"{left_out(report['bad_images'])} (all in report.json)")
-    if "note" in report:
-        say(report["note"])
-    say(f"written: {output}/report.html, report.json, predictions.csv, confusion_matrix.png")
-
-
-def _with_interval(report: Mapping[str, Any], key: str) -> str:
-    interval = whole_interval(report, key)
-    shown = interval if interval and has_width(interval) else None
-    return f"{report[key]:.4f}" + (f" ({shown[0]:.4f} to {shown[1]:.4f})" if shown else "")
-
-
 def parse_prevalence(text: list[str], class_names: list[str]) -> dict[str, float] | None:
     """`CLASS=SHARE` of each, or one share for every class; None for nothing. UserError."""
     try:
@@ -240,7 +198,7 @@ def parse_prevalence(text: list[str], class_names: list[str]) -> dict[str, float
 def _define_flags() -> None:
     flags.DEFINE_string("workdir", None, "the run's folder", required=True)
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step")
-    flags.DEFINE_enum("split", "val", SPLITS, "which images")
+    flags.DEFINE_enum("split", "val", (*PARTS, "all"), "which images")
     flags.DEFINE_string("data_dir", "", "another place of the run's images, or another folder")
     flags.DEFINE_list("class_map", [], CLASS_MAP_HELP)
     flags.DEFINE_bool("calibrated", False, "scale probabilities by the temperature fitted on val")

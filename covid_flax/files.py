@@ -12,6 +12,12 @@ from typing import Any
 from covid_flax.errors import UserError
 
 
+def cache_dir(configured: str) -> Path:
+    """Where prepared data and downloaded weights are kept between runs."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(configured).expanduser() if configured else Path(home) / "covid_flax"
+
+
 def parse_json(text: str | bytes) -> Any:
     """As `json.loads`. ValueError for all that is not JSON, and where it is nested too deeply."""
     try:

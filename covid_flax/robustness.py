@@ -19,16 +19,15 @@ from tqdm import tqdm
 
 from covid_flax.command import run_command
 from covid_flax.console import say
-from covid_flax.controls import stratified_sample
 from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS, Corruption
 from covid_flax.data.pipeline import Element, Source
+from covid_flax.data.splits import PARTS
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import wilson_interval
+from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.files import make_writable, write_json
 from covid_flax.run_images import CLASS_MAP_HELP, open_held_out, parse_class_map
 from covid_flax.trained_run import Ensemble, TrainedRun, open_run
-
-SPLITS = ("test", "val", "train", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +178,7 @@ def _print(report: dict[str, Any], output: Path) -> None:
 def _define_flags() -> None:
     flags.DEFINE_string("workdir", "", "the run's folder, in place of the argument")
     flags.DEFINE_string("checkpoint", "best", "best, latest or a step")
-    flags.DEFINE_enum("split", "", ("", *SPLITS), "which images; empty: test if there is one")
+    flags.DEFINE_enum("split", "", ("", *PARTS, "all"), "which images; empty: test if there is one")
     flags.DEFINE_string("data_dir", "", "another place of the run's images, or another folder")
     flags.DEFINE_list("class_map", [], CLASS_MAP_HELP)
     flags.DEFINE_integer("limit", 0, "at most so many images, class by class; 0: all", 0)

@@ -24,7 +24,7 @@ from covid_flax.data.dataset import Dataset
 from covid_flax.data.pipeline import usable_examples
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
-from covid_flax.files import parse_json, write_json
+from covid_flax.files import cache_dir, parse_json, write_json
 from covid_flax.models import (
     batch_stats_stages,
     beginning_of,
@@ -175,7 +175,7 @@ def _initial_weights(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Parameters and batch statistics to begin with, and what config.json says of them."""
     about: dict[str, Any] = {"source": config.model.weights}
-    cache = dataset_lib.cache_dir(config.data.cache_dir) / "weights"
+    cache = cache_dir(config.data.cache_dir) / "weights"
     path = resolve(config.model.weights, config.model.name, cache)
     if path is None:
         say("weights: none, everything starts at random")

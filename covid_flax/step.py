@@ -213,7 +213,7 @@ def make_train_step(
     mean, before the update.
     """
     axis = config.axis_name
-    cached, teacher = config.start is not None, config.teacher
+    teacher = config.teacher
 
     def loss_fn(
         params: Tree, frozen: Tree, batch_stats: Tree, batch: dict[str, Array], key: Array
@@ -297,20 +297,8 @@ def make_train_step(
         if axis is not None:
             key = jax.random.fold_in(key, lax.axis_index(axis))
         augment_key, dropout_key = jax.random.split(key)
-        if not cached:
-            how = config.augment
-            x = batch["image"]
-            if how.style:
-                style_key = jax.random.fold_in(augment_key, 2)
-                x = restyle(style_key, x, batch["label"], how.style, batch.get("mask"))
-            x = augment(augment_key, x, how)
-            if how.mixup or how.cutmix:
-                x, share = mix(jax.random.fold_in(augment_key, 1), x, how, batch.get("mask"))
-                # Its own share of the labels too, and the labels of what was mixed in.
-                batch = {**batch, "share": share, "other": jnp.roll(batch["label"], 1)}
-            if teacher is not None:
-                batch = {**batch, "augmented": x}
-            batch = {**batch, "image": preprocess(x, config.preprocessing)}
+        if config.start is None:
+            batch = _augmented(config, augment_key, batch)
         grads, batch_stats, sums = gradients(state, batch, dropout_key)
         if axis is not None:
             grads = lax.pmean(grads, axis)
@@ -337,6 +325,21 @@ def make_train_step(
         return new_state, sums["loss"] / sums["count"]
 
     return step
+
+
+def _augmented(config: StepConfig, key: Array, batch: dict[str, Array]) -> dict[str, Array]:
+    """The batch of images as the network takes it, and what else the loss needs of them."""
+    how, x = config.augment, batch["image"]
+    if how.style:
+        x = restyle(jax.random.fold_in(key, 2), x, batch["label"], how.style, batch.get("mask"))
+    x = augment(key, x, how)
+    if how.mixup or how.cutmix:
+        x, share = mix(jax.random.fold_in(key, 1), x, how, batch.get("mask"))
+        # Its own share of the labels too, and the labels of what was mixed in.
+        batch = {**batch, "share": share, "other": jnp.roll(batch["label"], 1)}
+    if config.teacher is not None:
+        batch = {**batch, "augmented": x}
+    return {**batch, "image": preprocess(x, config.preprocessing)}
 
 
 def _example_weights(batch: dict[str, Array], axis: str | None) -> Array | None:

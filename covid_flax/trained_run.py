@@ -40,7 +40,6 @@ class TrainedRun:
       saved: its config.json.
       config: the configuration in it.
       class_names: in the order of the class indices.
-      which: `best`, `latest` or a step, as asked for.
       step: of the checkpoint.
     """
 
@@ -48,7 +47,6 @@ class TrainedRun:
     saved: dict[str, Any]
     config: ml_collections.ConfigDict
     class_names: tuple[str, ...]
-    which: str
     step: int
     _step: Callable[..., Any] = dataclasses.field(repr=False)
     _apply: Callable[..., Any] = dataclasses.field(repr=False)
@@ -86,7 +84,6 @@ class Ensemble:
     saved: dict[str, Any]
     config: ml_collections.ConfigDict
     class_names: tuple[str, ...]
-    which: str
     step: int
     members: tuple[TrainedRun, ...]
 
@@ -163,7 +160,7 @@ def open_run(workdir: Path, checkpoint: str = "best", data_dir: str = "") -> Tra
     )
     config, names = config_lib.from_json(saved["config"]), tuple(saved["class_names"])
     step = sum(member.step for member in members)
-    return Ensemble(workdir, saved, config, names, checkpoint, step, members)
+    return Ensemble(workdir, saved, config, names, step, members)
 
 
 def _recalibrated(
@@ -223,7 +220,6 @@ def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str, data_dir: s
         saved,
         config,
         class_names,
-        checkpoint,
         step,
         eval_step,
         apply,

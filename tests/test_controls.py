@@ -35,6 +35,7 @@ from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation import source_probe
 from covid_flax.evaluation.metrics import classification_report
+from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.evaluation.twins import find_twins
 from covid_flax.report.controls_page import explain, verdict
 from covid_flax.run import setup
@@ -217,14 +218,14 @@ def test_masked_conditions_show_the_mask_and_score_only_what_has_one(tmp_path):
 @pytest.mark.parametrize("limit", [0, 7, 100, 999, 5000])
 def test_a_sample_keeps_the_classes_shares(limit):
     labels = np.repeat([0, 1, 2, 3], [700, 250, 45, 5])
-    places = controls.stratified_sample(labels, limit)
+    places = stratified_sample(labels, limit)
     assert len(places) == (1000 if limit in (0, 5000) else limit)
     assert (np.diff(places) > 0).all()
     counts = np.bincount(labels[places], minlength=4)
     assert (counts >= 1).all()
     exact = len(places) * np.array([0.7, 0.25, 0.045, 0.005])
     assert (np.abs(counts - exact) <= 1.5).all()
-    np.testing.assert_array_equal(places, controls.stratified_sample(labels, limit))
+    np.testing.assert_array_equal(places, stratified_sample(labels, limit))
 
 
 # Figures.

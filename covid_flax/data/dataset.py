@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,23 +17,20 @@ from covid_flax.data.pipeline import ImageSource, StoreSource
 from covid_flax.data.splits import Row, make_split
 from covid_flax.data.store import NoStoreError, build_store, open_store
 from covid_flax.errors import UserError, printable
-
-
-def cache_dir(configured: str) -> Path:
-    """Where prepared data and downloaded weights are kept between runs."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(configured).expanduser() if configured else Path(home) / "covid_flax"
+from covid_flax.files import cache_dir
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Attributes:
-    folder: where the images lie.
-    records: their bytes, by index.
-    rows: the split, one row an image.
-    class_names: in the order of the class indices.
-    notes: what a person should know of the data, a line each.
-    bad_images: images left out as they cannot be read: the reason by name.
+    """Images in their splits, ready to be read.
+
+    Attributes:
+      folder: where the images lie.
+      records: their bytes, by index.
+      rows: the split, one row an image.
+      class_names: in the order of the class indices.
+      notes: what a person should know of the data, a line each.
+      bad_images: images left out as they cannot be read: the reason by name.
     """
 
     folder: DataFolder

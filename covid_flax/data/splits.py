@@ -17,10 +17,10 @@ from covid_flax.data.folder import DataFolder, ImageFile
 from covid_flax.errors import UserError
 from covid_flax.files import write_atomically
 
-SPLITS = ("paper-sorted", "paper-random", "grouped")
+RULES = ("paper-sorted", "paper-random", "grouped")
 
 _COLUMNS = ["file", "label", "split", "group"]
-_PARTS = ("train", "val", "test")
+PARTS = ("train", "val", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def make_split(
 
     Args:
       folder: the images, in Keras's order.
-      split: one of `SPLITS`.
+      split: one of `RULES`.
       val_fraction: share of each class for val, strictly between 0 and 1.
       test_fraction: share of each class for test (`grouped`; the others do not use it).
       nested_test: `paper-*` only: the paper's val becomes test, and val is drawn at random
@@ -80,8 +80,8 @@ def make_split(
       UserError: unknown split, fractions out of range, or a class left without an image in
         one of the parts.
     """
-    if split not in SPLITS:
-        raise UserError(f"data.split={split} is unknown: take one of {', '.join(SPLITS)}")
+    if split not in RULES:
+        raise UserError(f"data.split={split} is unknown: take one of {', '.join(RULES)}")
     if folds and (split != "grouped" or folds < 2 or not 0 <= fold < folds):
         raise UserError(
             f"data.folds={folds}, data.fold={fold}: two folds or more, counted from 0, and "
@@ -106,10 +106,10 @@ def make_split(
         if test_fraction:
             fractions, names = [*fractions, test_fraction], [*names, "test"]
         parts = _grouped(folder.files, groups, fractions, names, seed)
-        wanted = _PARTS if test_fraction > 0 else _PARTS[:2]
+        wanted = PARTS if test_fraction > 0 else PARTS[:2]
     else:
         parts = _by_class(folder, split, val_fraction, nested_test, seed)
-        wanted = _PARTS if nested_test else _PARTS[:2]
+        wanted = PARTS if nested_test else PARTS[:2]
     rows = [
         Row(f.file, f.label, parts[f.file], groups[f.file] if groups else "") for f in folder.files
     ]
@@ -135,7 +135,7 @@ def read_split_csv(path: str | os.PathLike[str]) -> list[Row]:
             listed = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
-    if header != _COLUMNS or any(len(r) != 4 or r[2] not in _PARTS for r in listed):
+    if header != _COLUMNS or any(len(r) != 4 or r[2] not in PARTS for r in listed):
         raise UserError(f"{path} is not a split file: it must have {','.join(_COLUMNS)}")
     if len({r[0] for r in listed}) < len(listed):
         raise UserError(f"{path} lists an image twice: restore it")
@@ -226,7 +226,7 @@ def _check_classes(
     for part in wanted:
         for label in class_names:
             if not found[label, part]:
-                total = sum(found[label, p] for p in _PARTS)
+                total = sum(found[label, p] for p in PARTS)
                 unit = "images or groups" if split == "grouped" else "images"
                 raise UserError(
                     f"data.split={split} leaves class {label} ({total} images) without a {part} "

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -20,28 +19,25 @@ from covid_flax.models.depthwise import depthwise_conv2d, same_padding
 from covid_flax.models.layers import (
     BatchNorm,
     Conv,
+    Head,
     batch_statistics,
     glorot_uniform,
     stages_between,
 )
-from covid_flax.models.resnet import Head
 
 Array = jax.Array
 Activation = Callable[[Array], Array]
 
 
 class DepthwiseConv(nnx.Module):
-    """The arrays of a depthwise convolution: `kernel` `[K, K, C, 1]`, and `bias` or None."""
+    """The array of a depthwise convolution: `kernel` `[K, K, C, 1]`."""
 
-    def __init__(self, channels: int, size: int, *, use_bias: bool = False, rngs: nnx.Rngs):
+    def __init__(self, channels: int, size: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Param(glorot_uniform(rngs, (size, size, channels, 1)))
-        zeros = jnp.asarray(np.zeros(channels, np.float32))
-        self.bias = nnx.Param(zeros) if use_bias else None
 
     def __call__(self, x: Array, *, stride: int = 1) -> Array:
         """Applies it to `[N, H, W, C]`, in its dtype, padded 'SAME'."""
-        y = depthwise_conv2d(x, self.kernel[...].astype(x.dtype), stride)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return depthwise_conv2d(x, self.kernel[...].astype(x.dtype), stride)
 
 
 def conv_same(conv: Conv, x: Array, stride: int = 1) -> Array:

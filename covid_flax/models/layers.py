@@ -286,3 +286,25 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), 0.0)
+
+
+class Head(nnx.Module):
+    """Dense, ReLU, dropout, dense; just the last dense where `hidden_units` is 0. Float32."""
+
+    def __init__(
+        self,
+        inputs: int,
+        classes: int,
+        *,
+        hidden_units: int,
+        dropout_rate: float,
+        rngs: nnx.Rngs,
+    ):
+        self.hidden = Dense(inputs, hidden_units, rngs=rngs) if hidden_units else None
+        self.predictions = Dense(hidden_units or inputs, classes, rngs=rngs)
+        self.dropout_rate = dropout_rate
+
+    def __call__(self, x: Array, dropout_key: Array | None) -> Array:
+        if self.hidden is not None:
+            x = nnx.relu(self.hidden(x))
+        return self.predictions(dropout(x, self.dropout_rate, dropout_key))

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from covid_flax.models.conv import max_pool_3x3_s2
-from covid_flax.models.layers import ConvBN, Dense, dropout, relu_kept, stages_between
+from covid_flax.models.layers import ConvBN, Head, relu_kept, stages_between
 
 Array = jax.Array
 
@@ -121,28 +121,6 @@ class Stage(nnx.Module):
 
 def _applied(how: dict[str, Any]) -> Callable[[Bottleneck, Array], Array]:
     return lambda block, x: block(x, **how)
-
-
-class Head(nnx.Module):
-    """Dense, ReLU, dropout, dense; just the last dense where `hidden_units` is 0. Float32."""
-
-    def __init__(
-        self,
-        inputs: int,
-        classes: int,
-        *,
-        hidden_units: int,
-        dropout_rate: float,
-        rngs: nnx.Rngs,
-    ):
-        self.hidden = Dense(inputs, hidden_units, rngs=rngs) if hidden_units else None
-        self.predictions = Dense(hidden_units or inputs, classes, rngs=rngs)
-        self.dropout_rate = dropout_rate
-
-    def __call__(self, x: Array, dropout_key: Array | None) -> Array:
-        if self.hidden is not None:
-            x = nnx.relu(self.hidden(x))
-        return self.predictions(dropout(x, self.dropout_rate, dropout_key))
 
 
 class ResNet(nnx.Module):

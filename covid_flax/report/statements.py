@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from covid_flax.data.splits import PARTS
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.evaluation.intervals import (
     class_interval,
@@ -21,7 +22,6 @@ ECE_NOTE = (
     "The interval of the calibration error (ECE) lies high, since an image drawn twice adds noise "
     "to its bin: the figure can lie below it."
 )
-_PARTS = ("train", "val", "test")
 _NBSP = "\N{NO-BREAK SPACE}"
 
 
@@ -178,7 +178,7 @@ def split_counts(a: Artefacts) -> dict[str, dict[str, int]]:
     names = a.class_names or sorted({row.label for row in a.rows})
     return {
         split: {name: found[split, name] for name in names}
-        for split in _PARTS
+        for split in PARTS
         if any(row.split == split for row in a.rows)
     }
 

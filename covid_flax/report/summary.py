@@ -1,0 +1,52 @@
+"""What an evaluation says on the console."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from covid_flax.console import say
+from covid_flax.data.dataset import left_out
+from covid_flax.evaluation.intervals import has_width, whole_interval
+
+
+def print_report(report: Mapping[str, Any], output: Path) -> None:
+    """The figures a person looks for first, on the console."""
+    names, matrix = report["class_names"], report["confusion_matrix"]
+    width = max(map(len, names))
+    checkpoint = report.get("checkpoint")
+    say("")
+    say(
+        f"{report['split']}: {report['num_examples']:,} images, accuracy "
+        f"{_with_interval(report, 'accuracy')}, balanced "
+        f"{_with_interval(report, 'balanced_accuracy')}, "
+        f"loss {report['loss']:.4f}"
+        + (
+            f" ({checkpoint['which']} checkpoint, step {checkpoint['step']:,})"
+            if checkpoint
+            else ""
+        )
+    )
+    say("confusion matrix, rows true, columns predicted:")
+    say(f"{'':<{width}}  " + " ".join(f"{n[:15]:>15}" for n in names) + "    recall precision")
+    for name, row in zip(names, matrix, strict=True):
+        figures = report["per_class"][name]
+        say(
+            f"{name:<{width}}  "
+            + " ".join(f"{n:>15,}" for n in row)
+            + f"    {figures['recall']:6.4f} {figures['precision']:9.4f}"
+        )
+    for alarm in report["alarms"]:
+        say(f"{alarm['level']}: {alarm['text']}")
+    if report.get("bad_images"):
+        say(f"{left_out(report['bad_images'])} (all in report.json)")
+    if "note" in report:
+        say(report["note"])
+    say(f"written: {output}/report.html, report.json, predictions.csv, confusion_matrix.png")
+
+
+def _with_interval(report: Mapping[str, Any], key: str) -> str:
+    interval = whole_interval(report, key)
+    shown = interval if interval and has_width(interval) else None
+    return f"{report[key]:.4f}" + (f" ({shown[0]:.4f} to {shown[1]:.4f})" if shown else "")
