@@ -47,6 +47,7 @@ def make_mesh() -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -73,7 +74,7 @@ def put_whole(tree: Any, mesh: Mesh) -> Any:
 
 
 def sharded(x: Any, mesh: Mesh) -> NamedSharding:
-    """Spreads an array over the devices by its longest axis that divides among them."""
+    """Of an array spread over the devices by its longest axis that divides among them."""
     axes = [i for i, n in enumerate(x.shape) if n % mesh.size == 0]
     if x.size < _SHARD_FROM or not axes:
         return replicated(mesh)

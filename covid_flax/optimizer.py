@@ -85,7 +85,7 @@ def make_optimizer(
             )
         )
     if config.stage_decay != 1:
-        # Discriminative rates (Howard and Ruder 2018); `pool` has no parameters and counts not.
+        # Discriminative rates (Howard and Ruder 2018); `pool` has no parameters and is skipped.
         order = [stage for stage in stages if stage != "pool"][::-1]
         factors = {stage: config.stage_decay**i for i, stage in enumerate(order)}
         chain.append(

@@ -1,8 +1,9 @@
 """Every configuration key, once, with its default and meaning.
 
 The files of `configs/` start from here and say only what differs. The defaults are the
-paper's setting where it stated one (Sun 2024), Keras's default where it did not, but for the
-patience, which is a choice of ours.
+paper's setting where it stated one (Sun 2024) and Keras's default where it did not, but for the
+patience (our choice) and the preprocessing (that of the weights; the paper divides by 255:
+configs/paper.py).
 """
 
 import runpy
@@ -30,7 +31,8 @@ def get_config() -> ml_collections.ConfigDict:
     c.data = d = ml_collections.ConfigDict()
     d.dir = ""  # the image folder or its zip: <Class>/images/* as Kaggle ships it, or <Class>/*
     d.phantoms_per_class = 0  # > 0 and no dir: draw that many synthetic X-rays a class and use them
-    d.cache_dir = ""  # where ArrayRecord copies are kept; "" is ~/.cache/covid_flax
+    # "" is the folder covid_flax in $XDG_CACHE_HOME, which is ~/.cache where it is not set.
+    d.cache_dir = ""  # where image records, decoded images and downloaded weights are kept
     d.split = "paper-sorted"  # paper-sorted, paper-random or grouped; see covid_flax/data/splits.py
     d.val_fraction = 0.2  # share of the images that choose the epoch
     d.test_fraction = 0.0  # share kept for `--split=test` (grouped only)
@@ -55,18 +57,21 @@ def get_config() -> ml_collections.ConfigDict:
     # efficientnet_b0 to _b3, efficientnet_lite0, efficientnet_lite0_small, mobilenet_v2,
     # mobilenet_v3_small, mobilenet_v3_large, densenet121.
     m.name = "resnet50"  # resnet50_v1_5, resnet14_small, lenet5, alexnet, alexnet_small
-    m.weights = "imagenet"  # imagenet (Keras's file, downloaded), a path (.h5, .npz), or none
+    # imagenet is Keras's file, downloaded (EfficientNet-Lite0's comes from an installed package).
+    m.weights = "imagenet"  # imagenet, none, or a path (.h5, .npz, Lite0's .pth)
     m.weights_may_miss = ()  # stages whose arrays the weights may lack, e.g. ("conv5",)
     # "" is what the weights were trained with; unit is /255; standard gives each image a mean of 0
     # and a deviation of 1, so that brightness and contrast are gone.
     m.preprocessing = ""  # unit, caffe, torch, tf, lite or standard
     m.hidden_units = 1024  # of the head's hidden layer; 0 for none
     m.dropout = 0.5  # of the head
-    m.trainable = "all"  # all, head, or the stage from which on to train: conv2 .. conv5
+    # Stages after the first: conv2 .. conv5 of a ResNet or AlexNet, conv2 of LeNet-5, block1 ..
+    # and top of the light networks (efficientnet_lite0_small has no top).
+    m.trainable = "all"  # all, head, or the stage from which on to train
     m.batch_norm = "train"  # in trained stages: train (batch statistics) or frozen; else frozen
     m.bn_momentum = 0.99  # of the running statistics, Keras's convention
     m.dtype = "float32"  # of the convolutions: float32 or bfloat16
-    m.remat = "none"  # none, or block: gradients compute blocks anew, for less memory
+    m.remat = "none"  # none, or block (ResNets): gradients compute blocks anew, for less memory
 
     c.optimizer = o = ml_collections.ConfigDict()
     o.learning_rate = 1e-5  # the peak, where a schedule moves it
@@ -91,15 +96,17 @@ def get_config() -> ml_collections.ConfigDict:
     t.label_smoothing = 0.0  # share of the target spread over all classes
     t.parallel = "jit"  # jit (one program over a device mesh) or pmap
     t.checkpoint_every_steps = 0  # > 0: also between epochs
-    t.log_every_steps = 20  # steps a console line
+    t.log_every_steps = 20  # steps between console lines
     t.micro_batch = 0  # > 0: images through the network at once; a batch's parts add gradients
     t.ema_decay = 0.0  # > 0: evaluate moving averages of the weights and statistics (0.999)
     t.swa_start = 0  # > 0: evaluate the plain mean of the weights after so many epochs (SWA)
     t.teacher = ""  # folder of a run of the same split, from whose answers this one learns too
-    t.teacher_weight = 0.7  # share of the loss that they make
-    t.teacher_temperature = 2.0  # that softens them
+    t.teacher_weight = 0.7  # share of the loss due to the teacher
+    t.teacher_temperature = 2.0  # softmax temperature of teacher and student in that share
     t.on_non_finite = "stop"  # at a loss or gradient that is not finite: stop, or skip that update
-    t.recalibrate = 2560  # plain images that batch norm's statistics are of, if augmented; 0 off
+    # Where batch norm's statistics follow augmented images, or with swa_start, they are
+    # recomputed from plain training images before every validation.
+    t.recalibrate = 2560  # how many of those images; 0: off
     t.shard_state = False  # spread parameters and optimiser over the devices (jit)
     t.feature_cache_gb = 8.0  # memory for the outputs of frozen stages, where caching is exact
     t.feature_disk_gb = 50.0  # disk for them, beside the run, where that memory does not do

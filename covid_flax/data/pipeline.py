@@ -154,8 +154,8 @@ def train_iterator(
       batch_size: of all processes together; each gets its share of every batch.
       usable: examples an epoch, see `usable_examples`.
       seed: of the order, 0 to 2**32 - 1.
-      num_threads: that decode; 0 builds batches in the calling thread. Where the source
-        gathers, more than one is one.
+      num_threads: that decode; 0 builds batches in the calling thread. A source that
+        gathers uses one at most.
       prefetch: batches decoded ahead.
       put: moves a process's share of a batch to its devices.
       fill: a short last batch is filled up to a multiple of this, and has a `mask` `[B]`,

@@ -273,7 +273,7 @@ def read_object(
 
 
 def fault(value: Any, shape: Shape, where: str = "") -> str | None:
-    """The first place where a JSON value has not the shape; None for none.
+    """The first fault of a JSON value against a shape; None where it fits.
 
     Keys that the shape does not name may hold anything, and what need not be there may be null.
     """

@@ -83,8 +83,8 @@ def by_stage(graph_state, x):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("mobilenet_v2", marks=pytest.mark.slow),
-        pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
+        "mobilenet_v2",
+        "mobilenet_v3_small",
         "mobilenet_v3_large",
     ],
 )
