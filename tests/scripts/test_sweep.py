@@ -1,7 +1,6 @@
 """The sweep: its plan, its going on, its figures; trials are a stand-in's, but for one grid."""
 
 import csv
-import importlib.util
 import json
 import math
 import os
@@ -24,9 +23,6 @@ SCRIPT = ROOT / "scripts" / "sweep.py"
 sweep = by_path.load("scripts/sweep.py")
 
 KNOWN = config_lib.flatten(base.get_config())
-needs_optuna = pytest.mark.skipif(
-    importlib.util.find_spec("optuna") is None, reason="needs Optuna: pip install '.[sweep]'"
-)
 
 # As much of covid_flax.main as the sweep sees. A higher rate is better, a seed shifts it a little;
 # it goes on after the epochs that its metrics.jsonl has.
@@ -315,7 +311,6 @@ def test_failed_trials(fake_main, tmp_path, capsys):
         sweep.sweep(plan(sets=["optimizer.learning_rate=2,3"]), tmp_path / "other")
 
 
-@needs_optuna
 def test_halving_stops_the_worse_and_goes_on(fake_main, tmp_path):
     workdir = tmp_path / "sweep"
     rates = "optimizer.learning_rate=0.1,0.2,0.3,0.4,0.5"
