@@ -48,6 +48,23 @@ def read_folder(folder: Path, side: int) -> tuple[np.ndarray, list[str], list[st
     return images, files, [path.parts[-3] for path in paths]
 
 
+def labelled_files(run: Path, split: str) -> tuple[list[str], list[str]]:
+    """Files and class names of a split, in the order of `read_images`."""
+    rows = [row for row in _rows(run) if row["split"] == split]
+    return [row["file"] for row in rows], [row["label"] for row in rows]
+
+
+def write_predictions(
+    path: Path, files: list[str], labels: list[str], names: list[str], probabilities: np.ndarray
+) -> None:
+    """A `predictions.csv` of `[N, K]` probabilities."""
+    with open(path, "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["file", "label", "predicted", *(f"p_{name}" for name in names)])
+        for file, label, p in zip(files, labels, probabilities, strict=True):
+            writer.writerow([file, label, names[int(p.argmax())], *map(float, p)])
+
+
 def _rows(run: Path) -> list[dict[str, str]]:
     with open(run / "split.csv", newline="") as f:
         return list(csv.DictReader(f))

