@@ -33,7 +33,8 @@ from covid_flax.data.masks import find_masks
 from covid_flax.data.pipeline import ArraySource
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
-from covid_flax.evaluation import condition_figures, source_probe
+from covid_flax.evaluation import condition_figures as figures
+from covid_flax.evaluation import source_probe
 from covid_flax.evaluation.metrics import classification_report
 from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.evaluation.twins import find_twins
@@ -239,7 +240,7 @@ def test_figures_are_scikit_learn_s_and_intervals_the_report_s():
     changed[: n // 2] += 2 * np.eye(4)[labels[: n // 2]]
     changed /= changed.sum(1, keepdims=True)
     clusters = np.arange(n) // 2
-    got = condition_figures.condition_figures(changed, labels, whole, NAMES, clusters)
+    got = figures.condition_figures(changed, labels, whole, NAMES, clusters)
     answers = changed.argmax(1)
     assert got["accuracy"] == sklearn.metrics.accuracy_score(labels, answers)
     balanced = sklearn.metrics.balanced_accuracy_score(labels, answers)
@@ -262,10 +263,10 @@ def test_a_fixed_answer_is_never_above_chance():
     labels = np.repeat([0, 1, 2, 3], [5, 10, 80, 5])
     for k in range(4):
         fixed = np.tile(np.eye(4)[k], (100, 1))
-        got = condition_figures.condition_figures(fixed, labels, fixed, NAMES, np.arange(100))
+        got = figures.condition_figures(fixed, labels, fixed, NAMES, np.arange(100))
         assert not got["above_chance"] and got["balanced_accuracy"] == 0.25 and got["p"] == 1
         assert got["kept"] is None
-    one = condition_figures.condition_figures(fixed[:5], labels[:5], fixed[:5], NAMES, np.arange(5))
+    one = figures.condition_figures(fixed[:5], labels[:5], fixed[:5], NAMES, np.arange(5))
     assert not one["above_chance"] and one["p"] is None  # one class alone shows nothing
     json.dumps(one, allow_nan=False)
 
@@ -275,7 +276,7 @@ def test_p_of_two_classes_is_fisher_s(answers):
     table = np.reshape(answers, (2, 2))
     labels, answered = np.repeat([0, 0, 1, 1], answers), np.repeat([0, 1, 0, 1], answers)
     exact = scipy.stats.fisher_exact(table, alternative="greater").pvalue
-    got = condition_figures.chance_p_value(answered, labels, np.arange(len(labels)), 4)
+    got = figures.chance_p_value(answered, labels, np.arange(len(labels)), 4)
     assert abs(got - exact) <= 4 * np.sqrt(exact * (1 - exact) / 2000) + 1 / 2000
 
 
@@ -283,33 +284,32 @@ def test_copies_of_an_image_show_no_more_than_the_image():
     rng = np.random.default_rng(12)
     labels = np.repeat(np.arange(4), 12)
     answers = np.where(rng.random(48) < 0.15, labels, rng.integers(0, 4, 48))
-    alone = condition_figures.chance_p_value(answers, labels, np.arange(48), 4)
+    alone = figures.chance_p_value(answers, labels, np.arange(48), 4)
     copies, copied = np.repeat(np.arange(48), 9), np.repeat(answers, 9)
-    assert condition_figures.chance_p_value(copied, np.repeat(labels, 9), copies, 4) == alone > 0.01
-    fooled = condition_figures.chance_p_value(copied, np.repeat(labels, 9), np.arange(48 * 9), 4)
+    assert figures.chance_p_value(copied, np.repeat(labels, 9), copies, 4) == alone > 0.01
+    fooled = figures.chance_p_value(copied, np.repeat(labels, 9), np.arange(48 * 9), 4)
     assert fooled < alone / 5
     p = np.eye(4)[np.repeat(labels[::6], 20)]
-    few = condition_figures.condition_figures(p, p.argmax(1), p, NAMES, np.arange(160) // 20)
+    few = figures.condition_figures(p, p.argmax(1), p, NAMES, np.arange(160) // 20)
     assert few["p"] < 0.01 and few["fewest_groups"] == 2 and not few["above_chance"]
 
 
 def test_one_large_group_in_a_small_class_is_no_evidence(monkeypatch):
     """Guessed alike for all its images, it makes or breaks its class: one time in four."""
-    monkeypatch.setattr(condition_figures, "PERMUTATIONS", 200)
+    monkeypatch.setattr(figures, "PERMUTATIONS", 200)
     rng = np.random.default_rng(13)
     group = np.concatenate([np.zeros(50, int), np.arange(1, 610)])
     labels = np.repeat(np.arange(4), [59, 200, 200, 200])
     p = [
-        condition_figures.chance_p_value(rng.integers(0, 4, 610)[group], labels, group, 4)
-        for _ in range(150)
+        figures.chance_p_value(rng.integers(0, 4, 610)[group], labels, group, 4) for _ in range(150)
     ]
     assert np.sum(np.array(p) <= 0.05) <= scipy.stats.binom.ppf(0.99, 150, 0.05)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2, 2), (12, 12, 12, 12), (12, 20, 30, 60)])
 def test_guessing_makes_a_finding_in_one_report_of_twenty_at_most(sizes, monkeypatch):
-    monkeypatch.setattr(condition_figures, "RESAMPLES", 10)  # the intervals decide nothing
-    monkeypatch.setattr(condition_figures, "PERMUTATIONS", 400)
+    monkeypatch.setattr(figures, "RESAMPLES", 10)  # the intervals decide nothing
+    monkeypatch.setattr(figures, "PERMUTATIONS", 400)
     rng = np.random.default_rng(7)
     labels = np.repeat(np.arange(4), sizes)
     n, trials, called, uncorrected = len(labels), 300, 0, 0
@@ -317,13 +317,12 @@ def test_guessing_makes_a_finding_in_one_report_of_twenty_at_most(sizes, monkeyp
         tilt = rng.dirichlet(np.full(4, 2.0))
         guesses = [np.eye(4)[rng.choice(4, n, p=tilt)] for _ in range(3)]
         got = [
-            condition_figures.condition_figures(g, labels, g, NAMES, np.arange(n), tests=3)
-            for g in guesses
+            figures.condition_figures(g, labels, g, NAMES, np.arange(n), tests=3) for g in guesses
         ]
         called += any(c["above_chance"] for c in got)
         uncorrected += any(c["p"] <= 0.05 for c in got)
     assert called <= scipy.stats.binom.ppf(0.95, trials, 0.05)
-    if min(sizes) >= condition_figures.LEAST_GROUPS:  # else the test would pass whatever was done
+    if min(sizes) >= figures.LEAST_GROUPS:  # else the test would pass whatever was done
         assert uncorrected > scipy.stats.binom.ppf(0.95, trials, 0.05)
 
 
@@ -346,18 +345,16 @@ def _told(per_class, shares, *, simple=(), wrong=()):
     for c in conditions(np.ones(256), "images", masks=False):
         share = shares.get(c.name, shares["whole"])
         p = answers(share, dict(wrong).get(c.name, 1))
-        row = condition_figures.condition_figures(p, labels, whole, NAMES, np.arange(n), tests=18)
+        row = figures.condition_figures(p, labels, whole, NAMES, np.arange(n), tests=18)
         row |= {"name": c.name, "title": c.title, "shows": c.shows, "simple_model": None}
         if simple:
             q = answers(dict(simple).get(c.name, dict(simple)["whole"]))
-            learned = condition_figures.condition_figures(
-                q, labels, q, NAMES, np.arange(n), tests=18
-            )
+            learned = figures.condition_figures(q, labels, q, NAMES, np.arange(n), tests=18)
             row["simple_model"] = learned | {"num_training": 99}
         found.append(row)
     report = {
         "references": {"majority": {"class": "COVID", "accuracy": 0.25, "balanced_accuracy": 0.25}},
-        "tests": {"least_groups": condition_figures.LEAST_GROUPS},
+        "tests": {"least_groups": figures.LEAST_GROUPS},
         "conditions": found,
         "pairs": None,
         "sources": {"alone": None, "within": {}, "not_applicable": "none"},
