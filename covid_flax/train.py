@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -128,15 +129,7 @@ def _loop(
     feed = make_feed(run, job)
     if step:
         feed.batches.set_state(loop["iterator"])
-    eval_step = make_eval_step(
-        run.graphdef,
-        job.step_config.preprocessing,
-        start=job.start,
-        mirror=config.eval.mirror,
-        aspect=config.eval.aspect,
-    )
-    apply = compile_apply(eval_step)
-    val_labels = run.data.labels("val")
+    validate = _make_validation(run, job)
     recalibrate = None
     if recalibration_is_due(config, run.batch_stats):
         recalibrate = make_recalibration(config, run.graphdef, job.train_source, job.start)
@@ -149,19 +142,6 @@ def _loop(
     # Adam's moments keep a NaN for good: this finds any bad gradient since it last looked.
     finite = jax.jit(all_finite)
     losses: list[float] = loop.get("train_losses", [])
-
-    def validate(state: TrainState) -> tuple[float, float]:
-        params, batch_stats = state.for_evaluation()
-        logits = predict(
-            apply,
-            params,
-            batch_stats,
-            job.val_source,
-            batch_size=config.eval.batch_size,
-            num_threads=config.data.num_threads,
-            prefetch=config.data.prefetch,
-        )
-        return mean_loss(logits, val_labels), float(np.mean(logits.argmax(-1) == val_labels))
 
     def refuse(what: str, since: int) -> NoReturn:
         checkpoints.wait()
@@ -291,6 +271,34 @@ def _loop(
             if preemption.noticed(together=True) and step < total_steps:
                 terminate()
         checkpoints.wait()
+
+
+def _make_validation(run: Run, job: Job) -> Callable[[TrainState], tuple[float, float]]:
+    """`state -> (loss, accuracy)` of the validation images, by the weights that are evaluated."""
+    config, labels = run.config, run.data.labels("val")
+    eval_step = make_eval_step(
+        run.graphdef,
+        job.step_config.preprocessing,
+        start=job.start,
+        mirror=config.eval.mirror,
+        aspect=config.eval.aspect,
+    )
+    apply = compile_apply(eval_step)
+
+    def validate(state: TrainState) -> tuple[float, float]:
+        params, batch_stats = state.for_evaluation()
+        logits = predict(
+            apply,
+            params,
+            batch_stats,
+            job.val_source,
+            batch_size=config.eval.batch_size,
+            num_threads=config.data.num_threads,
+            prefetch=config.data.prefetch,
+        )
+        return mean_loss(logits, labels), float(np.mean(logits.argmax(-1) == labels))
+
+    return validate
 
 
 def _updates(state: TrainState) -> int:
