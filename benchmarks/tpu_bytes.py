@@ -20,13 +20,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import covid_flax.no_accelerator  # noqa: F401  what it does, it does when imported
+
+# isort: split
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import covid_flax.no_accelerator  # noqa: F401  # isort: split
 from covid_flax import aot
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -66,14 +66,13 @@ def _in_memory(config: Any, gigabytes: float) -> bool | None:
     return False if gigabytes <= config.train.feature_disk_gb else None
 
 
-def cached_source(
-    run: Run, split: str, start: str, preprocessing: str, params: Any, batch_stats: Any
-) -> ArraySource:
-    """The outputs of the frozen stages before `start` for a split's images.
+def cached_sources(
+    run: Run, start: str, preprocessing: str, params: Any, batch_stats: Any
+) -> tuple[ArraySource, ArraySource]:
+    """The outputs of the frozen stages before `start` for the training and validation images.
 
     Args:
       run: as `features_from` took it.
-      split: train or val.
       start: what `features_from` returned.
       preprocessing: mode of `covid_flax.models.preprocess`.
       params, batch_stats: of the frozen stages at least.
@@ -81,18 +80,23 @@ def cached_source(
     config = run.config
     stop = stage_before(config.model, start)
     in_memory = _in_memory(config, _feature_bytes(run) / 1e9)
-    features = predict(
-        compile_apply(make_eval_step(run.graphdef, preprocessing, stop=stop)),
-        params,
-        batch_stats,
-        run.data.source(split, config.data),
-        batch_size=config.eval.batch_size,
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-        description=f"frozen stages, {split}",
-        allocate=np.empty if in_memory else partial(_on_disk, run.workdir),
-    )
-    return ArraySource(features, run.data.labels(split))
+    apply = compile_apply(make_eval_step(run.graphdef, preprocessing, stop=stop))
+
+    def source(split: str) -> ArraySource:
+        features = predict(
+            apply,
+            params,
+            batch_stats,
+            run.data.source(split, config.data),
+            batch_size=config.eval.batch_size,
+            num_threads=config.data.num_threads,
+            prefetch=config.data.prefetch,
+            description=f"frozen stages, {split}",
+            allocate=np.empty if in_memory else partial(_on_disk, run.workdir),
+        )
+        return ArraySource(features, run.data.labels(split))
+
+    return source("train"), source("val")
 
 
 def _on_disk(directory: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

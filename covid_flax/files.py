@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
       ValueError: NaN or an infinity that is not allowed.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=allow_nan)
-    write_atomically(path, f"{text}\n".encode("utf-8", "surrogateescape"))
+    # What stands for the bytes of a file name that is not UTF-8: no text, but JSON can say it.
+    text = re.sub("[\ud800-\udfff]", lambda lone: f"\\u{ord(lone[0]):04x}", text)
+    write_atomically(path, f"{text}\n".encode())
 
 
 def make_writable(folder: Path) -> None:

@@ -19,7 +19,7 @@ from covid_flax.console import say
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
-from covid_flax.members import member_configs, train_members
+from covid_flax.members import check_members, train_members
 from covid_flax.run import default_workdir, setup
 from covid_flax.train import train
 
@@ -41,7 +41,7 @@ def _main() -> None:
         if profiled:
             raise UserError("--profile is for one run: set repeats=1, data.fold=0")
         if _DRY_RUN.value:
-            name, member = next(iter(member_configs(_CONFIG.value).items()))
+            name, member = next(iter(check_members(_CONFIG.value, workdir).items()))
             say(f"the first of the runs, {name}:")
             dry_run(setup(member, workdir / name))
             return

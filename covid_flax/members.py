@@ -52,14 +52,10 @@ def member_configs(config: ml_collections.ConfigDict) -> dict[str, ml_collection
     return members
 
 
-def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Trains what is not trained yet, scores each and the whole, and writes `members.json`.
-
-    Returns:
-      What members.json holds: `members`, by name the figures of each on its own validation
-      images (and test images, where there are any); `mean`, of each figure with its interval;
-      `whole`, those of the runs together. Raises UserError.
-    """
+def check_members(
+    config: ml_collections.ConfigDict, workdir: Path
+) -> dict[str, ml_collections.ConfigDict]:
+    """`member_configs`, if the runs can be made in that folder. Raises UserError."""
     if config.repeats > 1 and config_lib.is_cross_validation(config.data):
         raise UserError("repeats and data.folds: set one, or data.fold to one of the folds")
     if has_checkpoints(workdir / "checkpoints"):
@@ -71,6 +67,18 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
     for member in configs.values():
         config_lib.check(member)
     check_splits([member.data for member in configs.values()], config.seed)
+    return configs
+
+
+def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Trains what is not trained yet, scores each and the whole, and writes `members.json`.
+
+    Returns:
+      What members.json holds: `members`, by name the figures of each on its own validation
+      images (and test images, where there are any); `mean`, of each figure with its interval;
+      `whole`, those of the runs together. Raises UserError.
+    """
+    configs = check_members(config, workdir)
     reports: dict[str, dict[str, Any]] = {}
     data = None
     for number, (name, member) in enumerate(configs.items(), 1):

@@ -1,7 +1,7 @@
 """Importing this leaves accelerators alone: none is looked for nor locked, no cloud is asked.
 
-For commands that compile for other machines. Import it before JAX; where the package that a
-command lies in has loaded JAX already, before any array is made.
+For commands that compile for other machines. Best imported before JAX, which may look for a TPU
+when it is loaded; at the latest before any array is made.
 """
 
 import os

@@ -126,8 +126,9 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         _meet(workdir)
         return Run(config, workdir, data, graphdef, params, batch_stats, resumed=True)
     params, batch_stats, weights = _initial_weights(config, params, batch_stats)
+    taught_by = _teacher_arrays(config.train.teacher)
     if jax.process_index() == 0:
-        _write_run(config, workdir, data, weights)
+        _write_run(config, workdir, data, weights, taught_by)
     _meet(workdir)
     return Run(config, workdir, data, graphdef, params, batch_stats)
 
@@ -150,15 +151,21 @@ def _check_resumed(
             f"the images or their split differ from {workdir}/split.csv: restore the data "
             "and the csv of their groups, or choose another --workdir"
         )
-    if config.train.teacher and saved.get("teacher") != _teacher_arrays(config.train.teacher):
+    if saved.get("teacher", []) != _teacher_arrays(config.train.teacher):
         raise UserError(
-            f"train.teacher={config.train.teacher} is no longer the network that {workdir} has "
-            "learned from: restore it, or choose another --workdir"
+            f"train.teacher={config.train.teacher!r} is not the network that {workdir} has learned "
+            f"from: give that one ({saved['config']['train']['teacher'] or 'none'}, as it was), or "
+            "choose another --workdir"
         )
 
 
 def _teacher_arrays(folder: str) -> list[str]:
-    """Digests of the checkpoint that a teacher answers with, or of those of its members."""
+    """Digests of the checkpoint that a teacher answers with, or of its members'; [] without one.
+
+    To be called in all processes alike, as Orbax opens checkpoints.
+    """
+    if not folder:
+        return []
     teacher = Path(folder).expanduser()
     names = saved_run(teacher).get("members", [""])
     digests = []
@@ -197,7 +204,11 @@ def _initial_weights(
 
 
 def _write_run(
-    config: ml_collections.ConfigDict, workdir: Path, data: Dataset, weights: dict[str, Any]
+    config: ml_collections.ConfigDict,
+    workdir: Path,
+    data: Dataset,
+    weights: dict[str, Any],
+    teacher: list[str],
 ) -> None:
     about = {
         "config": config_lib.to_json(config),
@@ -209,9 +220,8 @@ def _write_run(
         "versions": {"covid_flax": __version__, "python": platform.python_version()}
         | {p: importlib.metadata.version(p) for p in _PACKAGES},
         "devices": [str(d.device_kind) for d in jax.devices()],
+        "teacher": teacher,
     }
-    if config.train.teacher:
-        about["teacher"] = _teacher_arrays(config.train.teacher)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:

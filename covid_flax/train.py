@@ -19,7 +19,7 @@ from covid_flax.config import keeps_averages
 from covid_flax.console import Meter, say
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
-from covid_flax.feature_cache import cached_source
+from covid_flax.feature_cache import cached_sources
 from covid_flax.feed import make_feed
 from covid_flax.job import Job, make_job, peak_rate
 from covid_flax.numerics import MOST_SKIPPED, all_finite, divergence, non_finite_error
@@ -59,9 +59,8 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
             if job.start is not None:
                 params = {**state.frozen, **state.params}
                 how = job.step_config.preprocessing
-                job.train_source, job.val_source = (
-                    cached_source(run, split, job.start, how, params, state.batch_stats)
-                    for split in ("train", "val")
+                job.train_source, job.val_source = cached_sources(
+                    run, job.start, how, params, state.batch_stats
                 )
             _loop(run, job, state, stopping, loop, checkpoints, Profile(run.workdir, profile))
         if stopping.should_stop:

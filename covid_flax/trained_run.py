@@ -1,4 +1,4 @@
-"""A trained run opened to score images: its network, its data, and what they are called."""
+"""A trained run opened to score images."""
 
 from __future__ import annotations
 

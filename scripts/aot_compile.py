@@ -13,11 +13,13 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import covid_flax.no_accelerator  # noqa: F401  what it does, it does when imported
+
+# isort: split
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-import covid_flax.no_accelerator  # noqa: F401  # isort: split
 from covid_flax import aot, hlo
 from covid_flax import config as config_lib
 from covid_flax.command import run_command

@@ -2,8 +2,8 @@
 
 import pytest
 
+from covid_flax import console
 from covid_flax.console import Meter
-from covid_flax.report import console
 
 NEW = {"elapsed": 0.0, "epoch_seconds": 0.0, "epoch_examples": 0.0}
 

@@ -62,10 +62,14 @@ def test_a_student_comes_to_answer_as_its_teacher_does(tiny_config, teacher, tmp
     capsys.readouterr()
     train(setup(config, tmp_path / "student"))  # the same teacher, so it is complete
     assert "training is complete" in capsys.readouterr().out
+    alone = config.copy_and_resolve_references()
+    alone.train.teacher = ""
+    with pytest.raises(UserError, match="is not the network that .*student has learned from"):
+        setup(alone, tmp_path / "student")
     about = json.loads((tmp_path / "student" / "config.json").read_text())
     about["teacher"] = ["0" * 64]
     (tmp_path / "student" / "config.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match="no longer the network that .*student has learned from"):
+    with pytest.raises(UserError, match="is not the network that .*student has learned from"):
         setup(config, tmp_path / "student")
 
 

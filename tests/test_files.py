@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 
-from covid_flax.files import write_atomically
+from covid_flax.files import parse_json, write_atomically, write_json
 
 
 def test_what_a_killed_writer_left_is_cleared_and_no_other_s_part(tmp_path):
@@ -25,3 +25,11 @@ def test_what_a_killed_writer_left_is_cleared_and_no_other_s_part(tmp_path):
     assert (tmp_path / "a.json").read_bytes() == b"whole"
     assert not left.exists() and all(file.exists() for file in others)
     assert len(list(tmp_path.iterdir())) == 1 + len(others)
+
+
+def test_json_keeps_the_bytes_of_a_name_that_is_no_text(tmp_path):
+    """In UTF-8 that every reader takes."""
+    value = {"root": os.fsdecode(b"/data/x-\xff \xc3\xa9"), "wide": "肺"}
+    write_json(tmp_path / "a.json", value)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert parse_json(text) == value and "肺" in text

@@ -180,9 +180,7 @@ def test_seeds_of_one_fold_are_no_cross_validation(tiny_config, tmp_path):
     tiny_config.repeats = 2
     tiny_config.train.epochs = 1
     summary = train_members(tiny_config, tmp_path)
-    assert (
-        list(summary["members"]) == ["seed0-fold0", "seed1-fold0"] or len(summary["members"]) == 2
-    )
+    assert list(summary["members"]) == ["seed0", "seed1"]
     whole, member = (read_split_csv(d / "split.csv") for d in (tmp_path, tmp_path / "seed0"))
     assert whole == member
     assert robustness(tmp_path, split="val", limit=4)["num_examples"] == 4

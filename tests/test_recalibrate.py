@@ -7,12 +7,15 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from small_resnet import with_batch_norm
 
 from covid_flax import preemption
+from covid_flax.data.pipeline import ArraySource
 from covid_flax.job import make_job
+from covid_flax.models import MODELS, create_model
 from covid_flax.models.preprocess import preprocess
 from covid_flax.recalibrate import is_due, make_recalibration
 from covid_flax.run import setup
@@ -58,6 +61,25 @@ def test_they_are_the_moments_of_the_plain_images(config, tmp_path):
             jax.tree.leaves(got[stage]), jax.tree.leaves(run.batch_stats[stage]), strict=True
         ):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet14_small", "efficientnet_lite0_small", "mobilenet_v3_small"]
+)
+def test_nothing_of_the_former_statistics_is_left(config, name):
+    """So that it does not matter how far from right, or how slow, they were."""
+    config.model.name, config.model.bn_momentum, config.model.trainable = name, 0.999, "all"
+    config.train.batch_size = config.train.recalibrate = 8
+    graphdef, params, stats = create_model(config.model, 4, 0)
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    recalibrate = make_recalibration(config, graphdef, ArraySource(images, np.zeros(8, np.int32)))
+    got = []
+    for scale in (1.0, 5.0):
+        wrong = jax.tree.map(lambda x, s=scale: x * s, stats)
+        state = create_state(params, wrong, MODELS[name].stages, optax.sgd(0.1), 0)
+        got.append(jax.tree.leaves(recalibrate(state).batch_stats))
+    for a, b in zip(*got, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_where_nothing_is_augmented_or_followed_none_is_due(config, tmp_path):

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-import numpy as np
-
 from covid_flax.data.folder import DataFolder
 from covid_flax.data.splits import Row
 from covid_flax.evaluation.alarms import (
@@ -26,6 +24,7 @@ from covid_flax.evaluation.intervals import wilson_interval
 from covid_flax.evaluation.metrics import (
     classification_report,
     expected_calibration_error,
+    log_loss,
     negative_log_likelihood,
 )
 from covid_flax.evaluation.predictions import Predictions
@@ -73,7 +72,7 @@ def assess(
         predictions.labels,
         predictions.probabilities,
         predictions.class_names,
-        loss=_log_loss(predictions),
+        loss=log_loss(predictions.labels, predictions.probabilities),
         clusters=predictions.clusters,
         prevalence=prevalence,
     )
@@ -111,12 +110,6 @@ def assess(
     report["alarms"] = [dataclasses.asdict(alarm) for alarm in alarms]
     report["alarms_checked"] = checked
     return report, predictions
-
-
-def _log_loss(predictions: Predictions) -> float:
-    """Mean categorical cross-entropy; a probability of 0 counts as the smallest float."""
-    p = predictions.probabilities[np.arange(len(predictions.labels)), predictions.labels]
-    return float(-np.log(np.maximum(p, np.finfo(np.float64).tiny)).mean())
 
 
 def _abstain(predictions: Predictions, chosen: Mapping[str, Any]) -> dict[str, Any]:

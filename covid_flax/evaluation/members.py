@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from covid_flax.evaluation.intervals import student_interval
-from covid_flax.evaluation.metrics import classification_report
+from covid_flax.evaluation.metrics import classification_report, log_loss
 
 FIGURES = ("accuracy", "balanced_accuracy", "loss")
 
@@ -51,6 +51,6 @@ def members_report(
         figures[name] = {
             "accuracy": of["accuracy"],
             "balanced_accuracy": of["balanced_accuracy"],
-            "loss": of["nll"],
+            "loss": log_loss(labels[index], probabilities),
         }
     return {"figures": figures, "mean": mean_figures(list(figures.values()))}

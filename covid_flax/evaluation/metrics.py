@@ -27,6 +27,17 @@ _AVERAGED = ("precision", "recall", "f1", "specificity", "npv", "auroc", "auprc"
 _ZERO_IF_UNDEFINED = ("precision", "recall", "f1", "mcc")
 
 
+def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean categorical cross-entropy; a probability of 0 counts as the smallest float.
+
+    Args:
+      labels: integers [N].
+      probabilities: floats [N, K].
+    """
+    p = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(p, np.finfo(np.float64).tiny)).mean())
+
+
 def classification_report(
     labels: np.ndarray,
     probabilities: np.ndarray,

@@ -300,7 +300,7 @@ def test_prevalence_is_a_twentieth_where_not_stated():
     assert report["prevalence"] == {"x": 0.05, "y": 0.5}
     # By hand: recall 1/2, specificity 2/3.
     assert report["per_class"]["x"]["ppv_at"] == pytest.approx(0.025 / (0.025 + 0.95 / 3))
-    for wrong, message in [({"z": 0.1}, "prevalence of z"), ({"x": 5}, "between 0 and 1")]:
+    for wrong, message in [({"z": 0.1}, "prevalence of 'z'"), ({"x": 5}, "between 0 and 1")]:
         with pytest.raises(UserError, match=message):
             classification_report(labels, p, ["x", "y"], prevalence=wrong)
 
