@@ -26,7 +26,7 @@ def get_config():
     c.optimizer.warmup_epochs = 0.5
     c.optimizer.weight_decay = 0.02
     c.optimizer.clip_norm = 1.0
-    c.train.epochs = 12
+    c.train.epochs = 14
     c.train.patience = 0
     c.train.label_smoothing = 0.05
     c.train.ema_decay = 0.998
@@ -37,7 +37,7 @@ def get_config():
     c.augment.scale = 0.08
     c.augment.contrast = 0.1
     c.augment.gamma = 0.1
-    c.augment.blur = 0.35
-    c.augment.noise = 0.008
+    c.augment.blur = 0.25
+    c.augment.noise = 0.006
     c.augment.erase = 0.1
     return c
