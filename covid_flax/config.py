@@ -55,7 +55,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "optimizer.learning_rate": (0, None),
     "optimizer.warmup_epochs": (0, None),
     "optimizer.b1": (0, 0.999999),
-    "optimizer.b2": (0, 0.999999),  # the next but few are 1 in float32
+    "optimizer.b2": (0, 0.999999),  # 0.99999999 is 1 in float32: no update at all
     "optimizer.epsilon": (0, None),
     "optimizer.weight_decay": (0, None),
     "optimizer.stage_decay": (0, 1),
