@@ -269,5 +269,5 @@ def test_resolve(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         fetch.resolve(str(tmp_path / "other.h5"), "resnet50", tmp_path)
     for model in ("resnet50_v1_5", "resnet14_small"):
-        with pytest.raises(UserError, match=f"none is published for {model}, only for resnet50"):
+        with pytest.raises(UserError, match=f"none with a hash is published for {model}, only for"):
             fetch.resolve("imagenet", model, tmp_path)
