@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import nnx
@@ -94,7 +93,7 @@ def make_recalibration(
             sums = _sums(jax.device_get(of_batch))
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
         new = jax.tree.map(
-            lambda old, x: jax.device_put(jnp.asarray(x, old.dtype), old.sharding),
+            lambda old, x: jax.device_put(np.asarray(x, old.dtype), old.sharding),
             batch_stats,
             _moments(totals, count),
         )

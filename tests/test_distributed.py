@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from run_update import update
+from small_resnet import with_batch_norm
 from tensorboardX.proto.event_pb2 import Event
 
 from covid_flax.checkpoint import Checkpoints
@@ -26,6 +28,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.run import setup
 from covid_flax.train import train
+from covid_flax.trained_run import open_run
 
 ROOT = Path(__file__).parent.parent
 _CONFIG = """
@@ -250,6 +253,24 @@ def test_two_processes_train_and_evaluate_as_one(config, one_device, tmp_path):
     alone = evaluate(tmp_path / "run", output=tmp_path / "alone")
     report = json.loads((tmp_path / "run" / "eval" / "val" / "report.json").read_text())
     _assert_same_report(report, alone)
+
+
+def test_two_processes_recalibrate_batch_norm_and_ask_a_teacher(config, tmp_path):
+    """Each opens the teacher's checkpoint, and what is saved is what one process computes."""
+    with_batch_norm(config)
+    config.augment.rotate, config.train.recalibrate = 20.0, 24
+    config.train.checkpoint_every_steps = 0
+    teacher = tmp_path / "teacher"
+    train(setup(config, teacher))
+    config.train.teacher = str(teacher)
+    command = ["-m", "covid_flax.main", *_main(config, tmp_path, tmp_path / "run")]
+    _Processes(tmp_path / "main", [command, command], devices=1).wait(0, 0)
+    train(setup(config, tmp_path / "alone"))
+    (a, b) = (open_run(tmp_path / name, "latest") for name in ("run", "alone"))
+    for x, y in zip(jax.tree.leaves(a._batch_stats), jax.tree.leaves(b._batch_stats), strict=True):
+        assert np.linalg.norm(x - y) <= 0.05 * np.linalg.norm(y)
+    report = json.loads((tmp_path / "run" / "eval" / "val" / "report.json").read_text())
+    _assert_same_report(report, evaluate(tmp_path / "run", output=tmp_path / "again"))
 
 
 def _assert_same_report(report, other):
