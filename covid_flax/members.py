@@ -23,7 +23,7 @@ from covid_flax.data.dataset import check_splits
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
-from covid_flax.evaluation.members import FIGURES, mean_figures
+from covid_flax.evaluation.members import FIGURES
 from covid_flax.files import write_json
 from covid_flax.run import read_run, refuse_changes, setup
 from covid_flax.train import train
@@ -102,7 +102,7 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
         return {}
     summary = {
         "members": {name: _figures(of) for name, of in reports.items()},
-        "mean": {split: mean_figures([of[split] for of in reports.values()]) for split in splits},
+        "mean": {split: report["members"]["mean"] for split, report in whole.items()},
         "whole": _figures(whole),
     }
     write_json(workdir / "members.json", summary, allow_nan=True)

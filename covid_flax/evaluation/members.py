@@ -25,11 +25,6 @@ def mean_interval(values: Sequence[float], *, share: bool = False) -> dict[str, 
     return {"mean": float(np.mean(values)), "interval": ends, "runs": len(values)}
 
 
-def mean_figures(figures: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    """`mean_interval` of each of `FIGURES` over two members or more."""
-    return {f: mean_interval([one[f] for one in figures], share=f != "loss") for f in FIGURES}
-
-
 def members_report(
     labels: np.ndarray,
     class_names: Sequence[str],
@@ -53,4 +48,7 @@ def members_report(
             "balanced_accuracy": of["balanced_accuracy"],
             "loss": log_loss(labels[index], probabilities),
         }
-    return {"figures": figures, "mean": mean_figures(list(figures.values()))}
+    mean = {
+        f: mean_interval([one[f] for one in figures.values()], share=f != "loss") for f in FIGURES
+    }
+    return {"figures": figures, "mean": mean}
