@@ -16,7 +16,7 @@ def get_config():
     c.data.val_fraction = 0.1
     c.data.test_fraction = 0.2
     c.data.image_size = 128
-    c.data.interpolation = "bilinear"
+    c.data.interpolation = "bicubic"
     c.model.name = "efficientnet_lite0"
     c.model.hidden_units = 0
     c.model.dropout = 0.2
@@ -37,7 +37,7 @@ def get_config():
     c.augment.scale = 0.08
     c.augment.contrast = 0.1
     c.augment.gamma = 0.1
-    c.augment.blur = 0.25
-    c.augment.noise = 0.006
+    c.augment.blur = 0.45
+    c.augment.noise = 0.005
     c.augment.erase = 0.1
     return c

@@ -28,7 +28,6 @@ def get_config():
     c.optimizer.learning_rate = 1e-4
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_epochs = 1.0
-    c.optimizer.weight_decay = 1e-3
     c.optimizer.clip_norm = 1.0
     c.train.epochs = 15
     c.train.batch_size = 16

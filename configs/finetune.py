@@ -25,7 +25,6 @@ def get_config(variant: str = ""):
     c.optimizer.learning_rate = 1e-4
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_epochs = 0.5
-    c.optimizer.weight_decay = 1e-4
     c.optimizer.clip_norm = 1.0
     c.train.epochs = 12
     c.train.patience = 4

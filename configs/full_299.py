@@ -16,5 +16,5 @@ def get_config(variant: str = ""):
     c.model.bn_momentum = 0.9
     # finetune.py's 1e-4 for 32 images, times the root of the batch's growth.
     c.optimizer.learning_rate = 1e-4 * (c.train.batch_size / 32) ** 0.5
-    c.augment.blur = 1.6
+    c.augment.blur = 1.0
     return c

@@ -23,7 +23,7 @@ def get_config():
     c.augment.scale = 0.15
     c.augment.aspect = 0.25
     c.augment.style = 0.9
-    c.augment.contrast = 0.2
+    c.augment.contrast = 0.0  # standardising undoes it
     c.augment.gamma = 0.2
     c.augment.blur = 0.6
     c.augment.noise = 0.015

@@ -130,6 +130,7 @@ def peak_rate(run: Run, job: Job) -> float:
     how = dataclasses.replace(
         job.step_config,
         axis_name=None,
+        augment=Augment(),
         micro_batch=0,
         ema_decay=0.0,
         swa_after=0,

@@ -26,6 +26,7 @@ from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.files import cache_dir, parse_json, write_json
 from covid_flax.models import (
+    MODELS,
     batch_stats_stages,
     beginning_of,
     create_model,
@@ -117,7 +118,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     check_batches(config, len(data.files("train")))
     if config.train.teacher:
         teacher = Path(config.train.teacher).expanduser()
-        check_teacher(teacher, data, config.data.image_size)
+        check_teacher(teacher, data, config)
     graphdef, params, batch_stats = create_model(config.model, len(data.class_names), config.seed)
 
     if resumed:
@@ -196,6 +197,13 @@ def _initial_weights(
         may_spare=_of_the_whole(config.model),
     )
     say(f"weights: {path.name}: {report.summary()}")
+    gets, expects = preprocessing_of(config.model), MODELS[config.model.name].preprocessing
+    if gets != expects:
+        still = config.model.trainable == "head" or config.model.batch_norm == "frozen"
+        say(
+            f"note: these weights expect {expects!r} preprocessing and get {gets!r}"
+            + ("; frozen batch norm never makes up for it" if still else "")
+        )
     return (
         params,
         batch_stats,
@@ -277,12 +285,12 @@ def learned_files(workdir: Path) -> set[str]:
     return learned
 
 
-def check_teacher(folder: Path, data: Dataset, image_size: int) -> None:
+def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict) -> None:
     """Refuses a run that cannot teach one of these images.
 
     Raises:
-      UserError: no run, one of other classes or another size, or one that has learned from images
-        that are held out here.
+      UserError: no run, one of other classes or images of another size, or one that has
+        learned from images that are held out here.
     """
     saved = read_run(folder)
     if saved is None:
@@ -294,12 +302,13 @@ def check_teacher(folder: Path, data: Dataset, image_size: int) -> None:
             f"train.teacher={folder} knows the classes {saved['class_names']}, the data has "
             f"{list(data.class_names)}: train it on the same classes"
         )
-    size = config_lib.from_json(saved["config"]).data.image_size
-    if size != image_size:
-        raise UserError(
-            f"train.teacher={folder} takes images of {size} pixels, this run has {image_size}: "
-            f"set data.image_size={size}"
-        )
+    its = config_lib.from_json(saved["config"]).data
+    for key in ("image_size", "interpolation", "intermediate_size"):
+        if its[key] != config.data[key]:
+            raise UserError(
+                f"train.teacher={folder} takes images of data.{key}={its[key]}, this run has "
+                f"{config.data[key]}: set it to the teacher's"
+            )
     held_out = {row.file for row in data.rows if row.split != "train"}
     if leaked := len(learned_files(folder) & held_out):
         raise UserError(

@@ -81,6 +81,7 @@ def get_config() -> ml_collections.ConfigDict:
     o.b2 = 0.999  # decay of its second
     o.epsilon = 1e-7  # Adam's, Keras's default
     o.epsilon_mode = "keras"  # keras (before bias correction) or optax (after); docs/training.md
+    # A kernel loses this times the sum of all learning rates: 1e-4 does nothing to a fine-tuning.
     o.weight_decay = 0.0  # decoupled (AdamW), kernels only
     o.stage_decay = 1.0  # a stage learns at this share of the rate of the stage after it
     o.clip_norm = 0.0  # > 0: bound on the gradient's global norm

@@ -75,11 +75,15 @@ def test_a_student_comes_to_answer_as_its_teacher_does(tiny_config, teacher, tmp
 
 def test_a_teacher_of_other_images_is_refused(tiny_config, teacher, tmp_path):
     config = _student(tiny_config, teacher)
-    config.data.image_size = 48
-    with pytest.raises(UserError, match="takes images of 32 pixels"):
-        setup(config, tmp_path)
+    for key, other in (("image_size", 48), ("interpolation", "lanczos"), ("intermediate_size", 40)):
+        with config.unlocked():
+            its, config.data[key] = config.data[key], other
+        with pytest.raises(
+            UserError, match=f"takes images of data.{key}={its}, this run has {other}"
+        ):
+            setup(config, tmp_path)
+        config.data[key] = its
     with pytest.raises(UserError, match="holds no run"):
-        config.data.image_size = 32
         config.train.teacher = str(tmp_path / "none")
         setup(config, tmp_path / "other")
 

@@ -18,7 +18,7 @@ from covid_flax.data.splits import read_split_csv
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
-from covid_flax.models import create_model
+from covid_flax.models import MODELS, create_model
 from covid_flax.pretrained.names import keras_name
 from covid_flax.run import only_trainer, read_run, setup
 from covid_flax.train import train
@@ -317,18 +317,38 @@ def test_settings_that_do_not_go_together_are_named(key, value, tiny_config, tmp
         train(setup(tiny_config, tmp_path / "run"))
 
 
-@pytest.mark.slow
-def test_a_dry_run_first_changes_nothing(tiny_config, tmp_path):
-    """The weights are loaded again, not left at random: there is no checkpoint yet."""
-    with_batch_norm(tiny_config)  # whose arrays have Keras names
-    weights = tmp_path / "weights.npz"
-    _, params, batch_stats = create_model(tiny_config.model, 4, seed=99)
+def _with_weights(config, file):
+    """Sets a network with batch norm, whose arrays have Keras names, and writes it weights."""
+    with_batch_norm(config)
+    _, params, batch_stats = create_model(config.model, 4, seed=99)
     arrays = {}
     for tree in (params, batch_stats):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             arrays[keras_name(tuple(k.key for k in path))] = np.asarray(leaf)
-    np.savez(weights, **arrays)
-    tiny_config.model.weights = str(weights)
+    np.savez(file, **arrays)
+    config.model.weights = str(file)
+
+
+def test_weights_that_expect_other_pixels_are_spoken_of(tiny_config, tmp_path, capsys):
+    _with_weights(tiny_config, tmp_path / "weights.npz")
+    expects = MODELS[tiny_config.model.name].preprocessing
+    tiny_config.model.preprocessing = "unit" if expects != "unit" else "tf"
+    setup(tiny_config, tmp_path / "one")
+    said = capsys.readouterr().out
+    assert f"note: these weights expect {expects!r} preprocessing and get" in said
+    assert "frozen batch norm" not in said
+    tiny_config.model.trainable = "head"
+    setup(tiny_config, tmp_path / "two")
+    assert "frozen batch norm never makes up for it" in capsys.readouterr().out
+    tiny_config.model.preprocessing = ""
+    setup(tiny_config, tmp_path / "three")
+    assert "note: these weights" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_dry_run_first_changes_nothing(tiny_config, tmp_path):
+    """The weights are loaded again, not left at random: there is no checkpoint yet."""
+    _with_weights(tiny_config, tmp_path / "weights.npz")
     tiny_config.train.epochs = 1
     train(setup(tiny_config, tmp_path / "plain"))
     setup(tiny_config, tmp_path / "after")
