@@ -37,7 +37,7 @@ def get_config():
     c.augment.scale = 0.08
     c.augment.contrast = 0.1
     c.augment.gamma = 0.1
-    c.augment.blur = 0.45
-    c.augment.noise = 0.005
+    c.augment.blur = 0.35
+    c.augment.noise = 0.01
     c.augment.erase = 0.1
     return c

@@ -115,9 +115,10 @@ def _appearance(key: Array, image: Array, how: Augment) -> Array:
         image = 255 * (image / 255) ** jnp.exp(how.gamma * symmetric(2))
     if how.noise:
         strength_key, noise_key = jax.random.split(keys[3])
-        # One draw for all channels: a grey image stays grey.
+        # One draw for all channels: a grey image stays grey. The variance is drawn evenly, for an
+        # export's noise adds to it: so it shifts what is drawn by the smallest share.
         noise = jax.random.normal(noise_key, (*image.shape[:2], 1))
-        image = image + noise * 255 * how.noise * jax.random.uniform(strength_key)
+        image = image + noise * 255 * how.noise * jnp.sqrt(jax.random.uniform(strength_key))
         image = jnp.clip(image, 0, 255)
     if how.erase:
         image = _erase(keys[4], image, how.erase)
