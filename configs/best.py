@@ -38,6 +38,6 @@ def get_config():
     c.augment.contrast = 0.1
     c.augment.gamma = 0.1
     c.augment.blur = 0.35
-    c.augment.noise = 0.01
+    c.augment.noise = 0.007
     c.augment.erase = 0.1
     return c

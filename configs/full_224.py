@@ -16,7 +16,7 @@ def get_config(variant: str = ""):
     c.optimizer.learning_rate = 2e-3
     c.train.epochs = 30
     c.augment.blur = 0.8  # best.py's, in these finer pixels
-    c.augment.noise = 0.015
+    c.augment.noise = 0.012
     c.eval.batch_size = 256
     if variant == "tpu":
         c.train.batch_size = 1024
