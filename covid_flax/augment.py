@@ -140,8 +140,8 @@ def _blur_or_sharpen(key: Array, image: Array, most: float) -> Array:
     down = _discrete_gaussian(height, variance)
     right = down if width == height else _discrete_gaussian(width, variance)
     blurred = jnp.einsum("ab,bcd,ec->aed", down, image, right, precision="highest")
-    sharpened = jnp.clip(2 * image - blurred, 0, 255)
-    return jnp.where(jax.random.bernoulli(which), blurred, sharpened)
+    # Rounding can take a product with black below 0, of which gamma would make no number.
+    return jnp.clip(jnp.where(jax.random.bernoulli(which), blurred, 2 * image - blurred), 0, 255)
 
 
 def _discrete_gaussian(size: int, variance: Array) -> Array:

@@ -222,6 +222,19 @@ def test_half_are_blurred_and_half_sharpened_by_what_they_are_told(images, most)
     )
 
 
+def test_every_change_of_black_and_white_stays_in_range():
+    x = np.where(np.indices((32, 32)).sum(0) // 5 % 3 == 0, 255, 0)
+    x = np.tile(x[None, :, :, None], (64, 1, 1, 1)).astype(np.float32)
+    geometry = {"flip": True, "shift": 0.1, "rotate": 9.0, "scale": 0.2, "aspect": 0.2}
+    for how in (
+        {"gamma": 0.3, "blur": 0.5},
+        {"gamma": 0.3, **geometry},
+        {"gamma": 0.3, "brightness": 0.3, "contrast": 0.3, "blur": 0.5, "noise": 0.1, **geometry},
+    ):
+        out = _apply(x, **how)
+        assert np.isfinite(out).all() and out.min() >= 0 and out.max() <= 255, how
+
+
 @pytest.mark.parametrize("sigma", [0.2, 0.5, 1.2])
 def test_a_blur_has_the_variance_it_is_told(sigma):
     """A dot spreads to moments of that variance, however small: samples of a Gaussian would not."""
