@@ -97,13 +97,13 @@ def _keys_cubic(f: Any) -> tuple[Any, Any, Any, Any]:
 
 def _appearance(key: Array, image: Array, how: Augment) -> Array:
     """What a scanner, an export or a crop changes."""
-    bright_key = jax.random.split(key, 5)[4]
     keys = jax.random.split(jax.random.fold_in(key, 1), 6)
 
     def symmetric(i: int) -> Array:
         return jax.random.uniform(keys[i], minval=-1, maxval=1)
 
     if how.brightness:
+        bright_key = jax.random.split(key, 5)[4]  # the first four are the geometry's
         factor = 1 + how.brightness * jax.random.uniform(bright_key, minval=-1, maxval=1)
         image = jnp.clip(image * factor, 0, 255)
     if how.blur:

@@ -28,10 +28,7 @@ def _asked(cue, twins_of):
     def probabilities(source, description):
         images = [np.asarray(source[i]["image"], np.float64).mean(-1) for i in range(len(source))]
         high = np.array([float(cue(x)) for x in images]) > 0
-        return np.where(high, 0.9, 0.1)[:, None] * [0, 1] + np.where(high, 0.1, 0.9)[:, None] * [
-            1,
-            0,
-        ]
+        return np.where(high[:, None], [0.1, 0.9], [0.9, 0.1])
 
     data = SimpleNamespace(image_size=40, interpolation="bilinear", intermediate_size=0)
     run = SimpleNamespace(probabilities=probabilities, config=SimpleNamespace(data=data))
