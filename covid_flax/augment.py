@@ -42,6 +42,7 @@ class Augment:
 
 
 def _geometry(key: Array, image: Array, how: Augment) -> Array:
+    """The mirror image in half of the cases, and all warps in one resampling."""
     flip_key, shift_key, rotate_key, scale_key, _ = jax.random.split(key, 5)
     if how.flip:
         image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
