@@ -12,7 +12,7 @@ inference); the ratio is to the fastest as it comes.
 
 covid_flax's commands start themselves with glibc asking for huge pages (see
 `covid_flax/huge_pages.py`); "covid_flax" here does so too, "pytorch huge pages" is PyTorch
-with the same help, "covid_flax small pages" ours without.
+(channels_last) with the same help, "covid_flax small pages" ours without.
 
 TensorFlow wants an environment of its own, for it pins versions of what it shares with JAX:
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,7 +128,7 @@ def baselines(
     refuse_folds(workdir, saved, "classical models")
     config = config_lib.from_json(saved["config"])
     if data_dir:  # the same images, elsewhere
-        saved = saved | {"data": saved["data"] | {"root": data_dir}}
+        saved = saved | {"data": saved["data"] | {"root": os.path.expanduser(data_dir)}}
     data = open_data(workdir, saved)
     started = time.monotonic()
     splits = [s for s in ("train", "val", "test") if data.files(s)]

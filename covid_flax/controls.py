@@ -15,7 +15,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sources, source_only
 from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
 from covid_flax.files import make_writable, write_json
+from covid_flax.run import learned_files
 from covid_flax.run_images import CLASS_MAP_HELP, open_held_out, parse_class_map
 from covid_flax.trained_run import Ensemble, TrainedRun, open_run
 
@@ -126,6 +128,7 @@ def score_conditions(
     training: Dataset | None = None,
     masks: LungMasks | None = None,
     pairs: DataFolder | None = None,
+    trained_on: Collection[str] = (),
     limit: int = 0,
 ) -> tuple[dict[str, Any], list[tuple[Condition, dict[str, np.ndarray]]]]:
     """Scores every row of `data` under every condition.
@@ -137,6 +140,7 @@ def score_conditions(
         all images are matched to (else the scored images do) and train the simple models.
       masks: of the lungs, where any image has one.
       pairs: twins of images of `data`, by class and file name.
+      trained_on: files that the run learned from: their twins are left out.
       limit: at most so many images, and so many twins, drawn class by class; 0 takes all.
 
     Returns:
@@ -148,7 +152,7 @@ def score_conditions(
     """
     rows = list(data.rows)
     chosen = [rows[i] for i in stratified_sample(data.labels("all"), limit)]
-    twins = find_twins(rows, pairs) if pairs is not None else []
+    twins = find_twins(rows, pairs, trained_on) if pairs is not None else []
     kept = stratified_sample(np.array([row.label for row, _ in twins]), limit)
     twins = [twins[i] for i in kept]
 
@@ -325,7 +329,9 @@ def _sources(
     source = {f.file: f.source for f in folder.files}
     labels, sources = [row.label for row in chosen], [source[row.file] for row in chosen]
     split = {row.file for row in rows}
-    others = [(f.label, f.source) for f in folder.files if f.file not in split]
+    # Another folder's are all scored, or left out for they are of no class of the run.
+    ours = any(row.split for row in rows)
+    others = [(f.label, f.source) for f in folder.files if ours and f.file not in split]
     found: dict[str, Any] = {
         "alone": source_only(list(zip(labels, sources, strict=True)), others),
         "within": {},
@@ -385,6 +391,7 @@ def run_controls(
     Returns:
       What controls.json holds. Raises UserError.
     """
+    pairs, masks = os.path.expanduser(pairs), os.path.expanduser(masks)
     if pairs and not Path(pairs).exists():
         raise UserError(f"--pairs={pairs} does not exist: give a folder of <Class>/images/<name>")
     split, data = open_held_out(workdir, split, data_dir, class_map)
@@ -393,13 +400,23 @@ def run_controls(
     training = None
     if split in ("test", "val"):  # the simple models must not be scored on what they learned from
         # A whole cross-validation trained on all that is val there.
-        training = dataclasses.replace(data, rows=data.files("train") or data.files("val"))
+        seen = data.files("train") or data.files("val")
+        if {row.file for row in seen} <= {f.file for f in data.folder.files}:
+            training = dataclasses.replace(data, rows=seen)
+        else:
+            say(f"note: {data.folder.root} lacks training images: no simple models are trained")
     data = dataclasses.replace(data, rows=data.files(split))
     twin_folder = open_folder(pairs, require_two_classes=False) if pairs else None
     lungs = find_masks(data.folder, [*data.rows, *(training.rows if training else ())], masks)
     run = open_run(workdir, checkpoint, data_dir)
     report, examples = score_conditions(
-        run, data, training=training, masks=lungs, pairs=twin_folder, limit=limit
+        run,
+        data,
+        training=training,
+        masks=lungs,
+        pairs=twin_folder,
+        trained_on=learned_files(workdir),
+        limit=limit,
     )
 
     # Slow to import.
@@ -415,7 +432,10 @@ def run_controls(
     }
     report["text"] = explain(report)
     write_controls_page(
-        output / "controls.html", report, examples, title=f"Shortcut controls of {workdir.name}"
+        output / "controls.html",
+        report,
+        examples,
+        title=f"Shortcut controls of {workdir.resolve().name}",
     )
     write_json(output / "controls.json", report)
     _print(report, output)

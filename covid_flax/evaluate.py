@@ -19,6 +19,7 @@ import jax
 from absl import flags
 
 from covid_flax.command import run_command
+from covid_flax.config import is_cross_validation
 from covid_flax.console import say
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.splits import PARTS
@@ -27,6 +28,7 @@ from covid_flax.evaluation.metrics import check_prevalence
 from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.files import make_writable, parse_json, write_json
 from covid_flax.report.summary import print_report
+from covid_flax.report.write import refuse_foreign_groups
 from covid_flax.run import saved_run
 from covid_flax.run_images import CLASS_MAP_HELP, open_data, own_images, parse_class_map
 from covid_flax.trained_run import Ensemble, answers_of_members, open_run, together
@@ -71,7 +73,16 @@ def evaluate(
     calibration = _stored_calibration(workdir, run.step)
     output = output or workdir / "eval" / split
     make_writable(output)
-    if calibrated and calibration is None:
+    refuse_foreign_groups(output)
+    # Its val images were each answered by one run, all others by all of them together.
+    if split != "val" and "members" in saved and is_cross_validation(run.config.data):
+        if calibrated:
+            raise UserError(
+                f"{workdir} is a cross-validation: the temperature of its val images is of single "
+                "runs' answers, not of their mean: leave --calibrated out"
+            )
+        calibration = None
+    elif calibrated and calibration is None:
         raise UserError(
             f"{workdir} has no temperature for step {run.step}: score its validation split "
             f"first (--split=val --checkpoint={checkpoint})"
@@ -88,9 +99,13 @@ def evaluate(
     predictions = predictions_of(data, split, probabilities)
     elsewhere = bool(data_dir) and split == "all"
     # Elsewhere they are the images that training held out only if they were moved there.
-    fits = split == "val" and (not data_dir or not Path(saved["data"]["root"]).exists())
+    root = Path(saved["data"]["root"])
+    own = not data_dir or not root.exists() or root.samefile(data.folder.root)
+    fits = split == "val" and own
     if fits:
         calibration = _fit_calibration(predictions)
+    elif split == "val":
+        say(f"note: no temperature is fitted, for the run's own val images are still in {root}")
 
     # Slow to import, and training's first step need not wait for it.
     from covid_flax.evaluation.assess import assess
@@ -123,8 +138,9 @@ def evaluate(
     before = _scored_in(output)
     if before not in (None, report["data_dir"]):
         say(f"note: this replaces the evaluation of {before} in {output}: give --output to keep it")
-    title = f"{split} images of {workdir.name}"
-    write_evaluation(output, report, predictions, title=title, run=saved | {"name": workdir.name})
+    name = workdir.resolve().name
+    title = f"{split} images of {name}"
+    write_evaluation(output, report, predictions, title=title, run=saved | {"name": name})
     if fits:
         try:
             _store_calibration(workdir, run.step, calibration)
@@ -186,7 +202,7 @@ def parse_prevalence(text: list[str], class_names: list[str]) -> dict[str, float
             return {name: float(text[0]) for name in class_names}
         pairs = [part.rpartition("=") for part in text]
         shares = {name.strip(): float(share) for name, _, share in pairs}
-        if len(shares) < len(pairs) or sum(shares.values()) > 1:
+        if len(shares) < len(pairs) or sum(shares.values()) > 1 + 1e-9:
             raise UserError(f"--prevalence={','.join(text)}: name a class once; together at most 1")
         return shares or None
     except ValueError:

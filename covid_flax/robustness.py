@@ -158,7 +158,7 @@ def robustness(
     # Slow to import.
     from covid_flax.report.robustness_plot import plot_robustness
 
-    plot_robustness(report, output / "robustness.png", f"{workdir.name}, {split} images")
+    plot_robustness(report, output / "robustness.png", f"{workdir.resolve().name}, {split} images")
     write_json(output / "robustness.json", report)
     _print(report, output)
     return report

@@ -102,8 +102,8 @@ def open_held_out(
     """
     saved = saved_run(workdir)
     split = split or ("test" if "test" in saved["data"]["images"] else "val")
-    if split == "val":
-        refuse_folds(workdir, saved, "its val images")
+    if split == "val" or (split == "all" and not data_dir):
+        refuse_folds(workdir, saved, f"its {split} images")
     return split, open_data(workdir, saved, split, data_dir, class_map)
 
 

@@ -26,6 +26,7 @@ import argparse
 import collections
 import csv
 import io
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -112,7 +113,10 @@ def like_the_database(path: Path) -> Image.Image:
 
 def build(clones: Path, data_dir: str, output: Path) -> None:
     """Writes the two folders, and says what became of each source's images."""
-    known = open_folder(data_dir)
+    for folder in SOURCES:
+        if (output / folder).exists():
+            raise UserError(f"{output / folder} is there already: choose another --output")
+    known = open_folder(os.path.expanduser(data_dir))
     counts: dict[str, collections.Counter[str]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         # One folder of the database's images and the others, so that all are compared with all.
@@ -165,8 +169,10 @@ def score(path: Path) -> str:
     names = rows.class_names
     if not {"COVID", "Normal"} <= {names[label] for label in rows.labels}:
         raise UserError(f"{path} has no image of COVID or none of Normal: score a folder of both")
-    p = rows.probabilities[:, [names.index("COVID"), names.index("Normal")]] + 1e-12
-    covid = rows.labels == names.index("COVID")
+    both = [names.index("COVID"), names.index("Normal")]
+    asked = np.isin(rows.labels, both)
+    p = rows.probabilities[asked][:, both] + 1e-12
+    covid = rows.labels[asked] == both[0]
     odds = np.log(p[:, 0] / p[:, 1])
     called: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for file, label, predicted in zip(rows.files, rows.labels, rows.predicted, strict=True):
@@ -179,21 +185,25 @@ def score(path: Path) -> str:
     ]
     low, high = percentile_interval(np.array(resampled)) or (np.nan, np.nan)
     auroc = f"AUROC {roc_auc_score(covid, odds):.3f} (95 %: {low:.3f} to {high:.3f})"
-    lines = [f"{path}: {len(covid)} images, {auroc}"]
+    lines = [f"{path}: {len(covid)} images of COVID and Normal, {auroc}"]
     for source, count in sorted(called.items()):
         answers = ", ".join(f"{label} {n}" for label, n in sorted(count.items()))
         lines.append(f"  {source} called {answers}")
     return "\n".join(lines)
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--clones", type=Path, help="folder of the repositories' clones")
+    parser.add_argument("--clones", type=_path, help="folder of the repositories' clones")
     parser.add_argument("--data_dir", help="images that networks were trained on")
-    parser.add_argument("--output", type=Path, default=Path("outside"), help="default: outside")
-    parser.add_argument("--score", type=Path, nargs="+", metavar="CSV", help="predictions.csv")
+    parser.add_argument("--output", type=_path, default=Path("outside"), help="default: outside")
+    parser.add_argument("--score", type=_path, nargs="+", metavar="CSV", help="predictions.csv")
     args = parser.parse_args()
     if args.score:
         print("\n".join(score(path) for path in args.score))

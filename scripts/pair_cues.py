@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from covid_flax.data.decode import decode, resize
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.errors import UserError, run_script
 from covid_flax.evaluation.twins import find_twins
+from covid_flax.run import learned_files
 from covid_flax.run_images import open_data
 from covid_flax.trained_run import Ensemble, TrainedRun, open_run, saved_run
 
@@ -88,9 +90,11 @@ def answers(
         yield name, counts, np.exp((odds - before).mean(0))
 
 
-def _read(data: Dataset, pairs: DataFolder) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _read(
+    data: Dataset, pairs: DataFolder, learned: Collection[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pixels of originals and twins, float64 `[N, H, W]`, and classes `[N]`."""
-    found = find_twins(data.rows, pairs)
+    found = find_twins(data.rows, pairs, learned)
     originals: list[np.ndarray] = []
     twins: list[np.ndarray] = []
     for row, file in found:
@@ -106,13 +110,15 @@ def _read(data: Dataset, pairs: DataFolder) -> tuple[np.ndarray, np.ndarray, np.
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", type=Path, required=True, help="the run's folder")
+    parser.add_argument("--workdir", required=True, help="the run's folder")
     parser.add_argument("--pairs", required=True, help="twins: <Class>/images/<name of an image>")
     parser.add_argument("--data_dir", default="", help="where the run's images lie now")
     args = parser.parse_args(arguments)
-    run = open_run(args.workdir, data_dir=args.data_dir)
-    data = open_data(args.workdir, saved_run(args.workdir), "all", args.data_dir)
-    originals, twins, truth = _read(data, open_folder(args.pairs, require_two_classes=False))
+    workdir, twin_folder = Path(args.workdir).expanduser(), os.path.expanduser(args.pairs)
+    run = open_run(workdir, data_dir=args.data_dir)
+    data = open_data(workdir, saved_run(workdir), "all", args.data_dir)
+    pairs = open_folder(twin_folder, require_two_classes=False)
+    originals, twins, truth = _read(data, pairs, learned_files(workdir))
     print(f"{len(truth):,} pairs, none trained on; answers: {', '.join(run.class_names)}")
     moved = None
     for name, counts, factor in answers(run, originals, twins, truth):

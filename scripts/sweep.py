@@ -49,6 +49,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import LEVEL, student_interval
 from covid_flax.files import write_atomically
 from covid_flax.run import only_trainer
+from ml_collections_configs import base
 
 KINDS = ("grid", "random", "halving")
 MAIN = (sys.executable, "-m", "covid_flax.main")
@@ -484,7 +485,10 @@ def _open(plan: Plan, workdir: Path) -> dict[str, dict[str, Any]]:
         spec, trials = saved["spec"], {t["trial"]: t for t in saved["trials"]}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is damaged: restore it, or choose another --workdir") from e
-    before, after = config_lib.flatten(spec), config_lib.flatten(json.loads(_json(plan.spec)))
+    # Keys that came after the sweep was begun had their defaults.
+    defaults = {"config": config_lib.to_json(base.get_config())}
+    before = config_lib.flatten(defaults) | config_lib.flatten(spec)
+    after = config_lib.flatten(json.loads(_json(plan.spec)))
     changed = [
         f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

@@ -229,6 +229,12 @@ def test_a_sample_keeps_the_classes_shares(limit):
     np.testing.assert_array_equal(places, stratified_sample(labels, limit))
 
 
+def test_a_sample_of_rare_classes_is_no_larger():
+    labels = np.repeat([0, 1, 2], [10_000, 50, 50])
+    assert np.bincount(labels[stratified_sample(labels, 100)]).tolist() == [98, 1, 1]
+    assert np.bincount(labels[stratified_sample(labels, 2)]).tolist() == [1, 1, 1]
+
+
 # Figures.
 
 
@@ -538,7 +544,8 @@ def test_twins_that_the_export_moves_are_counted(marked, tmp_path):
     run.config = SimpleNamespace(
         data=SimpleNamespace(image_size=SIZE, interpolation="nearest", intermediate_size=0)
     )
-    report, _ = controls.score_conditions(run, both, pairs=pairs)
+    learned = {row.file for row in training.rows}
+    report, _ = controls.score_conditions(run, both, pairs=pairs, trained_on=learned)
     got = report["pairs"]
     assert got["num_pairs"] == 15  # none that was trained on
     assert got["flipped"] == 5 and got["flip_rate"] == pytest.approx(1 / 3)
@@ -561,16 +568,24 @@ def test_twins_must_fit_images_that_were_not_trained_on(marked, tmp_path):
     blank = np.zeros((SIZE, SIZE), np.uint8)
     seen = _twin_folder(tmp_path / "a", [training.rows[0].file], lambda _: blank)
     with pytest.raises(UserError, match="no twin of a scored image"):
-        find_twins([*training.rows, *data.rows], seen)
+        find_twins([*training.rows, *data.rows], seen, {row.file for row in training.rows})
+    # A folds' member has it as val, and another member learned from it.
+    as_val = [dataclasses.replace(training.rows[0], split="val")]
+    assert len(find_twins(as_val, seen, ())) == 1
+    with pytest.raises(UserError, match="no twin of a scored image"):
+        find_twins(as_val, seen, {training.rows[0].file})
+    # Another folder's file, of no split, may bear the name of one.
+    elsewhere = [dataclasses.replace(training.rows[0], split="")]
+    assert len(find_twins(elsewhere, seen, {training.rows[0].file})) == 1
     double = data.rows[0].file
     again = double.replace("images/", "images/more/")
     two = _twin_folder(tmp_path / "b", [double, again], lambda _: blank)
     with pytest.raises(UserError, match="two twins named"):
-        find_twins(data.rows, two)
+        find_twins(data.rows, two, ())
     one = _twin_folder(tmp_path / "c", [double], lambda _: blank)
     copies = [data.rows[0], dataclasses.replace(data.rows[0], file=again)]
     with pytest.raises(UserError, match="fits several images"):
-        find_twins(copies, one)
+        find_twins(copies, one, ())
 
 
 # Sources.

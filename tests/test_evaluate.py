@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -188,6 +189,60 @@ def test_groups_that_the_folder_names_later_count(trained, phantom_dir, tmp_path
     assert (leak["crossing"], leak["images"]) == (1, 1)
 
 
+def test_groups_that_only_the_folder_names_count(trained, phantom_dir, tmp_path):
+    """The split was made without any: they are still checked, and resampled together."""
+    run, other = tmp_path / "run", tmp_path / "data"
+    shutil.copytree(trained, run)
+    shutil.copytree(phantom_dir, other)
+    with open(run / "split.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    with open(run / "split.csv", "w", newline="") as f:
+        table = csv.DictWriter(f, rows[0])
+        table.writeheader()
+        table.writerows(row | {"group": ""} for row in rows)
+    report = evaluate(run, split="test", data_dir=str(other))
+    assert "group-leak" not in report["alarms_checked"]
+    assert "duplicate-leak" in report["alarms_checked"]
+    assert report["intervals"]["clusters"] == report["num_examples"]
+    test = [row["file"] for row in rows if row["split"] == "test"]
+    train = [row["file"] for row in rows if row["split"] == "train"]
+    groups = [(train[0], "a"), (test[0], "a"), (train[1], "b"), (test[1], "c"), (test[2], "c")]
+    lines = "".join(f"{file},{group}\n" for file, group in groups)
+    (other / "groups.csv").write_text("file,group\n" + lines)
+    report = evaluate(run, split="test", data_dir=str(other))
+    leak = {alarm["name"]: alarm["figures"] for alarm in report["alarms"]}["group-leak"]
+    assert (leak["crossing"], leak["images"]) == (1, 1)
+    assert report["intervals"]["clusters"] == report["num_examples"] - 1
+
+
+def test_another_s_groups_csv_is_not_lost(trained, phantom_dir, tmp_path):
+    (tmp_path / "groups.csv").write_text("file,group\n")
+    with pytest.raises(UserError, match=r"groups\.csv.*--output"):
+        evaluate(trained, split="test", output=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["groups.csv"]
+
+
+def test_a_place_is_no_other_for_being_said_otherwise(trained, phantom_dir, tmp_path, capsys):
+    copy, link = tmp_path / "run", tmp_path / "link"
+    shutil.copytree(trained, copy)
+    (copy / "calibration.json").unlink(missing_ok=True)
+    link.symlink_to(phantom_dir)
+    evaluate(copy, data_dir=str(link))
+    assert (copy / "calibration.json").exists()
+    assert "no temperature is fitted" not in capsys.readouterr().out
+    (copy / "calibration.json").unlink()
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    evaluate(copy, data_dir=str(tmp_path / "data"), output=tmp_path / "out")
+    assert "no temperature is fitted" in capsys.readouterr().out
+    assert not (copy / "calibration.json").exists()
+
+
+def test_titles_name_the_run_from_within_its_folder(trained, monkeypatch, tmp_path):
+    monkeypatch.chdir(trained)
+    evaluate(Path("."), split="test", output=tmp_path)
+    assert f"test images of {trained.name}" in (tmp_path / "report.html").read_text()
+
+
 def _rows(workdir):
     return _predictions(workdir / "eval" / "test")
 
@@ -244,6 +299,8 @@ def test_class_map_and_prevalence_as_said_on_the_command_line():
     assert parse_prevalence([], ["a", "b"]) is None
     assert parse_prevalence(["0.1"], ["a", "b"]) == {"a": 0.1, "b": 0.1}
     assert parse_prevalence(["a=b=0.1"], ["a=b", "c"]) == {"a=b": 0.1}
+    whole = ["a=0.01", "b=0.2", "c=0.68", "d=0.11"]  # 1.0000000000000002 in floating point
+    assert parse_prevalence(whole, ["a", "b", "c", "d"])["c"] == 0.68
     for wrong in (["x"], ["a"], ["a=x"], ["0.1", "a=0.2"], ["a=0.1", "a=0.1"], ["a=0.6", "b=0.6"]):
         with pytest.raises(UserError, match="prevalence"):
             check_prevalence(parse_prevalence(wrong, ["a", "b"]), ["a", "b"])

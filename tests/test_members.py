@@ -92,6 +92,19 @@ def test_the_report_of_the_whole_tells_of_each_run_and_of_their_mean(folds, spli
     assert 'id="members"' not in (workdir / "fold0" / "eval" / split / "report.html").read_text()
 
 
+def test_the_mean_of_folds_has_no_temperature(folds):
+    """That of the val images is of single runs' answers."""
+    _, workdir, _ = folds
+    stored = json.loads((workdir / "calibration.json").read_text())
+    assert len(stored) == 1
+    assert evaluate(workdir, split="val")["calibration"]
+    report = evaluate(workdir, split="test")
+    assert report["calibration"] is None and report["abstain"] is None
+    with pytest.raises(UserError, match="not of their mean"):
+        evaluate(workdir, split="test", calibrated=True)
+    assert evaluate(workdir / "fold0", split="test", calibrated=True)["calibration"]["applied"]
+
+
 @pytest.mark.slow
 def test_trained_members_are_not_trained_again(folds, capsys):
     config, workdir, summary = folds
@@ -109,8 +122,9 @@ def test_a_whole_is_not_scored_on_what_its_members_learned(folds, tmp_path):
     config, workdir, _ = folds
     with pytest.raises(UserError, match=r"cross-validation.*give one of them, like .*fold0"):
         robustness(workdir, split="val")
-    with pytest.raises(UserError, match=r"cross-validation.*fold0"):
-        run_controls(workdir, split="val")
+    for split in ("val", "all"):
+        with pytest.raises(UserError, match=r"cross-validation.*fold0"):
+            run_controls(workdir, split=split)
     with pytest.raises(UserError, match=r"cross-validation.*fold0"):
         baselines(workdir)
     report = robustness(workdir, limit=4, output=tmp_path / "robustness")
@@ -184,7 +198,11 @@ def test_seeds_of_one_fold_are_no_cross_validation(tiny_config, tmp_path):
     whole, member = (read_split_csv(d / "split.csv") for d in (tmp_path, tmp_path / "seed0"))
     assert whole == member
     assert robustness(tmp_path, split="val", limit=4)["num_examples"] == 4
-    assert "with other seeds" in statements(read_artefacts(tmp_path))["ensemble"]
+    said = statements(read_artefacts(tmp_path))
+    assert "with other seeds" in said["ensemble"]
+    assert "2 trainings, alike but for their seed" in said["limits"]
+    evaluate(tmp_path, split="val")
+    assert evaluate(tmp_path, split="train", calibrated=True)["calibration"]["applied"]
 
 
 def test_seeds_share_their_phantoms(tiny_config, tmp_path):

@@ -153,7 +153,7 @@ def _check_all(e: Evidence) -> dict[str, Alarm | None]:
         if any(row.group for row in fitted_rows) and any(row.group for row in scored_rows):
             made["group-leak"] = group_leak(fitted_rows, scored_rows)
         same = duplicate_leak(fitted_rows, scored_rows, e.hashes or {})
-        if same or e.hashes:  # without hashes only a file listed twice is found
+        if same or e.hashes is not None:  # without hashes only a file listed twice is found
             made["duplicate-leak"] = same
         made["groups-unknown"] = groups_unknown([*fitted_rows, *scored_rows])
     if e.source_counts is not None:
@@ -221,7 +221,7 @@ def independent_predictions(matrix: Any, class_names: Sequence[str] = ()) -> Ala
     """Fires where p > `LEVEL`: the labels might as well have been drawn at random.
 
     A caution where there are too few images to tell: the test must have had power 0.99 to find
-    Cramer's V of 0.3 (some 160 images of four classes, 270 of two). Nothing to test with one
+    Cramer's V of 0.3 (some 145 images of four classes, 270 of two). Nothing to test with one
     true class alone.
     """
     matrix = _counts(matrix)

@@ -95,6 +95,8 @@ def assess(
         }
         report["abstain"] = _abstain(after, calibration["abstain"])
 
+    if folder is not None and folder.groups and not any(row.group for row in rows):
+        rows = _grouped(rows, folder.groups)
     evidence = _evidence(report, predictions, split, rows, stopped_on, folder)
     alarms = find_alarms(evidence)
     # Rows are the truth here by construction, so that check could not fail.
@@ -103,8 +105,10 @@ def assess(
     if trained_on is not None and folder is not None:
         found = _trained_on_these(folder, predictions, *trained_on)
         checked.append("duplicate-leak")
-    elif "group-leak" in checked and "group-leak" not in [alarm.name for alarm in alarms]:
+    elif split not in ("train", "all") and "group-leak" not in [alarm.name for alarm in alarms]:
         found = _leak_by_the_folder_s_groups(folder, rows, split)
+        if found is not None and "group-leak" not in checked:
+            checked.append("group-leak")
     if found is not None:
         alarms.insert(0 if found.level == "alarm" else len(alarms), found)
     report["alarms"] = [dataclasses.asdict(alarm) for alarm in alarms]
@@ -184,14 +188,17 @@ def _trained_on_these(
     )
 
 
+def _grouped(rows: Sequence[Row], groups: Mapping[str, str]) -> list[Row]:
+    return [dataclasses.replace(row, group=groups.get(row.file, "")) for row in rows]
+
+
 def _leak_by_the_folder_s_groups(
     folder: DataFolder | None, rows: Sequence[Row], split: str
 ) -> Alarm | None:
     """What the folder says now, which may be more than when the split was made."""
     if folder is None or folder.groups is None:
         return None
-    group = folder.groups
-    known = [dataclasses.replace(row, group=group.get(row.file, "")) for row in rows]
+    known = _grouped(rows, folder.groups)
     return group_leak(
         [row for row in known if row.split not in (split, "test")],
         [row for row in known if row.split == split],

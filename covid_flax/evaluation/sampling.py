@@ -8,7 +8,7 @@ _SEED = 0
 
 
 def stratified_sample(labels: np.ndarray, limit: int) -> np.ndarray:
-    """At most `limit` images (all for 0), the classes as common as in `labels` `[N]`, one at least.
+    """`limit` images (all for 0), the classes as common as in `labels` `[N]`, but one of each.
 
     Returns:
       Their places in ascending order, int64.
@@ -20,6 +20,8 @@ def stratified_sample(labels: np.ndarray, limit: int) -> np.ndarray:
     share = np.maximum(1, np.floor(exact)).astype(int)
     for k in np.argsort(np.floor(exact) - exact, kind="stable")[: max(0, limit - share.sum())]:
         share[k] += 1
+    while share.sum() > max(limit, len(names)):  # for the rare classes' one
+        share[share.argmax()] -= 1
     rng = np.random.default_rng(_SEED)
     drawn = [
         rng.permutation(np.flatnonzero(labels == name))[:n]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -16,8 +16,14 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import wilson_interval
 
 
-def find_twins(rows: Sequence[Row], pairs: DataFolder) -> list[tuple[Row, str]]:
+def find_twins(
+    rows: Sequence[Row], pairs: DataFolder, learned: Collection[str]
+) -> list[tuple[Row, str]]:
     """The rows that have a file of their class and name in `pairs`, with it; none trained on.
+
+    Args:
+      learned: files that the run learned from. Rows of another folder (of no split) may bear the
+        same names.
 
     Raises:
       UserError: there are none, or names that fit several images.
@@ -29,7 +35,7 @@ def find_twins(rows: Sequence[Row], pairs: DataFolder) -> list[tuple[Row, str]]:
     found = []
     for row in rows:
         file = wanted.get((row.label, PurePosixPath(row.file).name))
-        if file is not None and row.split != "train":
+        if file is not None and not (row.split and row.file in learned):
             found.append((row, file))
     again = [file for file, n in Counter(file for _, file in found).items() if n > 1]
     if again:

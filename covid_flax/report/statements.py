@@ -287,12 +287,16 @@ def _best_epoch(a: Artefacts) -> int:
     return epochs[rule.best_epoch - 1]
 
 
+def _is_cross_validation(a: Artefacts) -> bool:
+    return (a.config("data", "folds") or 0) > 1 and a.config("data", "fold") in (None, -1)
+
+
 def _ensemble(a: Artefacts) -> str | None:
     if not a.config("model", "name"):
         return None
     if a.members:
         text = f"The mean of the probabilities of {len(a.members)} runs"
-        if a.config("data", "folds") and a.config("data", "fold") in (None, -1):
+        if _is_cross_validation(a):
             text += ", one a fold; a val image is scored by the run alone that held it out"
         else:
             text += " with other seeds"
@@ -595,7 +599,7 @@ def limits(a: Artefacts) -> list[str]:
     if a.members:
         said.append(
             f"{len(a.members)} trainings, alike but for their "
-            f"{'images' if a.config('data', 'folds') else 'seed'}: members.json says how far they "
+            f"{'images' if _is_cross_validation(a) else 'seed'}: members.json says how far they "
             "differ, not how far another set of them would."
         )
     else:

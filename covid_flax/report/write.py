@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from covid_flax.data.folder import groups_csv
+from covid_flax.errors import UserError
 from covid_flax.evaluation.predictions import Predictions, predictions_csv
 from covid_flax.files import write_atomically, write_json
 
@@ -33,13 +34,14 @@ def write_evaluation(
 
     Raises:
       ValueError: the predictions do not fit the report.
-      UserError: the folder cannot be written.
+      UserError: the folder cannot be written, or holds a groups.csv of something else.
     """
     # Here, for matplotlib need not load before training's first step.
     from covid_flax.report.page import write_report_page
     from covid_flax.report.plots import plot_confusion_matrix
 
     output = Path(output)
+    refuse_foreign_groups(output)
     n = report["num_examples"]
     if len(predictions.files) != n or list(predictions.class_names) != report["class_names"]:
         raise ValueError(f"{len(predictions.files)} predictions for a report on {n} images")
@@ -53,3 +55,10 @@ def write_evaluation(
     write_report_page(output / "report.html", report, predictions, title=title, run=run)
     # Last, so that a script that waits for it finds the others.
     write_json(output / "report.json", report)
+
+
+def refuse_foreign_groups(output: Path) -> None:
+    """Where a groups.csv would be lost that no evaluation wrote. Raises UserError."""
+    listed = output / "groups.csv"
+    if listed.exists() and not (output / "predictions.csv").exists():
+        raise UserError(f"{listed} is of no evaluation and would be lost: choose another --output")

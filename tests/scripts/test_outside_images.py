@@ -91,12 +91,15 @@ def test_the_score_is_scikit_learn_s_of_the_odds(tmp_path):
     with open(tmp_path / "predictions.csv", "w", newline="") as f:
         write = csv.writer(f).writerow
         write(["file", "label", "predicted", "p_COVID", "p_Lung_Opacity", "p_Normal"])
+        write(["b.png", "Lung_Opacity", "COVID", 0.75, 0.25, 0])  # of neither class
         for i, (label, row) in enumerate(zip(labels, p, strict=True)):
             answer = ("COVID", "Lung_Opacity", "Normal")[row.argmax()]
             write([f"{label}/images/A~{i}.png", label, answer, *row])
     lines = _run("--score", tmp_path / "predictions.csv").stdout.splitlines()
     want = roc_auc_score(labels == "COVID", p[:, 0] / p[:, 2])
-    found = re.search(r"60 images, AUROC ([.\d]+) \(95 %: ([.\d]+) to ([.\d]+)\)", lines[0])
+    found = re.search(
+        r"60 images of COVID and Normal, AUROC ([.\d]+) \(95 %: ([.\d]+) to ([.\d]+)\)", lines[0]
+    )
     auroc, low, high = map(float, found.groups())
     assert auroc == round(want, 3) and 0.5 < want < 1
     # Hanley and McNeil (1982)
@@ -119,6 +122,11 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path):
     (tmp_path / "Figure1-COVID-chestxray-dataset").mkdir()
     done = _run(f"--clones={tmp_path}", f"--data_dir={tmp_path / 'known'}")
     assert done.returncode == 2 and "metadata.csv" in done.stderr.splitlines()[-1]
+
+    (tmp_path / "out" / "choosing").mkdir(parents=True)
+    there = ("--output", tmp_path / "out")
+    done = _run(f"--clones={tmp_path}", f"--data_dir={tmp_path / 'known'}", *there)
+    assert done.returncode == 2 and "choosing is there already" in done.stderr
 
     table = tmp_path / "predictions.csv"
     done = _run("--score", table)

@@ -289,6 +289,13 @@ def test_another_sweeps_folder_is_refused(fake_main, tmp_path):
     with pytest.raises(UserError, match=r"seeds was \[0\], now \[0, 1\]"):
         sweep.sweep(plan(seeds=["0", "1"]), workdir)
     assert (workdir / "sweep.json").read_bytes() == before
+    old = json.loads(before)
+    assert old["spec"]["config"].pop("augment.gamma") == 0.0  # a key that came since
+    (workdir / "sweep.json").write_text(json.dumps(old))
+    sweep.sweep(plan(), workdir)
+    with pytest.raises(UserError, match=r"config.augment.gamma was 0.0, now 0.5"):
+        (workdir / "sweep.json").write_text(json.dumps(old))
+        sweep.sweep(plan(fixed={"augment.gamma": 0.5}), workdir)
     (workdir / "sweep.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         sweep.sweep(plan(), workdir)
