@@ -105,6 +105,19 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def check_keys(config: Any, file: str) -> None:
+    """Refuses what is not built on `base.get_config()`, as another's file may be. UserError."""
+    known = flatten(base.get_config())
+    found = flatten(config) if hasattr(config, "items") else {}
+    strange = sorted(known.keys() ^ found.keys())
+    if strange or not isinstance(config, ml_collections.ConfigDict):
+        what = f" ({strange[0]}, {len(strange):,} keys in all)" if strange else ""
+        raise UserError(
+            f"--config={file} has not the keys of ml_collections_configs/base.py{what}: let "
+            "get_config() begin with base.get_config()"
+        )
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Refuses values that no run could use, naming the key. Raises UserError."""
     flat = flatten(config)
@@ -123,6 +136,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config.train.swa_start={flat['train.swa_start']}: after train.epochs="
             f"{flat['train.epochs']} there is nothing to average: set a smaller one, or 0"
+        )
+    if flat["data.fold"] >= 0 and flat["data.folds"] < 2:
+        raise UserError(
+            f"config.data.fold={flat['data.fold']} is one of data.folds={flat['data.folds']}: set "
+            "how many there are, or data.fold=-1"
         )
     _check_network(flat["model.name"], flat)
 

@@ -152,7 +152,8 @@ def make_feed(run: Run, job: Job) -> Feed:
     order: dict[str, Any] = {
         "batch_size": config.train.batch_size,
         "usable": job.usable,
-        "seed": config.seed,
+        # An epoch shuffles by this plus its number: those of neighbouring seeds must not meet.
+        "seed": int(np.random.SeedSequence(config.seed).generate_state(1)[0]),
         "fill": job.fill,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),

@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from covid_flax.command import run_command
-from covid_flax.config import is_repeated
+from covid_flax.config import check_keys, is_repeated
 from covid_flax.console import say
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
@@ -35,6 +35,7 @@ def _main() -> None:
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     if not Path(name.partition(":")[0]).is_file():
         raise UserError(f"--config={name}: no such file; configs/ has paper.py, finetune.py, ...")
+    check_keys(_CONFIG.value, name)
     profiled = _profiled_steps(_PROFILE.value)
     workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(name)
     if is_repeated(_CONFIG.value):

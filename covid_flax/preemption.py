@@ -37,7 +37,10 @@ def notice_interrupts() -> None:
     Python loses an exception that is raised in a callback of its garbage collector, and JAX has
     such a callback.
     """
-    if threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is not threading.main_thread():
+        return
+    # A shell without job control has what it runs in the background ignore interrupts.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupt)
 
 

@@ -21,14 +21,15 @@ class Profile:
     def __init__(self, workdir: Path, steps: tuple[int, int] | None):
         self._folder = workdir / "profile"
         self._first, self._last = steps or (0, 0)
-        self._tracing = False
+        self._tracing = self._traced = False
+        self._step = 0
 
     def before(self, step: int, due: int) -> int:
         """Called when `step` steps are made and the loop would go on to `due`: where it must
         stop for the trace. Starts the trace where its first step comes next."""
         if step == self._first - 1:
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
-            self._tracing = True
+            self._tracing = self._traced = True
         for edge in (self._first - 1, self._last):
             if step < edge:
                 due = min(due, edge)
@@ -36,6 +37,7 @@ class Profile:
 
     def after(self, step: int, state: Any) -> None:
         """Called when the loop has asked for `step` steps in all."""
+        self._step = step
         if self._tracing and step >= self._last:
             jax.block_until_ready(state)
             self._stop()
@@ -43,7 +45,7 @@ class Profile:
     def _stop(self) -> None:
         jax.profiler.stop_trace()
         self._tracing = False
-        say(f"profile: steps {self._first} to {self._last} traced in {self._folder}")
+        say(f"profile: steps {self._first} to {self._step} traced in {self._folder}")
 
     def __enter__(self) -> Profile:
         return self
@@ -51,3 +53,5 @@ class Profile:
     def __exit__(self, *exc: object) -> None:
         if self._tracing:
             self._stop()
+        elif self._first and not self._traced and exc[0] is None:
+            say(f"note: steps {self._first} to {self._last} were not made, so none is traced")

@@ -64,7 +64,7 @@ def make_recalibration(
     """
     mesh = make_mesh()
     size = config.train.micro_batch or config.train.batch_size
-    size = -(-size // mesh.size) * mesh.size  # a run may be opened on other devices
+    size = min(size, len(source)) // mesh.size * mesh.size or mesh.size  # no image twice
     count = max(1, min(config.train.recalibrate, len(source)) // size)
     order = np.random.default_rng(config.seed).permutation(len(source))
     batches = np.resize(order, count * size).reshape(count, jax.process_count(), -1)

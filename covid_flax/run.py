@@ -7,7 +7,7 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,10 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     Where the folder holds a run with a checkpoint, checks that it is one of this
     configuration, split and class list, and leaves its files as they are; the weights are
     the checkpoint's then. One with figures but without a checkpoint must be of this
-    configuration too. Raises UserError, having written nothing.
+    configuration too.
+
+    Raises:
+      UserError: nothing is written then but the folder's phantoms, where the data are those.
     """
     config_lib.check(config)
     _refuse_file(workdir)
@@ -234,9 +237,10 @@ def _write_run(
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"cannot make {workdir} ({e.strerror}): choose another --workdir") from e
-    write_split_csv(workdir / "split.csv", list(data.rows))
-    # Last: a folder with a config.json is a run.
-    write_json(workdir / "config.json", about, allow_nan=True)
+    with only_trainer(workdir):
+        write_split_csv(workdir / "split.csv", list(data.rows))
+        # Last: a folder with a config.json is a run.
+        write_json(workdir / "config.json", about, allow_nan=True)
 
 
 def check_batches(config: ml_collections.ConfigDict, num_train: int) -> None:
@@ -309,13 +313,22 @@ def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict
                 f"train.teacher={folder} takes images of data.{key}={its[key]}, this run has "
                 f"{config.data[key]}: set it to the teacher's"
             )
+    # Of one data set as a whole and of the folder of its classes the files are the same.
     held_out = {row.file for row in data.rows if row.split != "train"}
-    if leaked := len(learned_files(folder) & held_out):
+    held_out = {_from_class_on(file, data.class_names) for file in held_out}
+    learned = {_from_class_on(file, data.class_names) for file in learned_files(folder)}
+    if leaked := len(learned & held_out):
         raise UserError(
             f"train.teacher={folder}, or a teacher of its own, was trained on {leaked:,} images "
             "that this run holds out: its figures would be of images seen; give a teacher of the "
             "same split"
         )
+
+
+def _from_class_on(file: str, class_names: Sequence[str]) -> str:
+    parts = file.split("/")
+    at = max((i for i, part in enumerate(parts[:-1]) if part in class_names), default=0)
+    return "/".join(parts[at:])
 
 
 def _of_the_whole(config: Any) -> list[str]:

@@ -327,14 +327,20 @@ def make_train_step(
     return step
 
 
+# What changes a whole batch draws from the key folded with these: folded with the number of an
+# image, as `split` does it, it would be that image's own key.
+_STYLE, _MIX = 2**31, 2**31 + 1
+
+
 def _augmented(config: StepConfig, key: Array, batch: dict[str, Array]) -> dict[str, Array]:
     """The batch of images as the network takes it, and what else the loss needs of them."""
     how, x = config.augment, batch["image"]
     if how.style:
-        x = restyle(jax.random.fold_in(key, 2), x, batch["label"], how.style, batch.get("mask"))
+        style_key = jax.random.fold_in(key, _STYLE)
+        x = restyle(style_key, x, batch["label"], how.style, batch.get("mask"))
     x = augment(key, x, how)
     if how.mixup or how.cutmix:
-        x, share = mix(jax.random.fold_in(key, 1), x, how, batch.get("mask"))
+        x, share = mix(jax.random.fold_in(key, _MIX), x, how, batch.get("mask"))
         # Its own share of the labels too, and the labels of what was mixed in.
         batch = {**batch, "share": share, "other": jnp.roll(batch["label"], 1)}
     if config.teacher is not None:

@@ -15,7 +15,7 @@ import optax
 
 from covid_flax import preemption
 from covid_flax.checkpoint import Checkpoints
-from covid_flax.config import keeps_averages
+from covid_flax.config import keeps_averages, to_json
 from covid_flax.console import Meter, say
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
@@ -28,7 +28,7 @@ from covid_flax.profile import Profile
 from covid_flax.recalibrate import do_not_fit, make_recalibration
 from covid_flax.recalibrate import is_due as recalibration_is_due
 from covid_flax.report.log import RunLog
-from covid_flax.run import Run, has_figures, only_trainer
+from covid_flax.run import Run, has_figures, only_trainer, refuse_changes, saved_run
 from covid_flax.step import TrainState, create_state, make_eval_step, zero_skipped, zero_sums
 from covid_flax.stragglers import find_straggler
 
@@ -46,6 +46,9 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
     first = jax.process_index() == 0
     alone = only_trainer(run.workdir) if first else contextlib.nullcontext()
     with alone, Checkpoints(directory, writing=True) as checkpoints:
+        if first:  # another command may have come between
+            saved = saved_run(run.workdir)["config"]
+            refuse_changes(saved, to_json(config), run.workdir)
         state, stopping, loop = _start(run, job, checkpoints)
         step = int(state.step)
         if stopping.should_stop or step >= job.steps_per_epoch * config.train.epochs:
@@ -68,8 +71,11 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
                 f"early stop: {config.train.monitor} has not improved for {config.train.patience} "
                 f"epochs; best epoch {stopping.best_epoch}"
             )
-            if stopping.best_epoch + stopping.wait <= config.train.swa_start:
-                say("note: the mean of the weights had not begun")
+        if 0 < stopping.best_epoch <= config.train.swa_start:
+            say(
+                f"note: epoch {stopping.best_epoch} was the best, before the mean of the weights "
+                f"began (train.swa_start={config.train.swa_start:g})"
+            )
     if first:
         # Here, for matplotlib need not load before the first step.
         from covid_flax.report.plots import plot_curves

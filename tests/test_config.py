@@ -92,6 +92,13 @@ def test_values_no_run_could_use_are_refused_by_key(key, value):
         config_lib.check(config)
 
 
+def test_a_fold_of_none_is_refused():
+    config = base.get_config()
+    config.data.split, config.data.fold = "grouped", 2
+    with pytest.raises(UserError, match=r"data\.fold=2 is one of data\.folds=0"):
+        config_lib.check(config)
+
+
 def test_an_average_that_would_never_begin_is_refused():
     config = base.get_config()
     config.train.epochs, config.train.swa_start = 8, 7

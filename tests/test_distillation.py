@@ -88,6 +88,19 @@ def test_a_teacher_of_other_images_is_refused(tiny_config, teacher, tmp_path):
         setup(config, tmp_path / "other")
 
 
+def test_a_teacher_of_the_same_images_elsewhere_is_refused(
+    tiny_config, teacher, phantom_dir, tmp_path
+):
+    """The folder of the classes, or the one that holds it: their files' names differ."""
+    shutil.copytree(phantom_dir, tmp_path / "archive" / "COVID-19_Radiography_Dataset")
+    tiny_config.data.dir = str(tmp_path / "archive")
+    tiny_config.data.split_seed = 9
+    with pytest.raises(UserError, match=r"was trained on [\d,]+ images that this run holds out"):
+        setup(_student(tiny_config, teacher), tmp_path / "student")
+    tiny_config.data.split_seed = 0
+    setup(_student(tiny_config, teacher), tmp_path / "student")
+
+
 def test_a_teacher_whose_own_teacher_saw_what_is_held_out_is_refused(
     tiny_config, teacher, tmp_path
 ):

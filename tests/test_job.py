@@ -86,7 +86,7 @@ def test_views_are_seen_in_validation_and_in_evaluation_alike(tiny_config, tmp_p
 def test_the_best_epoch_by_accuracy_is_the_highest(tiny_config, tmp_path):
     tiny_config.train.monitor = "val_accuracy"
     tiny_config.train.epochs = 5
-    tiny_config.optimizer.learning_rate = 0.02
+    tiny_config.optimizer.learning_rate = 0.005
     train(setup(tiny_config, tmp_path / "run"))
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     val = [line for line in lines if line["split"] == "val"]

@@ -103,6 +103,13 @@ def test_bad_config_files(tmp_path, args):
         "def get_config():\n    c = base.get_config()\n    c.train.epoch = 3\n    return c\n"
     )
     _refused(forked.main(f"--config={bad}", cwd=ROOT), "epoch", "epochs")
+    bad.write_text("def get_config():\n    return {'seed': 1}\n")
+    _refused(forked.main(f"--config={bad}", cwd=ROOT), "base.get_config()")
+    bad.write_text(
+        "import ml_collections\ndef get_config():\n"
+        "    return ml_collections.ConfigDict({'train': {'epochs': 1}})\n"
+    )
+    _refused(forked.main(f"--config={bad}", cwd=ROOT), "base.get_config()")
 
 
 def _truncate(image):

@@ -46,6 +46,14 @@ except KeyboardInterrupt:
     assert done.stdout.split() == ["swallowed", "heeded"], done.stderr
 
 
+def test_what_the_shell_has_ignore_interrupts_does():
+    code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code += "from covid_flax import preemption; preemption.notice_interrupts()\n"
+    code += "signal.raise_signal(signal.SIGINT); preemption.heed_interrupt(); print('goes on')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "goes on\n", done.stderr
+
+
 def test_a_second_one_does_not_wait():
     code = """
 import os, signal

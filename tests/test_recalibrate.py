@@ -38,15 +38,19 @@ def _state(run, job):
     return create_state(run.params, run.batch_stats, frozenset(run.trained), job.tx, 0)
 
 
-def test_they_are_the_moments_of_the_plain_images(config, tmp_path):
+@pytest.mark.parametrize("batch", [0, 4096])
+def test_they_are_the_moments_of_the_plain_images(config, tmp_path, batch):
     run = setup(config, tmp_path)
     job = make_job(run)
+    if batch:  # all of them, once each
+        config.train.batch_size = config.train.recalibrate = batch
     assert is_due(config, run.batch_stats)
     state = _state(run, job)
     got = make_recalibration(config, run.graphdef, job.train_source)(state).batch_stats
 
     # The first trained batch norm, conv5's first 1x1, from its inputs in float64.
-    order = np.random.default_rng(config.seed).permutation(len(job.train_source))[:48]
+    order = np.random.default_rng(config.seed).permutation(len(job.train_source))
+    order = order if batch else order[:48]
     images = np.stack([job.train_source[int(i)]["image"] for i in order])
     model = nnx.merge(run.graphdef, run.params, run.batch_stats)
     x = np.asarray(model(preprocess(images, "unit"), stop="conv4"), np.float64)[:, ::2, ::2]

@@ -14,6 +14,8 @@ from covid_flax.augment import Augment
 from covid_flax.models import create_model, trained_stages
 from covid_flax.models.resnet import STAGES
 from covid_flax.step import (
+    _MIX,
+    _STYLE,
     StepConfig,
     Teacher,
     create_state,
@@ -123,6 +125,13 @@ def test_mixing_leaves_no_trace_of_what_fills_a_batch_up(batch, how):
     b, again = jax.jit(step)(state, {**batch, **mask, "image": other})
     assert float(loss) == float(again)
     _assert_close(a.params, b.params, rtol=0, atol=0)
+
+
+def test_a_batch_s_draws_are_no_image_s():
+    keys = jax.random.key_data(jax.random.split(jax.random.key(3), 512)).tolist()
+    of_batch = [jax.random.fold_in(jax.random.key(3), n) for n in (1, _STYLE, _MIX)]
+    shared = [jax.random.key_data(key).tolist() in keys for key in of_batch]
+    assert shared == [True, False, False]
 
 
 @pytest.mark.parametrize("trainable", ["all", "conv5", "head"])

@@ -18,6 +18,8 @@ from covid_flax.data.splits import read_split_csv
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
+from covid_flax.feed import make_feed
+from covid_flax.job import make_job
 from covid_flax.models import MODELS, create_model
 from covid_flax.pretrained.names import keras_name
 from covid_flax.run import only_trainer, read_run, setup
@@ -304,6 +306,10 @@ def test_a_trace_of_chosen_steps_is_written(tiny_config, tmp_path, capsys):
     train(setup(tiny_config, tmp_path / "run"), profile=(2, 3))
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
     assert "steps 2 to 3 traced" in capsys.readouterr().out
+    tiny_config.train.epochs = 2
+    train(setup(tiny_config, tmp_path / "more"), profile=(100, 103))
+    assert not (tmp_path / "more" / "profile").exists()
+    assert "note: steps 100 to 103 were not made" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -394,6 +400,48 @@ def test_a_second_trainer_is_refused(resumable, straight):
     workdir = straight(resumable)
     with only_trainer(workdir), pytest.raises(UserError, match="another process"):
         train(setup(resumable, workdir))
+
+
+def test_a_run_in_training_keeps_its_files(tiny_config, tmp_path):
+    """Its first checkpoint may be tens of minutes away."""
+    workdir = tmp_path / "run"
+    run = setup(tiny_config, workdir)
+    before = {name: (workdir / name).read_bytes() for name in ("config.json", "split.csv")}
+    other = tiny_config.copy_and_resolve_references()
+    other.optimizer.learning_rate, other.data.split_seed = 0.5, 9
+    with only_trainer(workdir), pytest.raises(UserError, match="another process"):
+        setup(other, workdir)
+    assert before == {name: (workdir / name).read_bytes() for name in before}
+    setup(other, workdir)  # between the first one's set-up and its training
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate was 0\.5"):
+        train(run)
+
+
+def test_a_mean_that_is_not_what_is_evaluated_is_told(tiny_config, tmp_path, capsys):
+    tiny_config.model.trainable = "head"
+    tiny_config.train.epochs, tiny_config.train.swa_start = 3, 1
+    tiny_config.optimizer.learning_rate = 1e-4
+    train(setup(tiny_config, tmp_path / "a"))
+    assert "mean of the weights" not in capsys.readouterr().out
+    tiny_config.train.min_delta = 100.0  # so that the first epoch stays the best
+    train(setup(tiny_config, tmp_path / "b"))
+    assert "note: epoch 1 was the best, before the mean" in capsys.readouterr().out
+
+
+def test_seeds_have_no_order_of_examples_in_common(tiny_config, tmp_path):
+    tiny_config.data.on_device = "always"
+    orders = []
+    for seed in (3, 4):
+        tiny_config.seed, tiny_config.data.split_seed = seed, 0
+        run = setup(tiny_config, tmp_path / str(seed))
+        job = make_job(run)
+        batches = make_feed(run, job).batches
+        for _ in range(3):
+            epoch = [next(batches) for _ in range(job.steps_per_epoch)]
+            index = np.concatenate([b["index"][b.get("mask", slice(None))] for b in epoch])
+            assert sorted(index) == list(range(len(run.data.files("train"))))
+            orders.append(tuple(index.tolist()))
+    assert len(set(orders)) == 6
 
 
 def test_the_main_command_follows_moved_data(tiny_config, phantom_dir, tmp_path):

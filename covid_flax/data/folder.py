@@ -371,7 +371,8 @@ def _list_images(
 
 def _refuse_other_class_names(files: list[ImageFile], class_names: tuple[str, ...]) -> None:
     """Kaggle names images `<Class>-<number>`; one that names another class is misplaced."""
-    by_folded = {c.casefold(): c for c in class_names}
+    # Numbers name patients and slices.
+    by_folded = {c.casefold(): c for c in class_names if not c.isdecimal()}
     wrong = []
     for f in files:
         named = re.match(r"(.+)-\d+\b", PurePosixPath(f.file).name)
@@ -411,6 +412,7 @@ class _Tables:
         self.manifest = self._find("manifest.csv")
 
     def explicit(self, groups_file: str) -> _Table:
+        groups_file = os.path.expanduser(groups_file)
         if not os.path.isabs(groups_file) and self._tree.has(groups_file):
             content = self._tree.read(groups_file)
         elif os.path.isfile(groups_file):

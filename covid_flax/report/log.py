@@ -28,7 +28,7 @@ class RunLog:
       workdir: the run's folder.
       metrics_bytes: length of `metrics.jsonl` at the checkpoint from which the run goes
         on; what was written after it is dropped, for it will be written again.
-      step: of that checkpoint, from which TensorBoard's view is purged likewise.
+      step: of that checkpoint, after which TensorBoard's view is purged likewise.
     """
 
     def __init__(self, workdir: Path, metrics_bytes: int = 0, step: int = 0):
@@ -39,7 +39,7 @@ class RunLog:
             os.truncate(path, min(metrics_bytes, path.stat().st_size))
         self._file = open(path, "a", encoding="utf-8")
         self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step or None, write_to_disk=self._first
+            str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=self._first
         )
 
     def __enter__(self) -> RunLog:

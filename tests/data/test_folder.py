@@ -122,6 +122,11 @@ def test_mislabelled_names_are_counted(tmp_path):
         open_folder(str(tmp_path))
 
 
+def test_numbers_are_patients_and_no_classes(tmp_path):
+    root = make(tmp_path, "0/1-11.png", "0/2-3.png", "1/0-7.png", "1/1-2.png")
+    assert len(open_folder(root).files) == 4
+
+
 def test_one_class_for_evaluation(tmp_path):
     root = make(tmp_path, "Normal/images/COVID-1.png", "Normal/images/Normal-1.png")
     folder = open_folder(root, require_two_classes=False)
@@ -203,7 +208,7 @@ def test_an_unlisted_image_never_joins_a_group_of_its_own_name(tmp_path):
     assert len(set(open_folder(root).groups.values())) == 4
 
 
-def test_groups_file_and_column_as_given(tmp_path):
+def test_groups_file_and_column_as_given(tmp_path, monkeypatch):
     root = make(tmp_path / "data", *FOUR)
     columns = ["file", "label", "patient_id", "scanner"]
     rows = [(f, f[0], f"p{i}", f"s{i // 2}") for i, f in enumerate(FOUR)]
@@ -214,6 +219,8 @@ def test_groups_file_and_column_as_given(tmp_path):
     elsewhere = shutil.move(tmp_path / "data" / "labels.csv", tmp_path / "far.csv")
     by_scanner = open_folder(root, groups_file=str(elsewhere), group_column="scanner")
     assert list(by_scanner.groups.values()) == ["s0", "s0", "s1", "s1"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_folder(root, groups_file="~/far.csv").groups == by_patient.groups
 
 
 def test_a_row_that_could_mean_two_folders_groups_nothing(tmp_path):

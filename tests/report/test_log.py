@@ -13,17 +13,27 @@ from covid_flax.console import duration
 from covid_flax.report.log import RunLog
 
 
-def _events(folder):
-    """The scalars of all event files: length, its checksum, data, its checksum."""
+def _records(folder):
+    """Those of all event files: length, its checksum, data, its checksum."""
     for path in sorted(folder.glob("events*")):
         data = path.read_bytes()
         while data:
             size = int.from_bytes(data[:8], "little")
             assert int.from_bytes(data[8:12], "little") == masked_crc32c(data[:8])
-            event = Event.FromString(data[12 : 12 + size])
-            for value in event.summary.value:
-                yield value.tag, event.step, value.simple_value
+            yield Event.FromString(data[12 : 12 + size])
             data = data[16 + size :]
+
+
+def _events(folder):
+    """The scalars among them."""
+    for event in _records(folder):
+        for value in event.summary.value:
+            yield value.tag, event.step, value.simple_value
+
+
+def _purged_from(folder):
+    """Steps from which on a reader is to forget what came before."""
+    return [e.step for e in _records(folder) if e.session_log.status == e.session_log.START]
 
 
 def test_lines_and_events(tmp_path):
@@ -43,6 +53,8 @@ def test_lines_and_events(tmp_path):
         ("val/loss", 4, 0.125),
         ("val/accuracy", 4, 1.0),
     }
+    # What a run that begins anew finds there is another's.
+    assert _purged_from(tmp_path / "tensorboard") == [1]
 
 
 def test_what_follows_the_checkpoint_is_dropped(tmp_path):
@@ -54,6 +66,8 @@ def test_what_follows_the_checkpoint_is_dropped(tmp_path):
     with RunLog(tmp_path, metrics_bytes=kept, step=1) as log:
         log.epoch(2, 2, "val", loss=2.0, accuracy=0.0)
     assert (tmp_path / "metrics.jsonl").read_text() == text
+    # Step 1's figures are not written again.
+    assert _purged_from(tmp_path / "tensorboard")[-1] == 2
 
 
 def test_a_fresh_run_starts_an_empty_file(tmp_path):
