@@ -1,5 +1,6 @@
 """The error of a user's making."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -15,6 +16,12 @@ class UserError(Exception):
 
     The commands print it on stderr without a traceback and exit with status 2.
     """
+
+
+def die_of_interrupts() -> None:
+    """As most programs do, without a traceback: for the seconds in which a command is imported."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run_script(main: Callable[[], None]) -> None:

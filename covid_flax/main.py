@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 if __name__ == "__main__":
+    from covid_flax.errors import die_of_interrupts
     from covid_flax.huge_pages import restart_with_huge_pages
 
+    die_of_interrupts()
     restart_with_huge_pages()
 
 import re

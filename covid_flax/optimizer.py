@@ -97,3 +97,8 @@ def make_optimizer(
             )
         )
     return optax.chain(*chain, optax.scale_by_learning_rate(schedule))
+
+
+def updates_made(opt_state: Any) -> jax.Array:
+    """How many, by the optimiser's own count (under pmap of each device): int32."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]

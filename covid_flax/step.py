@@ -16,6 +16,7 @@ from jax import lax
 
 from covid_flax.augment import Augment, augment, mix, restyle, stretched
 from covid_flax.models.preprocess import preprocess
+from covid_flax.optimizer import updates_made
 
 Array = jax.Array
 Tree = Any
@@ -308,7 +309,8 @@ def make_train_step(
         average = state.average
         if config.ema_decay or config.swa_after:
             new = {"params": params, "batch_stats": batch_stats}
-            share = _share_of_average(config, state.step + 1)
+            made = updates_made(opt_state) if config.skip_non_finite else state.step + 1
+            share = _share_of_average(config, made)
             average = jax.tree.map(lambda a, x: a + share * (x - a), average, new)
         new_state = dataclasses.replace(
             state,
@@ -370,14 +372,14 @@ def _unless_skipped(finite: Array, state: TrainState, new: TrainState) -> TrainS
     return dataclasses.replace(chosen, step=new.step, sums={**chosen.sums, **counts})
 
 
-def _share_of_average(config: StepConfig, step: Array) -> Array:
-    """What the weights after the `step`-th update make of their average.
+def _share_of_average(config: StepConfig, updates: Array) -> Array:
+    """What the weights after so many updates make of their average.
 
     Moving averages forget faster while they are young, as TensorFlow's `ExponentialMovingAverage`
     with `num_updates`. Plain means (SWA, Izmailov et al. 2018) are the weights themselves until
     `config.swa_after`.
     """
-    t = step.astype(jnp.float32)
+    t = updates.astype(jnp.float32)
     if config.swa_after:
         return 1 / jnp.maximum(t - config.swa_after, 1.0)
     return 1 - jnp.minimum(config.ema_decay, (1 + t) / (10 + t))

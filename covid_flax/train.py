@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from covid_flax import preemption
 from covid_flax.checkpoint import Checkpoints
@@ -23,6 +22,7 @@ from covid_flax.feature_cache import cached_sources
 from covid_flax.feed import make_feed
 from covid_flax.job import Job, make_job, peak_rate
 from covid_flax.numerics import MOST_SKIPPED, all_finite, divergence, non_finite_error
+from covid_flax.optimizer import updates_made
 from covid_flax.predict import compile_apply, mean_loss, predict
 from covid_flax.profile import Profile
 from covid_flax.recalibrate import do_not_fit, make_recalibration
@@ -217,7 +217,9 @@ def _loop(
                 if row >= min(MOST_SKIPPED, job.steps_per_epoch):
                     refuse(f"{row:,} updates in a row were skipped, none finite", step - row)
                 # A skipped update leaves the schedule where it was.
-                updates = _updates(state) if skipping else step
+                updates = step
+                if skipping:  # under pmap a count of each device
+                    updates = int(np.ravel(updates_made(state.opt_state))[0])
                 learning_rate = float(job.schedule(max(0, updates - 1)))
                 figures = meter.interval(step, count, loss, accuracy, learning_rate)
                 log.interval(step, **figures)
@@ -304,12 +306,6 @@ def _make_validation(run: Run, job: Job) -> Callable[[TrainState], tuple[float, 
         return mean_loss(logits, labels), float(np.mean(logits.argmax(-1) == labels))
 
     return validate
-
-
-def _updates(state: TrainState) -> int:
-    """How many the optimiser has made."""
-    counts = optax.tree_utils.tree_get_all_with_path(state.opt_state, "count")
-    return int(np.asarray(counts[0][1]).reshape(-1)[0])  # under pmap, one of each device
 
 
 def _host_sums(sums: dict[str, jax.Array]) -> dict[str, float]:

@@ -44,7 +44,8 @@ def _step_and_state(**config):
     config = StepConfig("unit", skip_non_finite=True, **config)
     step = make_train_step(graphdef, TX, config)
     params, stats = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-    state = create_state(params, stats, frozenset({"head"}), TX, 0, average=bool(config.ema_decay))
+    average = bool(config.ema_decay or config.swa_after)
+    state = create_state(params, stats, frozenset({"head"}), TX, 0, average=average)
     return step, dataclasses.replace(state, sums={**state.sums, **zero_skipped()})
 
 
@@ -86,6 +87,17 @@ def test_a_skipped_update_changes_nothing_but_its_counts(grey, micro_batch):
     _same(again.params, straight.params)
     assert [int(again.sums[name]) for name in counts] == [1, 0]
     assert float(again.sums["count"]) == 8
+
+
+def test_a_mean_of_weights_counts_no_skipped_update():
+    step, state = _step_and_state(swa_after=1)
+    step, weights = jax.jit(step), []
+    for grey in (GOOD, NAN, GOOD, NAN, NAN, GOOD):
+        state, _ = step(state, _batch(grey))
+        weights.append(np.asarray(state.params["head"]["kernel"], np.float64))
+    mean = (weights[2] + weights[5]) / 2  # after the second and the third update
+    np.testing.assert_allclose(state.average["params"]["head"]["kernel"], mean, rtol=1e-6)
+    assert np.abs(weights[5] - weights[2]).max() > 1e-2
 
 
 def test_without_a_bad_batch_skipping_is_the_plain_update():

@@ -46,6 +46,17 @@ except KeyboardInterrupt:
     assert done.stdout.split() == ["swallowed", "heeded"], done.stderr
 
 
+def test_an_interrupt_while_a_command_is_imported_leaves_no_traceback():
+    code = "import signal; from covid_flax.errors import die_of_interrupts as die; die()\n"
+    code += "signal.raise_signal(signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+    code = "import signal; from covid_flax import errors, preemption; errors.die_of_interrupts()\n"
+    code += "preemption.notice_interrupts(); signal.raise_signal(signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "KeyboardInterrupt" in done.stderr  # the command's to tell, from then on
+
+
 def test_what_the_shell_has_ignore_interrupts_does():
     code = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     code += "from covid_flax import preemption; preemption.notice_interrupts()\n"
