@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import covid_flax.no_accelerator  # noqa: F401  what it does, it does when imported
+import covid_flax.compiler.no_accelerator  # noqa: F401  what it does, it does when imported
 
 # isort: split
 import jax
@@ -29,7 +29,7 @@ import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from covid_flax import aot
+from covid_flax.compiler import aot
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 4

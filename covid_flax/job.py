@@ -11,7 +11,7 @@ import jax
 import ml_collections
 
 from covid_flax.augment import Augment
-from covid_flax.chips import peak_of
+from covid_flax.compiler.chips import peak_of
 from covid_flax.console import say
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.pipeline import Source, usable_examples

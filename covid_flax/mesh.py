@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from covid_flax.xla import compiler_options
+from covid_flax.compiler.xla import compiler_options
 
 AXIS = "data"
 # Arrays of fewer elements are not worth a collective of their own.

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from covid_flax.compiler.xla import compiler_options
 from covid_flax.data.pipeline import Source, eval_batches
 from covid_flax.mesh import make_mesh, put_batch, replicated
-from covid_flax.xla import compiler_options
 
 
 def compile_apply(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,12 +18,12 @@ import numpy as np
 from flax import nnx
 
 from covid_flax.augment import Augment
+from covid_flax.compiler.xla import compiler_options
 from covid_flax.data.pipeline import Source, gather
 from covid_flax.mesh import make_mesh, put_batch, replicated
 from covid_flax.models import MODELS, batch_stats_stages, preprocessing_of
 from covid_flax.models.preprocess import preprocess
 from covid_flax.step import TrainState
-from covid_flax.xla import compiler_options
 
 Tree = Any
 

@@ -13,16 +13,16 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import covid_flax.no_accelerator  # noqa: F401  what it does, it does when imported
+import covid_flax.compiler.no_accelerator  # noqa: F401  what it does, it does when imported
 
 # isort: split
 import jax
 from absl import flags
 from ml_collections import config_flags
 
-from covid_flax import aot, hlo
 from covid_flax import config as config_lib
 from covid_flax.command import run_command
+from covid_flax.compiler import aot, hlo
 from covid_flax.console import say
 from covid_flax.errors import UserError
 from covid_flax.files import write_atomically, write_json

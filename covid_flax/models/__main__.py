@@ -17,15 +17,15 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding, PartitionSpec
 
-import covid_flax.no_accelerator  # noqa: F401  what it does, it does when imported
-from covid_flax import aot, hlo
+import covid_flax.compiler.no_accelerator  # noqa: F401  what it does, it does when imported
 from covid_flax.command import run_command
+from covid_flax.compiler import aot, hlo
+from covid_flax.compiler.xla import compiler_options
 from covid_flax.console import say
 from covid_flax.errors import UserError
 from covid_flax.mesh import AXIS, replicated
 from covid_flax.models import MODELS, create_model
 from covid_flax.step import make_eval_step
-from covid_flax.xla import compiler_options
 from ml_collections_configs import base
 
 _CLASSES = 4

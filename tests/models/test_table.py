@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from covid_flax.aot import tpu_compiler
+from covid_flax.compiler.aot import tpu_compiler
 
 
 def run(*flags):

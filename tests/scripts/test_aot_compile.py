@@ -11,7 +11,7 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh
 
-from covid_flax import aot
+from covid_flax.compiler import aot
 from covid_flax.errors import UserError
 from covid_flax.models import create_model
 from ml_collections_configs import base

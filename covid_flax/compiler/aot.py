@@ -13,8 +13,8 @@ from jax._src.lib import xla_client
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from covid_flax import hlo
-from covid_flax.chips import PEAKS
+from covid_flax.compiler import hlo
+from covid_flax.compiler.chips import PEAKS
 from covid_flax.config import keeps_averages
 from covid_flax.errors import UserError
 from covid_flax.feature_cache import cacheable
@@ -165,7 +165,7 @@ def cost(
       compiled, lowered: the step.
       batch: examples of a step over all devices.
       devices: how many.
-      generation: a key of `covid_flax.chips.PEAKS`.
+      generation: a key of `covid_flax.compiler.chips.PEAKS`.
 
     Returns:
       By the compiler's count (the CUDA one makes none: ours then): `flops_per_example` and

@@ -1,6 +1,6 @@
 import pytest
 
-from covid_flax.chips import PEAKS, peak_of
+from covid_flax.compiler.chips import PEAKS, peak_of
 
 
 @pytest.mark.parametrize(

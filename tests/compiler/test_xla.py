@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from covid_flax import xla
+from covid_flax.compiler import xla
 
 
 def test_a_program_compiled_with_the_options_computes_the_same():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from covid_flax import hlo
+from covid_flax.compiler import hlo
 
 TEXT = """\
 HloModule jit_step, is_scheduled=true

@@ -1,0 +1,1 @@
+"""What XLA is told for a machine, and what it makes of a program for others."""
