@@ -1,3 +1,4 @@
+# make setup        make .venv and install the locked packages
 # make quickstart   set up, train and evaluate on synthetic X-rays, say where the report lies
 # make test         set up, lint, type-check and test
 # make test-all     the same with the slow tests of several devices and processes
@@ -11,7 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := runs/quickstart-demo
 
-.PHONY: quickstart test test-all lint tpu-compiler lock sbom audit clean
+.PHONY: setup quickstart test test-all lint tpu-compiler lock sbom audit clean
+
+setup: $(VENV)/.runtime
 
 quickstart: $(VENV)/.runtime
 	rm -rf $(QUICKSTART)

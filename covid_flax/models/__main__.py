@@ -2,7 +2,7 @@
 
 Of the network for four classes, forward, an image of the size it was designed for: parameters,
 arithmetic as XLA counts it, memory traffic of the program that a TPU v5e would run (where `make
-tpu-compiler` has put its compiler), and the images a second that this machine scores.
+tpu-compiler` has put its compiler), and the images a second that this machine's processor scores.
 """
 
 from __future__ import annotations
