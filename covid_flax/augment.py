@@ -173,7 +173,8 @@ def _border(key: Array, image: Array, most: float) -> Array:
     whether, width_key = jax.random.split(key)
     height, width = image.shape[:2]
     top, bottom, left, right = most * jax.random.uniform(width_key, (4,))
-    y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    # Of pixels' centres, so that opposite bands are alike.
+    y, x = jnp.arange(height)[:, None, None] + 0.5, jnp.arange(width)[None, :, None] + 0.5
     inside = (y >= top * height) & (y < (1 - bottom) * height)
     inside &= (x >= left * width) & (x < (1 - right) * width)
     return jnp.where(inside | ~jax.random.bernoulli(whether), image, 0)

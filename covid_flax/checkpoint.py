@@ -69,6 +69,7 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, writing: bool = False):
         self._directory = directory
+        self._writing = writing
         self._best = _Best()
         self._saving: Any = None
         with _readable(f"the checkpoints in {directory}"):
@@ -138,6 +139,7 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """Raises DamagedError where a newer one than Orbax knows is there."""
+        self._look_again(any(step > max(self.steps, default=-1) for step in self._unlisted))
         latest = max(self.steps, default=None)
         for step in self._unlisted:
             if latest is None or step > latest:
@@ -257,6 +259,7 @@ class Checkpoints:
 
     def _contents(self, step: int) -> dict[str, Any]:
         """The checked JSON of a checkpoint: `loop` and `record`."""
+        self._look_again(step not in self.steps)
         if step not in self.steps:
             raise self._damaged(step, "it was not finished, or files are missing")
         with self._sound(step):
@@ -274,7 +277,18 @@ class Checkpoints:
         try:
             yield
         except Exception as e:
+            if not self._writing and not (self._directory / str(step)).exists():
+                raise UserError(
+                    f"checkpoint {self._directory}/{step} is gone, as when a training goes on and "
+                    "keeps a newer one: give the command again"
+                ) from e
             raise self._damaged(step, what_else + _what_was_met(e)) from e
+
+    def _look_again(self, needed: bool) -> None:
+        """At the folder, where another process may have saved since it was opened."""
+        # Several processes might not all see the need.
+        if needed and not self._writing and jax.process_count() == 1:
+            self._orbax.reload()
 
     def _damaged(self, step: int, why: str) -> DamagedError:
         others = ", ".join(str(s) for s in self.steps if s != step) or "none"

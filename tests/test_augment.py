@@ -50,6 +50,9 @@ def test_brightness_scales_within_bounds_and_clips(images):
     out = _apply(images, brightness=0.3)
     ratio = out.mean((1, 2, 3)) / images.mean((1, 2, 3))
     assert ratio.min() < 0.85 and ratio.max() > 1.1
+    grey = np.full((64, 4, 4, 1), 100, np.float32)  # which no factor takes beyond white
+    drawn = np.quantile(_apply(grey, brightness=0.3)[:, 0, 0, 0] / 100, [0, 0.25, 0.5, 0.75, 1])
+    assert np.abs(drawn - np.linspace(0.7, 1.3, 5)).max() < 0.1  # evenly
     assert out.min() >= 0 and out.max() <= 255
     unclipped = np.minimum(images[:1] * ratio[0], 255)
     np.testing.assert_allclose(out[:1], unclipped, rtol=1e-3, atol=1e-2)
@@ -262,6 +265,13 @@ def test_borders_and_boxes_are_where_they_may_be(images):
     for image in out[touched]:  # whole rows and columns
         rows, columns = (image == 255).any(1), (image == 255).any(0)
         np.testing.assert_array_equal(image == 255, np.outer(rows, columns))
+    wide = _apply(np.full((400, 200, 200, 1), 255, np.float32), border=0.2)[..., 0] == 0
+    wide = wide[wide.any((1, 2))]
+    rows, columns = wide[:, :, 100], wide[:, 100]
+    for band in (rows[:, :100], rows[:, 100:], columns[:, :100], columns[:, 100:]):
+        width = np.quantile(band.sum(1), [0, 0.25, 0.5, 0.75, 1])
+        assert np.abs(width - [0, 10, 20, 30, 40]).max() < 5  # evenly
+        assert band.sum(1).mean() == pytest.approx(20, abs=2)
 
     out = _apply(white, erase=0.5)[..., 0]
     boxes = out != 255
@@ -271,6 +281,12 @@ def test_borders_and_boxes_are_where_they_may_be(images):
         np.testing.assert_array_equal(box, np.outer(box.any(1), box.any(0)))
         assert box.any(1).sum() <= 21 and box.any(0).sum() <= 16
         assert len(np.unique(image[box])) == 1
+    boxes = _apply(np.full((400, 200, 200, 1), 255, np.float32), erase=0.5)[..., 0] != 255
+    inner = boxes[
+        boxes.any((1, 2)) & ~boxes[:, [0, -1]].any((1, 2)) & ~boxes[..., [0, -1]].any((1, 2))
+    ]
+    for side in (inner.any(1).sum(1), inner.any(2).sum(1)):
+        assert side.min() < 25 and 85 < side.max() <= 101  # a tenth of the most, to the most
 
 
 @pytest.fixture(scope="module")
@@ -388,6 +404,8 @@ def test_cutmix_pastes_one_box_whose_area_is_the_share_that_goes(images):
     assert np.all(pasted | np.all(mixed == images, -1))
     np.testing.assert_allclose(1 - pasted.mean((1, 2)), share, atol=1e-6)
     assert 0.5 <= share.min() < 0.6 and 0.9 < share.max() <= 1
+    shares = np.concatenate([_mix(images, seed, cutmix=1.0)[1] for seed in range(8)])
+    assert stats.kstest(2 * shares - 1, "uniform").statistic < 0.1  # Beta(1, 1), its larger part
     places = set()
     for inside in pasted:
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
@@ -402,6 +420,10 @@ def test_both_mixings_take_turns(images):
     other = np.roll(images, 1, 0)
     cut = np.all((mixed == other) | (mixed == images), (1, 2, 3))
     assert 18 <= cut.sum() <= 46
+    # Each by its own strength: a Beta of 0.01 hardly mixes, one of 50 halves.
+    mixed, share = _mix(images, mixup=0.01, cutmix=50.0)
+    cut = np.all((mixed == other) | (mixed == images), (1, 2, 3)) & (share < 0.999)
+    assert cut.sum() > 18 and share[cut].max() < 0.8 and np.median(share[~cut]) > 0.99
 
 
 @pytest.mark.parametrize("how", [{"mixup": 1.0}, {"cutmix": 1.0}])

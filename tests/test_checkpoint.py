@@ -54,6 +54,8 @@ def test_a_save_under_way_is_not_touched_by_donation(tmp_path):
     layout = make_layout("jit")
     step = jax.jit(lambda t: jax.tree.map(lambda x: x + 1, t), donate_argnums=0)
     state = layout.put_state({"w": jnp.zeros((1000, 1000))})
+    kept = layout.get_state(state)["w"]
+    assert kept.unsafe_buffer_pointer() != state["w"].unsafe_buffer_pointer()
     with Checkpoints(tmp_path) as c:
         c.save(0, layout.get_state(state), {}, best=True)
         for _ in range(20):
@@ -251,6 +253,24 @@ def test_a_reader_leaves_a_save_under_way_alone(tmp_path):
         c.wait()
         saved, _ = c.load(1, tree)
     np.testing.assert_array_equal(saved["w"], tree["w"])
+
+
+def test_a_reader_sees_what_is_saved_after_it_began(tmp_path):
+    with Checkpoints(tmp_path, writing=True) as c:
+        c.save(1, _tree(1), {}, best=True)
+        c.wait()
+        with Checkpoints(tmp_path) as reader:
+            c.save(3, _tree(3), {}, best=True)
+            c.wait()
+            assert reader.latest_step == reader.best_step == 3
+            tree, _ = reader.load(3, _tree(0))
+            np.testing.assert_array_equal(jax.tree.leaves(tree)[0], jax.tree.leaves(_tree(3))[0])
+            c.save(4, _tree(4), {}, best=True)
+            c.wait()  # 3 is neither the best nor the latest any more
+            assert not (tmp_path / "3").exists()
+            with pytest.raises(UserError, match="3 is gone.*give the command again"):
+                reader.load(3, _tree(0))
+            assert reader.best_step == 4
 
 
 def test_saves_leave_no_thread_and_no_open_file_behind(tmp_path):

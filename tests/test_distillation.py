@@ -73,6 +73,12 @@ def test_a_student_comes_to_answer_as_its_teacher_does(tiny_config, teacher, tmp
         setup(config, tmp_path / "student")
 
 
+def test_what_is_said_of_the_teacher_reaches_the_step(tiny_config, teacher, tmp_path):
+    config = _student(tiny_config, teacher, teacher_weight=0.7, teacher_temperature=2.0)
+    taught_by = make_job(setup(config, tmp_path)).step_config.teacher
+    assert (taught_by.weight, taught_by.temperature) == (0.7, 2.0)
+
+
 def test_a_teacher_of_other_images_is_refused(tiny_config, teacher, tmp_path):
     config = _student(tiny_config, teacher)
     for key, other in (("image_size", 48), ("interpolation", "lanczos"), ("intermediate_size", 40)):

@@ -174,6 +174,19 @@ def test_mapped_devices_make_the_update_of_the_whole_batch():
         )
         assert float(got.sums["count"][device]) == 8
         assert float(got.sums["loss"][device]) == pytest.approx(float(want.sums["loss"]), rel=1e-5)
+    # Shares of four real examples and of one, and parts of them.
+    mask = {"mask": jnp.arange(8) < 5}
+    step, state = _linear_step(batch)
+    want, _ = jax.jit(step)(state, {**batch, **mask})
+    shares = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), {**batch, **mask})
+    for micro_batch in (0, 2):
+        step, state = _linear_step(batch, axis_name="data", micro_batch=micro_batch)
+        got, _ = jax.jit(jax.vmap(step, axis_name="data", in_axes=(None, 0)))(state, shares)
+        for device in range(2):
+            np.testing.assert_allclose(
+                got.params["head"]["kernel"][device], want.params["head"]["kernel"], atol=1e-6
+            )
+            assert float(got.sums["count"][device]) == 5
     assert (
         float(jnp.abs(want.params["head"]["kernel"] - state.params["head"]["kernel"]).max()) > 0.01
     )

@@ -6,10 +6,14 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from run_update import update
 from small_resnet import with_batch_norm
+
+from covid_flax.mesh import AXIS, sharded
 
 _PROGRAM = """
 import json, sys
@@ -107,3 +111,18 @@ def test_any_layout_gives_the_run_of_one_device_and_goes_on_with_another(config,
         np.testing.assert_allclose(report["loss"], one["loss"], rtol=1e-3, err_msg=name)
     _, losses_here = _results(tmp_path / "8, on 2")
     np.testing.assert_allclose(losses_here, losses, rtol=5e-3)
+
+
+def test_long_arrays_are_spread_by_their_longest_axis():
+    mesh = jax.sharding.AbstractMesh((2,), (AXIS,))
+    specs = {
+        shape: tuple(sharded(jax.ShapeDtypeStruct(shape, jnp.float32), mesh).spec)
+        for shape in ((1024, 256), (256, 1024), (3, 3, 64, 1023), (1023, 1023), (8,))
+    }
+    assert specs == {
+        (1024, 256): (AXIS, None),
+        (256, 1024): (None, AXIS),
+        (3, 3, 64, 1023): (None, None, AXIS, None),
+        (1023, 1023): (),  # two devices do not divide it
+        (8,): (),  # too short to be worth it
+    }

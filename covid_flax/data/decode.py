@@ -9,7 +9,12 @@ from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image, ImageOps
-from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, TiffImageFile
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    PHOTOMETRIC_INTERPRETATION,
+    SAMPLEFORMAT,
+    TiffImageFile,
+)
 
 from covid_flax.errors import UserError
 
@@ -94,7 +99,7 @@ def decode(data: bytes, name: str) -> np.ndarray:
                 oriented = ImageOps.exif_transpose(image)
                 # Pillow turns a TIFF whose 0 is white about at 8 bits only.
                 inverted = image.mode.startswith("I;16") and _white_is_zero(image)
-                pixels = _to_rgb(oriented, name, inverted)
+                pixels = _to_rgb(oriented, name, _largest_value(image, name), inverted)
         except UserError:
             raise
         except Exception as e:
@@ -139,7 +144,17 @@ def _white_is_zero(image: Image.Image) -> bool:
     return isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
 
 
-def _to_rgb(image: Image.Image, name: str, inverted: bool) -> np.ndarray:
+def _largest_value(image: Image.Image, name: str) -> int:
+    """Of a grey image of more than 8 bits: Pillow gives those of 12 as they are. UserError."""
+    if not isinstance(image, TiffImageFile):
+        return 65535
+    bits = image.tag_v2.get(BITSPERSAMPLE, (16,))[0]
+    if bits <= 16 and image.tag_v2.get(SAMPLEFORMAT, (1,))[0] == 2:
+        raise UserError(f"{name} has signed pixels: save it with 8 or 16 bits a pixel, unsigned")
+    return 2 ** min(16, bits) - 1
+
+
+def _to_rgb(image: Image.Image, name: str, largest: int, inverted: bool) -> np.ndarray:
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -147,9 +162,9 @@ def _to_rgb(image: Image.Image, name: str, inverted: bool) -> np.ndarray:
                 f"{name} has 32-bit pixels beyond 0..65535: save it with 8 or 16 bits a pixel"
             )
         if inverted:
-            values = 65535 - values
+            values = largest - values
         # Pillow's own conversion clips at 255 instead of scaling.
-        grey = ((values + 128) // 257).astype(np.uint8)
+        grey = ((values * 255 + largest // 2) // largest).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise UserError(

@@ -255,7 +255,9 @@ class Dense(nnx.Module):
         self.bias = nnx.Param(_filled(0, outputs))
 
     def __call__(self, x: Array) -> Array:
-        return jnp.dot(x, self.kernel[...]) + self.bias[...]
+        # Accelerators would round the operands to 10 bits or fewer.
+        product = jnp.dot(x, self.kernel[...], precision=lax.Precision.HIGHEST)
+        return product + self.bias[...]
 
 
 def adaptive_average_pool(x: Array, size: int) -> Array:

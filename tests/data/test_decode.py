@@ -100,6 +100,40 @@ def test_a_tiff_whose_0_is_white_is_turned_about():
         np.testing.assert_array_equal(decode(data, "x.tif")[..., 0], expected)
 
 
+def _tiff(values, bits, photometric=1, sample_format=1):
+    """One uncompressed strip, little-endian, rows of whole bytes (TIFF 6.0)."""
+    rows = []
+    for row in values:
+        text = "".join(f"{v:0{bits}b}" for v in row) if bits == 12 else ""
+        if bits == 12:
+            text += "0" * (-len(text) % 8)
+            rows.append(bytes(int(text[i : i + 8], 2) for i in range(0, len(text), 8)))
+        else:
+            rows.append(np.asarray(row).astype("<i2").tobytes())
+    strip = b"".join(rows)
+    height, width = np.shape(values)
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8)]
+    tags += [(277, 1), (278, height), (279, len(strip)), (339, sample_format)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    head = b"II*\0" + struct.pack("<I", 8 + len(strip))
+    return head + strip + struct.pack("<H", len(tags)) + entries + b"\0" * 4
+
+
+def test_12_bit_grey_is_scaled():
+    values = np.array([[0, 585, 1170, 2048], [4094, 4095, 16, 8]])
+    want = np.round(values * 255 / 4095)
+    np.testing.assert_array_equal(decode(_tiff(values, 12), "x.tif")[..., 0], want)
+    np.testing.assert_array_equal(
+        decode(_tiff(values, 16), "x.tif")[..., 0], np.round(values / 257)
+    )
+
+
+def test_signed_pixels_are_refused():
+    for values in ([[0, 32767]], [[-5, 9]]):
+        with pytest.raises(UserError, match=r"x\.tif has signed pixels: .* unsigned"):
+            decode(_tiff(values, 16, sample_format=2), "x.tif")
+
+
 def test_32_bit_pixels():
     values = np.array([[0, 257, 65535]], np.int32)
     image = decode(encode(Image.fromarray(values), "TIFF"), "x.tif")
@@ -164,6 +198,11 @@ def png_header(width: int, height: int) -> bytes:
 def test_decompression_bombs_are_refused_unread(size):
     with pytest.raises(UserError, match="x.png has .* above the limit of 20,000 a side"):
         decode(png_header(*size), "x.png")
+
+
+def test_more_pixels_than_the_bytes_can_hold():
+    with pytest.raises(UserError, match="fewer than an image takes"):
+        decode(png_header(10_000, 9_999), "x.png")
 
 
 def test_unknown_interpolation():

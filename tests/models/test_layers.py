@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from covid_flax.models import layers
@@ -61,6 +62,21 @@ def test_statistics_over_a_mapped_axis_equal_those_of_the_whole_batch():
     for part in range(3):
         np.testing.assert_allclose(parts[1][part], mean, atol=1e-6)
         np.testing.assert_allclose(parts[2][part], var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [0, 64])
+def test_a_head_drops_out_before_its_last_layer_alone(hidden):
+    """As Dense, ReLU, Dropout, Dense of the paper: by units that the last layer passes on."""
+    head = layers.Head(64, 64, hidden_units=hidden, dropout_rate=0.4, rngs=nnx.Rngs(0))
+    for dense in filter(None, (head.hidden, head.predictions)):
+        dense.kernel[...] = jnp.eye(64)
+    x = jnp.linspace(-1, 2, 64)[None].repeat(500, 0)
+    want = jnp.maximum(x, 0) if hidden else x
+    np.testing.assert_allclose(head(x, None), want, atol=1e-6)
+    kept = np.asarray(head(x, jax.random.key(0))) / np.where(want == 0, 1, want)
+    kept = kept[np.asarray(want) != 0]
+    assert set(np.unique(kept.round(4))) == {0, np.float32(1 / 0.6).round(4)}
+    assert (kept > 0).mean() == pytest.approx(0.6, abs=0.02)
 
 
 def test_dropout_keeps_its_share_and_the_expectation():

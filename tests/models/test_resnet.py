@@ -337,9 +337,16 @@ def test_bfloat16_computes_convolutions_only(small, batch_stats_in):
 
     def run(model, **how):
         graph, state = nnx.split(model)
-        return jax.jit(lambda state, x: nnx.merge(graph, state)(x, **how))(state, images)
 
-    images = colour_images(8, 64)
+        def apply(state, x):
+            model = nnx.merge(graph, state)
+            return model(x, **how), nnx.state(model, nnx.BatchStat)
+
+        out, stats = jax.jit(apply)(state, images)
+        statistics.append(stats)
+        return out
+
+    images, statistics = colour_images(8, 64), []
     half, full = build(jnp.bfloat16), build(jnp.float32)
     assert run(half, stop="conv2").dtype == jnp.bfloat16
     got, want = (run(model, batch_stats_in=batch_stats_in) for model in (half, full))
@@ -348,3 +355,9 @@ def test_bfloat16_computes_convolutions_only(small, batch_stats_in):
     # Each of 14 layers rounds to 2^-8; batch statistics of few images amplify it.
     error = np.linalg.norm(np.asarray(got) - want) / np.linalg.norm(want)
     assert 0 < error < (0.1 if batch_stats_in else 0.05)
+    # Each layer's running statistics move as they do in float32.
+    before = nnx.state(full, nnx.BatchStat)
+    for old, a, b in zip(*map(jax.tree.leaves, (before, *statistics[-2:])), strict=True):
+        moved = np.linalg.norm(b - old)
+        assert bool(moved > 0) == bool(batch_stats_in)
+        assert np.linalg.norm(a - b) <= 0.15 * moved
