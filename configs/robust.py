@@ -25,8 +25,8 @@ def get_config():
     c.augment.style = 0.9
     c.augment.contrast = 0.0  # standardising undoes it
     c.augment.gamma = 0.2
-    c.augment.blur = 0.5
-    c.augment.noise = 0.012
+    c.augment.blur = 0.7
+    c.augment.noise = 0.018
     c.augment.erase = 0.3
     c.augment.border = 0.15
     c.eval.aspect = 0.1

@@ -67,7 +67,8 @@ def changes(
     yield "twin, original's mean grey", twins - means[1] + means[0]
     added = twins - originals
     added -= added.mean((1, 2), keepdims=True)
-    yield "original, what was added to another", originals + np.roll(added, 1, 0)
+    if len(added) > 1:
+        yield "original, what was added to another", originals + np.roll(added, 1, 0)
     white = rng.normal(0, added.std(), originals.shape)
     yield f"original, white noise of {added.std():.2f} greys", originals + white
 
