@@ -17,16 +17,14 @@ from ml_collections_configs import base
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-SIDE = 40
+
+def _slow(name):
+    return pytest.param(name, marks=pytest.mark.slow)
 
 
 @pytest.fixture(
     scope="module",
-    params=[
-        "efficientnet_lite0_small",
-        pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
-        pytest.param("densenet121", marks=pytest.mark.slow),
-    ],
+    params=["efficientnet_lite0_small", _slow("mobilenet_v3_small"), _slow("densenet121")],
 )
 def network(request):
     config = base.get_config().model
@@ -35,9 +33,10 @@ def network(request):
 
 
 @pytest.fixture(scope="module")
-def batch():
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (8, SIDE, SIDE, 3)).astype(np.uint8)
+def batch(network):
+    # Few pixels in the last of 121 layers would make their statistics, and rounding, large.
+    side = 96 if network[0] == "densenet121" else 40
+    images = np.random.default_rng(0).integers(0, 256, (8, side, side, 3)).astype(np.uint8)
     images[::2] //= 2  # so that images differ in more than noise
     return {"image": jnp.asarray(images), "label": jnp.asarray(np.arange(8) % 4)}
 
@@ -56,7 +55,7 @@ def _close(got, want):
     ):
         scale = max(1e-3, float(jnp.abs(b).max()))
         np.testing.assert_allclose(
-            a, b, atol=2e-3 * scale, rtol=0, err_msg=jax.tree_util.keystr(path)
+            a, b, atol=1e-2 * scale, rtol=0, err_msg=jax.tree_util.keystr(path)
         )
 
 
@@ -74,8 +73,8 @@ def test_the_gradient_is_that_of_the_loss(network, batch):
         )
         return float(step(placed, batch)[1])
 
-    # A thousandth of the loss each way: far above rounding, too short to meet a bend.
-    distance = 2e-3 / norm
+    # A hundredth of the loss each way: far above rounding, too short to meet a bend.
+    distance = 1e-2 / norm
     slope = (loss_at(distance) - loss_at(-distance)) / (2 * distance)
     assert slope == pytest.approx(norm, rel=0.02)
 
