@@ -31,6 +31,7 @@ def test_an_interrupt_that_a_garbage_collection_swallows_is_heeded_later():
     code = """
 import gc, os, signal
 from covid_flax import preemption
+signal.signal(signal.SIGINT, signal.default_int_handler)  # these tests may run where it is ignored
 preemption.notice_interrupts()
 preemption.heed_interrupt()
 gc.callbacks.append(lambda phase, info: phase == "stop" or os.kill(os.getpid(), signal.SIGINT))
@@ -47,11 +48,12 @@ except KeyboardInterrupt:
 
 
 def test_an_interrupt_while_a_command_is_imported_leaves_no_traceback():
-    code = "import signal; from covid_flax.errors import die_of_interrupts as die; die()\n"
+    usual = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = usual + "from covid_flax.errors import die_of_interrupts as die; die()\n"
     code += "signal.raise_signal(signal.SIGINT)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
-    code = "import signal; from covid_flax import errors, preemption; errors.die_of_interrupts()\n"
+    code = usual + "from covid_flax import errors, preemption; errors.die_of_interrupts()\n"
     code += "preemption.notice_interrupts(); signal.raise_signal(signal.SIGINT)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "KeyboardInterrupt" in done.stderr  # the command's to tell, from then on
