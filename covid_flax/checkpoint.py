@@ -139,7 +139,8 @@ class Checkpoints:
     @property
     def latest_step(self) -> int | None:
         """Raises DamagedError where a newer one than Orbax knows is there."""
-        self._look_again(any(step > max(self.steps, default=-1) for step in self._unlisted))
+        known = max(self.steps, default=-1)
+        self._look_again(any(step > known for step in self._unlisted))
         latest = max(self.steps, default=None)
         for step in self._unlisted:
             if latest is None or step > latest:

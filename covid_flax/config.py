@@ -105,6 +105,20 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def changes(before: Any, after: Any, defaults: Any) -> dict[str, str]:
+    """By key what differs between nested mappings: `key was 1, now 2`.
+
+    Args:
+      defaults: what keys have that `before` lacks.
+    """
+    was, now = flatten(defaults) | flatten(before), flatten(after)
+    return {
+        key: f"{key} was {was.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    }
+
+
 def check_keys(config: Any, file: str) -> None:
     """Refuses what is not built on `base.get_config()`, as another's file may be. UserError."""
     known = flatten(base.get_config())

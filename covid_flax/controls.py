@@ -415,7 +415,7 @@ def run_controls(
         training=training,
         masks=lungs,
         pairs=twin_folder,
-        trained_on=learned_files(workdir),
+        trained_on=learned_files(workdir) if pairs else (),
         limit=limit,
     )
 

@@ -7,7 +7,7 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
 from covid_flax.console import say
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.dataset import Dataset
+from covid_flax.data.folder import from_class_on
 from covid_flax.data.pipeline import usable_examples
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
@@ -315,20 +316,16 @@ def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict
             )
     # Of one data set as a whole and of the folder of its classes the files are the same.
     held_out = {row.file for row in data.rows if row.split != "train"}
-    held_out = {_from_class_on(file, data.class_names) for file in held_out}
-    learned = {_from_class_on(file, data.class_names) for file in learned_files(folder)}
+    held_out, learned = (
+        {from_class_on(file, data.class_names) or file for file in files}
+        for files in (held_out, learned_files(folder))
+    )
     if leaked := len(learned & held_out):
         raise UserError(
             f"train.teacher={folder}, or a teacher of its own, was trained on {leaked:,} images "
             "that this run holds out: its figures would be of images seen; give a teacher of the "
             "same split"
         )
-
-
-def _from_class_on(file: str, class_names: Sequence[str]) -> str:
-    parts = file.split("/")
-    at = max((i for i, part in enumerate(parts[:-1]) if part in class_names), default=0)
-    return "/".join(parts[at:])
 
 
 def _of_the_whole(config: Any) -> list[str]:
@@ -438,16 +435,12 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], workdir: Path) ->
       workdir: its folder.
     """
     # Keys that came after the run was begun had their defaults.
-    defaults = config_lib.flatten(config_lib.to_json(base.get_config()))
-    before, after = defaults | config_lib.flatten(saved), config_lib.flatten(now)
-    changed = [
-        f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in _FREE_ON_RESUME
-    ]
-    if changed:
+    defaults = config_lib.to_json(base.get_config())
+    changed = config_lib.changes(saved, now, defaults)
+    said = [line for key, line in changed.items() if key not in _FREE_ON_RESUME]
+    if said:
         raise UserError(
-            f"{workdir} holds a run of another configuration ({'; '.join(changed)}): "
+            f"{workdir} holds a run of another configuration ({'; '.join(said)}): "
             "choose another --workdir"
         )
 

@@ -13,7 +13,7 @@ import ml_collections
 from covid_flax import config as config_lib
 from covid_flax.data.dataset import Dataset, prepare_readable
 from covid_flax.data.folder import DataFolder, open_folder
-from covid_flax.data.splits import Row, read_split_csv
+from covid_flax.data.splits import Row, read_split_csv, regrouped
 from covid_flax.errors import UserError
 from covid_flax.run import refuse_folds, saved_run
 
@@ -70,6 +70,8 @@ def open_data(
             raise UserError(f"--class_map leaves no image of {root}: name a class of the run")
     else:
         rows = read_split_csv(workdir / "split.csv")
+        if folder.groups and not any(row.group for row in rows):  # told since
+            rows = regrouped(rows, folder.groups)
         strange = sorted({row.label for row in rows} - set(class_names))
         if strange:
             raise UserError(

@@ -487,16 +487,11 @@ def _open(plan: Plan, workdir: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} is damaged: restore it, or choose another --workdir") from e
     # Keys that came after the sweep was begun had their defaults.
     defaults = {"config": config_lib.to_json(base.get_config())}
-    before = config_lib.flatten(defaults) | config_lib.flatten(spec)
-    after = config_lib.flatten(json.loads(_json(plan.spec)))
-    changed = [
-        f"{key} was {before.get(key)!r}, now {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
+    changed = config_lib.changes(spec, json.loads(_json(plan.spec)), defaults)
     if changed:
         raise UserError(
-            f"{workdir} holds another sweep ({'; '.join(changed)}): choose another --workdir"
+            f"{workdir} holds another sweep ({'; '.join(changed.values())}): "
+            "choose another --workdir"
         )
     # A folder that is gone is trained anew, and what failed is tried again.
     return {

@@ -54,7 +54,8 @@ for step in "${steps[@]}"; do
       run git -C "$root" archive --format=tar.gz --prefix=covid_flax/ "--output=$archive" HEAD
       run "${tpu[@]}" scp "$archive" "$name:covid_flax.tar.gz" "${where[@]}" "--worker=$worker"
       on_workers "python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-{ echo 'error: Python 3.11 or newer is needed: create the VM with another --version' >&2; exit 2; }; tar xzf covid_flax.tar.gz && cd covid_flax && python3 -m venv .venv && \
+{ echo 'error: Python 3.11 or newer is needed: create the VM with another --version' >&2; exit 2; }; \
+tar xzf covid_flax.tar.gz && cd covid_flax && python3 -m venv .venv && \
 .venv/bin/python -m pip install --quiet --editable '.[tpu,lite0]'"
       ;;
     run)

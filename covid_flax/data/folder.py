@@ -506,15 +506,20 @@ def _read_csv(name: str, content: bytes) -> tuple[list[str], dict[str, dict[str,
     return columns, rows
 
 
+def from_class_on(file: str, labels: Collection[str]) -> str | None:
+    """The part of a path that begins with a class; None where none does."""
+    parts = file.split("/")
+    start = next((i for i, part in enumerate(parts) if part in labels), None)
+    return None if start is None else "/".join(parts[start:])
+
+
 def _from_class_on(rows: dict[str, dict[str, str]], labels: set[str]) -> dict[str, dict[str, str]]:
     """Rows by the part of their path that begins with a class; ambiguous ones left out."""
     short: dict[str, dict[str, str]] = {}
     ambiguous = set()
     for file, row in rows.items():
-        parts = file.split("/")
-        start = next((i for i, p in enumerate(parts) if p in labels), None)
-        if start is not None:
-            key = "/".join(parts[start:])
+        key = from_class_on(file, labels)
+        if key is not None:
             if short.setdefault(key, row) is not row:
                 ambiguous.add(key)
     return {k: v for k, v in short.items() if k not in ambiguous}

@@ -8,7 +8,7 @@ import hashlib
 import io
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,11 @@ class Row:
     label: str
     split: str
     group: str
+
+
+def regrouped(rows: Sequence[Row], groups: Mapping[str, str]) -> list[Row]:
+    """The rows with these groups of their files, "" where there is none."""
+    return [dataclasses.replace(row, group=groups.get(row.file, "")) for row in rows]
 
 
 def make_split(

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from covid_flax.data.folder import DataFolder
-from covid_flax.data.splits import Row
+from covid_flax.data.splits import Row, regrouped
 from covid_flax.evaluation.alarms import (
     Alarm,
     Evidence,
@@ -95,8 +95,6 @@ def assess(
         }
         report["abstain"] = _abstain(after, calibration["abstain"])
 
-    if folder is not None and folder.groups and not any(row.group for row in rows):
-        rows = _grouped(rows, folder.groups)
     evidence = _evidence(report, predictions, split, rows, stopped_on, folder)
     alarms = find_alarms(evidence)
     # Rows are the truth here by construction, so that check could not fail.
@@ -188,17 +186,13 @@ def _trained_on_these(
     )
 
 
-def _grouped(rows: Sequence[Row], groups: Mapping[str, str]) -> list[Row]:
-    return [dataclasses.replace(row, group=groups.get(row.file, "")) for row in rows]
-
-
 def _leak_by_the_folder_s_groups(
     folder: DataFolder | None, rows: Sequence[Row], split: str
 ) -> Alarm | None:
     """What the folder says now, which may be more than when the split was made."""
     if folder is None or folder.groups is None:
         return None
-    known = _grouped(rows, folder.groups)
+    known = regrouped(rows, folder.groups)
     return group_leak(
         [row for row in known if row.split not in (split, "test")],
         [row for row in known if row.split == split],

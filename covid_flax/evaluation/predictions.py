@@ -58,8 +58,6 @@ def predictions_of(data: Dataset, split: str, probabilities: np.ndarray) -> Pred
     """The probabilities `[N, K]` of a split's images, with their labels and groups."""
     rows = data.files(split)
     groups = tuple(row.group for row in rows)
-    if not any(row.group for row in data.rows) and data.folder.groups:  # told since
-        groups = tuple(data.folder.groups.get(row.file, "") for row in rows)
     return Predictions(
         class_names=data.class_names,
         files=tuple(row.file for row in rows),

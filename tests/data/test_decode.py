@@ -100,19 +100,14 @@ def test_a_tiff_whose_0_is_white_is_turned_about():
         np.testing.assert_array_equal(decode(data, "x.tif")[..., 0], expected)
 
 
-def _tiff(values, bits, photometric=1, sample_format=1):
-    """One uncompressed strip, little-endian, rows of whole bytes (TIFF 6.0)."""
-    rows = []
-    for row in values:
-        text = "".join(f"{v:0{bits}b}" for v in row) if bits == 12 else ""
-        if bits == 12:
-            text += "0" * (-len(text) % 8)
-            rows.append(bytes(int(text[i : i + 8], 2) for i in range(0, len(text), 8)))
-        else:
-            rows.append(np.asarray(row).astype("<i2").tobytes())
-    strip = b"".join(rows)
+def _tiff(values, bits, sample_format=1):
+    """One uncompressed strip, little-endian, an even number of pixels a row (TIFF 6.0)."""
+    strip = np.asarray(values).astype("<i2").tobytes()
+    if bits == 12:  # packed, the high bits first
+        rows = ["".join(f"{v:012b}" for v in row) for row in values]
+        strip = b"".join(int(row, 2).to_bytes(len(row) // 8, "big") for row in rows)
     height, width = np.shape(values)
-    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 8)]
+    tags = [(256, width), (257, height), (258, bits), (259, 1), (262, 1), (273, 8)]
     tags += [(277, 1), (278, height), (279, len(strip)), (339, sample_format)]
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
     head = b"II*\0" + struct.pack("<I", 8 + len(strip))
