@@ -25,7 +25,7 @@ def get_config() -> ml_collections.ConfigDict:
     """The locked base configuration: setting a key that is not here fails."""
     c = ml_collections.ConfigDict()
 
-    c.repeats = 1  # > 1: trains so often on one split, with seeds from `seed` on
+    c.repeats = 1  # > 1: trains that many times on one split, with seeds from `seed` on
     c.seed = 0  # of all that is drawn at random: split, first weights, order, dropout, augmentation
 
     c.data = d = ml_collections.ConfigDict()

@@ -2,7 +2,7 @@
 
     python scripts/convert_weights.py IN OUT.npz [--model resnet50] [--may_miss conv5]
 
-IN is any layout that `model.weights` takes (docs/weights.md). Only what fits the network is
+IN is Keras's .h5 or .weights.h5, or an .npz, of a ResNet (docs/weights.md). Only what fits the network is
 written; OUT is never written over.
 """
 
