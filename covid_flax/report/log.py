@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ _hide_torch = "torch" not in sys.modules
 if _hide_torch:
     sys.modules["torch"] = None  # type: ignore[assignment]
 from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import _EventLoggerThread
 
 if _hide_torch:
     del sys.modules["torch"]
@@ -38,6 +40,9 @@ class RunLog:
             path.touch()
             os.truncate(path, min(metrics_bytes, path.stat().st_size))
         self._file = open(path, "a", encoding="utf-8")
+        # TensorBoard's thread writes when it likes: what stops it is told by the next figure.
+        self._failed: OSError | None = None
+        self._excepthook, threading.excepthook = threading.excepthook, self._heed
         self._tensorboard = SummaryWriter(
             str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=self._first
         )
@@ -45,26 +50,43 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
+    def _heed(self, args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.thread, _EventLoggerThread) and isinstance(args.exc_value, OSError):
+            self._failed = args.exc_value
+        else:
+            self._excepthook(args)
+
+    def _refuse_failed(self) -> None:
+        """Without its thread TensorBoard's queue would soon be full, and wait for ever."""
+        if self._failed is not None:
+            raise self._failed
+
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             self._file.close()
+            self._refuse_failed()
             self._tensorboard.close()
         except OSError:
             self._abandon()
             if error is None:  # else that one is told, which met the full disk first
                 raise
+        finally:
+            threading.excepthook = self._excepthook
 
     def _abandon(self) -> None:
         """Else TensorBoard's thread and its handler at exit would each print a traceback."""
         writer = self._tensorboard.file_writer.event_writer
         if not writer._closed:
             writer._closed = True
-            writer._worker.stop()
+            writer._event_queue.cancel_join_thread()
+            if writer._worker.is_alive():
+                writer._worker.stop()
             with contextlib.suppress(OSError):
                 writer._ev_writer._py_recordio_writer._writer.close()
 
     def epoch(self, step: int, epoch: int, split: str, **figures: float) -> None:
         """One line of `metrics.jsonl`, and the same to TensorBoard."""
+        self._refuse_failed()
         line: dict[str, Any] = {"step": step, "epoch": epoch, "split": split, **figures}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -74,6 +96,7 @@ class RunLog:
 
     def interval(self, step: int, **figures: float) -> None:
         """Figures of some steps, to TensorBoard alone."""
+        self._refuse_failed()
         for name, value in figures.items():
             self._tensorboard.add_scalar(f"steps/{name}", value, step)
 

@@ -107,6 +107,35 @@ except OSError as e:
 """
 
 
+_FILLS_UP_BETWEEN = """
+import resource, sys, time
+from pathlib import Path
+from covid_flax.report.log import RunLog
+try:
+    with RunLog(Path(sys.argv[1])) as log:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        worker = log._tensorboard.file_writer.event_writer._worker
+        for step in range(60):  # more than TensorBoard's queue holds
+            worker._next_flush_time = 0  # as after two minutes
+            log.interval(step, loss=0.5)
+            time.sleep(0.02)
+except OSError as e:
+    print(type(e).__name__, e.errno)
+"""
+
+
+def test_a_disk_that_only_tensorboard_met_stops_the_figures(tmp_path):
+    """Its thread is dead then, and its queue takes ten figures."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FILLS_UP_BETWEEN, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and done.stdout.split() == ["OSError", str(errno.EFBIG)]
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
 def test_a_full_disk_is_told_once(tmp_path):
     """No traceback of TensorBoard's thread, nor at the process's exit."""
     done = subprocess.run(
