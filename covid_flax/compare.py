@@ -31,7 +31,7 @@ from covid_flax.evaluation.intervals import (
 )
 from covid_flax.evaluation.metrics import classification_report, resampled_figures
 from covid_flax.evaluation.predictions import Predictions, read_predictions
-from covid_flax.files import write_atomically, write_json
+from covid_flax.files import parse_json, write_atomically, write_json
 from covid_flax.report.artefacts import EVALUATION, RUN, read_object
 
 SCORED = ("test", "val")  # in the order of preference
@@ -144,16 +144,18 @@ def compare(
       Plain Python values, as in compare.json: num_examples, clusters, groups_known, class_names,
       split, level, resamples, seed; runs, with figures (`{"value", "interval"}` by the names of
       `FIGURES`, and recall by class); against_first, the first with each other; and pairs, any
-      two. Those hold first and second (names), difference, and mcnemar, in which p_holm is
-      Holm's p among its list (Holm 1979); and cautions, as `covid_flax.evaluation.alarms.Alarm`.
+      two. Those hold first and second (names), difference (of accuracy also `joint_interval`, at
+      the level that holds for all of against_first together, by Bonferroni), and mcnemar, in which
+      p_holm is Holm's p among its list (Holm 1979); and cautions, as
+      `covid_flax.evaluation.alarms.Alarm`.
     """
     p = evaluations[0].predictions
     clusters = len(np.unique(p.clusters))
     scored = [_score(e.predictions, resamples, seed) for e in evaluations]
 
-    def interval(values: np.ndarray) -> list[float] | None:
+    def interval(values: np.ndarray, level: float = LEVEL) -> list[float] | None:
         # One group, drawn again and again, says nothing of how groups differ.
-        found = percentile_interval(values) if clusters > 1 else None
+        found = percentile_interval(values, level) if clusters > 1 else None
         return found if has_width(found) else None
 
     def wilson(e: Evaluation, key: tuple[str, ...]) -> list[float] | None:
@@ -186,6 +188,10 @@ def compare(
                 "value": None if a is None or b is None else b - a,
                 "interval": interval(scored[j][1][name,] - scored[i][1][name,]),
             }
+        difference["accuracy"]["joint_interval"] = interval(
+            scored[j][1]["accuracy",] - scored[i][1]["accuracy",],
+            1 - (1 - LEVEL) / (len(evaluations) - 1),
+        )
         right = [e.predictions.predicted == p.labels for e in (evaluations[i], evaluations[j])]
         return {
             "first": evaluations[i].name,
@@ -537,12 +543,27 @@ def _figure(figure: Mapping[str, Any], sign: str = "") -> str:
     return text + (f" ({interval[0]:{sign}.4f} to {interval[1]:{sign}.4f})" if interval else "")
 
 
+def _compared_in(output: Path) -> list[str] | None:
+    """The runs that the comparison in `output` is of; None without one."""
+    try:
+        found = parse_json((output / "compare.json").read_text(encoding="utf-8"))
+        return [str(run["name"]) for run in found["runs"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _main(arguments: list[str]) -> None:
     f = flags.FLAGS
     evaluations = read_evaluations([Path(a).expanduser() for a in arguments], f.split)
     comparison = compare(evaluations)
     split = comparison["split"]
     output = Path(f.output).expanduser() if f.output else Path(f"compare-{split}".rstrip("-"))
+    before, now = _compared_in(output), [run["name"] for run in comparison["runs"]]
+    if before not in (None, now):
+        print(
+            f"note: this replaces the comparison of {', '.join(before or [])}: give --output to "
+            "keep it"
+        )
     write_comparison(output, comparison)
     print_comparison(comparison)
     print(f"written: {output}/compare.html, compare.json, compare.csv")

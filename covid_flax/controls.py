@@ -29,7 +29,7 @@ from covid_flax.command import run_command
 from covid_flax.console import say
 from covid_flax.data.conditions import Condition, conditions, histogram
 from covid_flax.data.dataset import Dataset
-from covid_flax.data.folder import DataFolder, open_folder
+from covid_flax.data.folder import DataFolder, open_folder, refuse_inside
 from covid_flax.data.masks import LungMasks, find_masks
 from covid_flax.data.pipeline import Element, ImageSource, Source
 from covid_flax.data.splits import PARTS, Row
@@ -52,7 +52,12 @@ from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sour
 from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
 from covid_flax.files import make_writable, write_json
 from covid_flax.run import learned_files
-from covid_flax.run_images import CLASS_MAP_HELP, open_held_out, parse_class_map
+from covid_flax.run_images import (
+    CLASS_MAP_HELP,
+    open_held_out,
+    parse_class_map,
+    what_they_chose,
+)
 from covid_flax.trained_run import Ensemble, TrainedRun, open_run
 
 # Training images that give the histogram to match, and that the simple models learn from.
@@ -396,6 +401,7 @@ def run_controls(
         raise UserError(f"--pairs={pairs} does not exist: give a folder of <Class>/images/<name>")
     split, data = open_held_out(workdir, split, data_dir, class_map)
     output = output or workdir / "controls" / split
+    refuse_inside(output, data.folder.root, "--output")
     make_writable(output)
     training = None
     if split in ("test", "val"):  # the simple models must not be scored on what they learned from
@@ -424,6 +430,7 @@ def run_controls(
 
     report = {
         "split": split,
+        "warning": what_they_chose(split, elsewhere=bool(data_dir) and split == "all"),
         "checkpoint": {"which": checkpoint, "step": run.step},
         "data_dir": str(Path(data.folder.root).absolute()),
         "pairs_dir": pairs or None,
@@ -431,13 +438,13 @@ def run_controls(
         **report,
     }
     report["text"] = explain(report)
+    write_json(output / "controls.json", report)
     write_controls_page(
         output / "controls.html",
         report,
         examples,
         title=f"Shortcut controls of {workdir.resolve().name}",
     )
-    write_json(output / "controls.json", report)
     _print(report, output)
     return report
 
@@ -459,6 +466,8 @@ def _print(report: dict[str, Any], output: Path) -> None:
     say("")
     for sentence in report["text"]:
         say(sentence)
+    if report["warning"]:
+        say(f"note: {report['warning']}")
     say(f"written: {output}/controls.html, controls.json")
 
 

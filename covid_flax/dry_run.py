@@ -42,6 +42,10 @@ def dry_run(run: Run) -> None:
     step = jax.jit(make_train_step(run.graphdef, job.tx, step_config), donate_argnums=0)
     compiled = step.lower(state, run.batch_shapes(job.start, batch)).compile()
     cost = compiled.cost_analysis() or {}
+    if config.train.micro_batch:  # a loop's body is counted once
+        whole = dataclasses.replace(step_config, micro_batch=0)
+        plain = jax.jit(make_train_step(run.graphdef, job.tx, whole))
+        cost = plain.lower(state, run.batch_shapes(job.start, batch)).cost_analysis() or {}
     memory = compiled.memory_analysis()
     say("")
     say(

@@ -24,6 +24,7 @@ from covid_flax.command import run_command
 from covid_flax.config import is_cross_validation
 from covid_flax.console import say
 from covid_flax.data.dataset import Dataset
+from covid_flax.data.folder import refuse_inside
 from covid_flax.data.splits import PARTS
 from covid_flax.errors import UserError
 from covid_flax.evaluation.metrics import check_prevalence
@@ -32,7 +33,13 @@ from covid_flax.files import make_writable, parse_json, write_json
 from covid_flax.report.summary import print_report
 from covid_flax.report.write import refuse_foreign_groups
 from covid_flax.run import saved_run
-from covid_flax.run_images import CLASS_MAP_HELP, open_data, own_images, parse_class_map
+from covid_flax.run_images import (
+    CLASS_MAP_HELP,
+    images_root,
+    open_data,
+    own_images,
+    parse_class_map,
+)
 from covid_flax.trained_run import Ensemble, answers_of_members, open_run, together
 
 
@@ -74,6 +81,7 @@ def evaluate(
     run = open_run(workdir, checkpoint, data_dir)
     calibration = _stored_calibration(workdir, run.step)
     output = output or workdir / "eval" / split
+    refuse_inside(output, data.folder.root, "--output")
     make_writable(output)
     refuse_foreign_groups(output)
     # Its val images were each answered by one run, all others by all of them together.
@@ -101,7 +109,7 @@ def evaluate(
     predictions = predictions_of(data, split, probabilities)
     elsewhere = bool(data_dir) and split == "all"
     # Elsewhere they are the images that training held out only if they were moved there.
-    root = Path(saved["data"]["root"])
+    root = images_root(workdir, saved)
     own = not data_dir or not root.exists() or root.samefile(data.folder.root)
     fits = split == "val" and own
     if fits:
@@ -130,6 +138,7 @@ def evaluate(
     report["checkpoint"] = {"which": checkpoint, "step": run.step}
     report["data_dir"] = str(Path(data.folder.root).absolute())
     report["bad_images"] = dict(data.bad_images)
+    report["not_images"] = dict(data.folder.ignored)
     if class_map:
         report["class_map"] = dict(class_map)
     if split == "val":
@@ -142,6 +151,8 @@ def evaluate(
         say(f"note: this replaces the evaluation of {before} in {output}: give --output to keep it")
     name = workdir.resolve().name
     title = f"{split} images of {name}"
+    if elsewhere:
+        title = f"Images of {Path(data.folder.root).absolute().name}, scored by {name}"
     write_evaluation(output, report, predictions, title=title, run=saved | {"name": name})
     if fits:
         try:

@@ -20,14 +20,28 @@ from tqdm import tqdm
 from covid_flax.command import run_command
 from covid_flax.console import say
 from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS, Corruption
+from covid_flax.data.folder import refuse_inside
 from covid_flax.data.pipeline import Element, Source
 from covid_flax.data.splits import PARTS
 from covid_flax.errors import UserError
-from covid_flax.evaluation.intervals import wilson_interval
+from covid_flax.evaluation.intervals import (
+    cluster_weights,
+    has_width,
+    percentile_interval,
+    wilson_interval,
+)
+from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.files import make_writable, write_json
-from covid_flax.run_images import CLASS_MAP_HELP, open_held_out, parse_class_map
+from covid_flax.run_images import (
+    CLASS_MAP_HELP,
+    open_held_out,
+    parse_class_map,
+    what_they_chose,
+)
 from covid_flax.trained_run import Ensemble, TrainedRun, open_run
+
+_RESAMPLES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +76,11 @@ class CorruptedSource:
 
 
 def score_corruptions(
-    run: TrainedRun | Ensemble, source: Source, labels: np.ndarray, limit: int = 0
+    run: TrainedRun | Ensemble,
+    source: Source,
+    labels: np.ndarray,
+    limit: int = 0,
+    clusters: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Accuracy under every corruption and strength.
 
@@ -71,13 +89,27 @@ def score_corruptions(
       source: the images.
       labels: class indices, `[N]`.
       limit: at most so many images, class by class; 0 takes all.
+      clusters: group numbers, `[N]`; None where every image is its own.
 
     Returns:
-      `num_examples`; `plain`: figures; `corruptions`: name, unit, values, `strengths` (figures of
-      each), mean accuracy and mean drop; `mean_drop` and `mean_balanced_drop` over all.
+      `num_examples`; `clusters`, how many groups; `plain`: figures, with a 95 % interval by the
+      cluster bootstrap where images share groups, else Wilson's; `corruptions`: name, unit,
+      values, `strengths` (figures of each), mean accuracy and mean drop; `mean_drop` and
+      `mean_balanced_drop` over all.
     """
     index = stratified_sample(labels, limit)
     truth = labels[index]
+    cluster = np.arange(len(labels)) if clusters is None else clusters
+    cluster = cluster[index]
+    groups = len(np.unique(cluster))
+
+    def interval(right: np.ndarray) -> list[float] | None:
+        if groups < len(right):
+            drawn = [w @ right / w.sum(1) for w in cluster_weights(cluster, _RESAMPLES)]
+            found = percentile_interval(np.concatenate(drawn))
+            if has_width(found):
+                return found
+        return wilson_interval(int(right.sum()), len(right))
 
     def figures(corruption: Corruption | None = None, strength: int = 0) -> dict[str, Any]:
         changed = CorruptedSource(source, index, corruption, strength)
@@ -85,7 +117,7 @@ def score_corruptions(
         recalls = [right[truth == k].mean() for k in np.unique(truth)]
         return {
             "accuracy": float(right.mean()),
-            "accuracy_interval": wilson_interval(int(right.sum()), len(right)),
+            "accuracy_interval": interval(right),
             "balanced_accuracy": float(np.mean(recalls)),
         }
 
@@ -113,6 +145,7 @@ def score_corruptions(
             )
     return {
         "num_examples": len(index),
+        "clusters": groups,
         "plain": plain,
         "corruptions": rows,
         "mean_drop": float(np.mean([row["mean_drop"] for row in rows])),
@@ -147,19 +180,22 @@ def robustness(
     split, data = open_held_out(workdir, split, data_dir, class_map)
     run = open_run(workdir, checkpoint, data_dir)
     output = output or workdir / "robustness" / split
+    refuse_inside(output, data.folder.root, "--output")
     make_writable(output)
-    source = data.source(split, run.config.data)
+    source, rows = data.source(split, run.config.data), data.files(split)
+    clusters = cluster_numbers([row.file for row in rows], [row.group for row in rows])
     report = {
         "split": split,
+        "warning": what_they_chose(split, elsewhere=bool(data_dir) and split == "all"),
         "checkpoint": {"which": checkpoint, "step": run.step},
         "data_dir": str(Path(data.folder.root).absolute()),
-        **score_corruptions(run, source, data.labels(split), limit),
+        **score_corruptions(run, source, data.labels(split), limit, clusters),
     }
     # Slow to import.
     from covid_flax.report.robustness_plot import plot_robustness
 
-    plot_robustness(report, output / "robustness.png", f"{workdir.resolve().name}, {split} images")
     write_json(output / "robustness.json", report)
+    plot_robustness(report, output / "robustness.png", f"{workdir.resolve().name}, {split} images")
     _print(report, output)
     return report
 
@@ -172,6 +208,8 @@ def _print(report: dict[str, Any], output: Path) -> None:
         by_strength = "".join(f"{s['accuracy']:8.4f}" for s in row["strengths"])
         say(f"{row['name']:<14}{by_strength}{row['mean_accuracy']:8.4f}{row['mean_drop']:8.4f}")
     say(f"mean drop {report['mean_drop']:.4f}, balanced {report['mean_balanced_drop']:.4f}")
+    if report["warning"]:
+        say(f"note: {report['warning']}")
     say(f"written: {output}/robustness.json, robustness.png")
 
 

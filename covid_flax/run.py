@@ -21,7 +21,7 @@ from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
 from covid_flax.console import say
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.dataset import Dataset
-from covid_flax.data.folder import from_class_on
+from covid_flax.data.folder import from_class_on, refuse_inside
 from covid_flax.data.pipeline import usable_examples
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
@@ -98,17 +98,26 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     """Data, network and initial weights; writes `config.json` and `split.csv`.
 
     Where the folder holds a run with a checkpoint, checks that it is one of this
-    configuration, split and class list, and leaves its files as they are; the weights are
-    the checkpoint's then. One with figures but without a checkpoint must be of this
-    configuration too.
+    configuration, split and class list, and leaves its files as they are, but for the place of
+    images that were moved; the weights are the checkpoint's then. One with figures but without
+    a checkpoint must be of this configuration too.
 
     Raises:
       UserError: nothing is written then but the folder's phantoms, where the data are those.
     """
     config_lib.check(config)
     _refuse_file(workdir)
+    if config.data.dir:
+        refuse_inside(workdir, config.data.dir, "--workdir")
     resumed = has_checkpoints(workdir / "checkpoints")
-    saved = read_run(workdir) if resumed or has_figures(workdir) else None
+    saved = read_run(workdir)
+    if saved is not None and "members" in saved:
+        raise UserError(
+            f"{workdir} holds several runs ({', '.join(saved['members'])}): choose another "
+            "--workdir"
+        )
+    if not resumed and not has_figures(workdir):
+        saved = None  # a dry run's, or of a training that never took a step
     if resumed and saved is None:
         raise UserError(
             f"{workdir} holds checkpoints but no config.json: restore it, or choose another "
@@ -128,6 +137,11 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     if resumed:
         assert saved is not None
         _check_resumed(workdir, saved, config, data)
+        if not Path(saved["data"]["root"]).exists() and jax.process_index() == 0:  # moved
+            now = {key: dataset_lib.summary(data)[key] for key in ("root", "fingerprint")}
+            with only_trainer(workdir):
+                about = saved | {"data": saved["data"] | now}
+                write_json(workdir / "config.json", about, allow_nan=True)
         _meet(workdir)
         return Run(config, workdir, data, graphdef, params, batch_stats, resumed=True)
     params, batch_stats, weights = _initial_weights(config, params, batch_stats)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
 from covid_flax import config as config_lib
+from covid_flax.console import say
 from covid_flax.data.dataset import Dataset, prepare_readable
 from covid_flax.data.folder import DataFolder, open_folder
-from covid_flax.data.splits import Row, read_split_csv, regrouped
+from covid_flax.data.splits import Row, groups_told, read_split_csv, regrouped
 from covid_flax.errors import UserError
+from covid_flax.files import cache_dir, make_writable
 from covid_flax.run import refuse_folds, saved_run
 
 LEFT_OUT = "-"  # in a class map: images of that folder are not scored
@@ -48,29 +50,35 @@ def open_data(
       UserError: no such folder, images that are missing, a class the run does not know.
     """
     config = config_lib.from_json(saved["config"])
-    root = os.path.expanduser(data_dir) or saved["data"]["root"]
+    root = os.path.expanduser(data_dir) or str(images_root(workdir, saved))
     if not data_dir and not Path(root).exists():
         raise UserError(f"the run's images are no longer at {root}: give --data_dir=DIR")
     if class_map and not (data_dir and split == "all"):
         raise UserError("--class_map is for another folder: give --data_dir=DIR --split=all too")
     elsewhere = bool(data_dir) and split == "all"
-    folder = open_folder(root, require_two_classes=False) if elsewhere else _reopen(root, config)
+    class_names = tuple(saved["class_names"])
+    if elsewhere:
+        known = {*class_names, *(class_map or {})}
+        folder = open_folder(root, require_two_classes=False, classes=known)
+        label = _labels_of(folder, class_names, class_map or {})
+        # What is left out need not be readable.
+        folder = folder.of_classes([name for name, ours in label.items() if ours != LEFT_OUT])
+        if not folder.files:
+            raise UserError(f"--class_map leaves no image of {root}: name a class of the run")
+        if folder.ignored:
+            say(f"note: {folder.not_images()}: not scored")
+    else:
+        folder = _reopen(root, config, class_names)
+    _use_a_cache_that_can_be_written(config.data)
     records = None
     if config.data.on_bad_image == "skip":  # else later: what is missing is told at once
         folder, records = prepare_readable(folder, config.data)
-    class_names = tuple(saved["class_names"])
     if elsewhere:
-        label = _labels_of(folder, class_names, class_map or {})
-        rows = [
-            Row(f.file, label[f.label], "", folder.groups[f.file] if folder.groups else "")
-            for f in folder.files
-            if label[f.label] != LEFT_OUT
-        ]
-        if not rows:
-            raise UserError(f"--class_map leaves no image of {root}: name a class of the run")
+        groups = folder.groups or {}
+        rows = [Row(f.file, label[f.label], "", groups.get(f.file, "")) for f in folder.files]
     else:
         rows = read_split_csv(workdir / "split.csv")
-        if folder.groups and not any(row.group for row in rows):  # told since
+        if folder.groups and not groups_told(rows):  # told since
             rows = regrouped(rows, folder.groups)
         strange = sorted({row.label for row in rows} - set(class_names))
         if strange:
@@ -88,6 +96,13 @@ def open_data(
     if records is None:
         folder, records = prepare_readable(folder, config.data)
     return Dataset(folder, records, rows, class_names, bad_images=records.bad)
+
+
+def images_root(workdir: Path, saved: Mapping[str, Any]) -> Path:
+    """Where a run's images lie; its phantoms move with its folder."""
+    if saved["config"]["data"]["dir"]:
+        return Path(saved["data"]["root"])
+    return workdir / (saved["members"][0] if "members" in saved else "") / "phantoms"
 
 
 def open_held_out(
@@ -109,6 +124,25 @@ def open_held_out(
     return split, open_data(workdir, saved, split, data_dir, class_map)
 
 
+def what_they_chose(split: str, *, elsewhere: bool) -> str | None:
+    """What scores of a split are not, in a sentence; None of images that nothing was chosen by."""
+    if elsewhere or split == "test":
+        return None
+    if split == "val":
+        return "these images chose the epoch, so that the figures flatter"
+    return "these are, or include, images that were trained on: the figures say nothing of others"
+
+
+def _use_a_cache_that_can_be_written(data: ml_collections.ConfigDict) -> None:
+    """The usual one where the run's own is another machine's."""
+    try:
+        make_writable(cache_dir(data.cache_dir))
+    except UserError:
+        if data.cache_dir:
+            data.cache_dir = ""
+            say(f"note: {cache_dir('')} keeps the records, for the run's own cache_dir cannot")
+
+
 def parse_class_map(text: list[str]) -> dict[str, str]:
     """`THEIRS=OURS` of each; UserError for anything else."""
     found: dict[str, str] = {}
@@ -125,21 +159,22 @@ def parse_class_map(text: list[str]) -> dict[str, str]:
 def own_images(workdir: Path, saved: Mapping[str, Any]) -> tuple[DataFolder, list[Row]] | None:
     """The folder a run was trained on, and its split; None where the images are gone."""
     try:
-        folder = _reopen(saved["data"]["root"], config_lib.from_json(saved["config"]))
+        config = config_lib.from_json(saved["config"])
+        folder = _reopen(str(images_root(workdir, saved)), config, saved["class_names"])
         return folder, read_split_csv(workdir / "split.csv")
     except UserError:
         return None
 
 
-def _reopen(root: str, config: ml_collections.ConfigDict) -> DataFolder:
+def _reopen(root: str, config: ml_collections.ConfigDict, classes: Collection[str]) -> DataFolder:
     """The folder that a run was trained on, with the groups that it was told, if they are there."""
     told = {"groups_file": config.data.groups_file, "group_column": config.data.group_column}
     if any(told.values()):
         try:
-            return open_folder(root, require_two_classes=False, **told)
+            return open_folder(root, require_two_classes=False, classes=classes, **told)
         except UserError:  # moved without that file: what the folder itself says
             pass
-    return open_folder(root, require_two_classes=False)
+    return open_folder(root, require_two_classes=False, classes=classes)
 
 
 def _labels_of(

@@ -58,7 +58,11 @@ class TrainedRun:
         return self._step(self._params, self._batch_stats, images)
 
     def probabilities(self, source: Source, description: str = "") -> np.ndarray:
-        """Of every image of `source`, in its order, float64 `[N, K]`; see `predict`."""
+        """Of every image of `source`, in its order, float64 `[N, K]`; see `predict`.
+
+        Raises:
+          UserError: one is not finite, so that it is no answer.
+        """
         logits = predict(
             self._apply,
             self._params,
@@ -69,6 +73,12 @@ class TrainedRun:
             prefetch=self.config.data.prefetch,
             description=description,
         )
+        if not np.isfinite(logits).all():
+            bad = int((~np.isfinite(logits).all(1)).sum())
+            raise UserError(
+                f"{self.workdir}, step {self.step:,}: the answers to {bad:,} of {len(logits):,} "
+                "images are not finite: score another --checkpoint, or train in float32"
+            )
         return np.exp(log_softmax(logits))
 
 

@@ -2,8 +2,8 @@
 
     python scripts/convert_weights.py IN OUT.npz [--model resnet50] [--may_miss conv5]
 
-IN is Keras's .h5 or .weights.h5, or an .npz, of a ResNet (docs/weights.md). Only what fits the network is
-written; OUT is never written over.
+IN is Keras's .h5 or .weights.h5, or an .npz, of a ResNet (docs/weights.md). Only what fits the
+network is written; OUT is never written over.
 """
 
 from __future__ import annotations

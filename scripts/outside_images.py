@@ -37,7 +37,7 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from covid_flax.data.audit import audit
-from covid_flax.data.folder import open_folder
+from covid_flax.data.folder import groups_csv, open_folder
 from covid_flax.errors import UserError, run_script
 from covid_flax.evaluation.intervals import cluster_weights, percentile_interval
 from covid_flax.evaluation.predictions import read_predictions
@@ -144,6 +144,7 @@ def build(clones: Path, data_dir: str, output: Path) -> None:
             raise UserError(f"{clones} holds none of the clones: see --help")
         result = audit(open_folder(str(both)), progress=True)
         groups_of = collections.defaultdict(set)
+        kept = collections.defaultdict(list)
         for path, group in zip(result.files, result.groups, strict=True):
             groups_of[Path(path).name.split("~")[0]].add(group)
         for path, label, group in zip(result.files, result.labels, result.groups, strict=True):
@@ -159,12 +160,18 @@ def build(clones: Path, data_dir: str, output: Path) -> None:
             counts[name][label] += 1
             place = output / folder / label / "images" / f"{name}~{'~'.join(rest)}"
             write_atomically(place, (both / path).read_bytes())
+            kept[folder].append((f"{label}/images/{place.name}", group))
+    for folder, files in kept.items():  # of copies, or exposures of one patient
+        write_atomically(output / folder / "groups.csv", groups_csv(*zip(*files, strict=True)))
     for name, count in counts.items():
         print(f"{name}: " + ", ".join(f"{what} {n:,}" for what, n in sorted(count.items())))
 
 
 def score(path: Path) -> str:
-    """Of a `predictions.csv`: AUROC, resampling images, and what each source's are called."""
+    """Of a `predictions.csv`: AUROC, resampling groups, and what each source's are called.
+
+    Groups are those of the `groups.csv` beside it; without one every image is its own.
+    """
     rows = read_predictions(path)
     names = rows.class_names
     if not {"COVID", "Normal"} <= {names[label] for label in rows.labels}:
@@ -180,7 +187,7 @@ def score(path: Path) -> str:
         called[f"{source} {names[label]}"][names[predicted]] += 1
     resampled = [
         roc_auc_score(covid, odds, sample_weight=w) if 0 < w @ covid < len(covid) else np.nan
-        for weights in cluster_weights(np.arange(len(covid)), _RESAMPLES)
+        for weights in cluster_weights(rows.clusters[asked], _RESAMPLES)
         for w in weights
     ]
     low, high = percentile_interval(np.array(resampled)) or (np.nan, np.nan)

@@ -136,6 +136,24 @@ def test_paired_intervals_hold_the_true_difference_about_as_often_as_they_say():
     assert binom.cdf(hits, trials, 0.95) > 0.001  # 60 of 60 is no fault: only too few is
 
 
+def test_of_many_equal_runs_none_is_called_better():
+    """By its own interval about every twentieth run would be; by the joint one, few sets of ten."""
+    alone = jointly = 0
+    for seed in range(12):
+        labels, _ = images(200, 1, seed)
+        runs = [evaluation(f"r{i}", labels, predict(labels, 1, 50 * seed + i)) for i in range(10)]
+        against = compare(runs, resamples=400)["against_first"]
+        differences = [entry["difference"]["accuracy"] for entry in against]
+        for key in ("interval", "joint_interval"):
+            outside = any(low > 0 or high < 0 for low, high in (d[key] for d in differences))
+            alone += key == "interval" and outside
+            jointly += key == "joint_interval" and outside
+        assert all(d["joint_interval"][0] <= d["interval"][0] for d in differences)
+    assert jointly <= 2 < alone
+    two = compare(runs[:2], resamples=400)["against_first"][0]["difference"]["accuracy"]
+    assert two["joint_interval"] == two["interval"]
+
+
 def test_a_model_against_itself_shows_nothing():
     labels, groups = images()
     p = predict(labels, 1.0, 3)
@@ -143,7 +161,8 @@ def test_a_model_against_itself_shows_nothing():
     for entry in found["pairs"]:
         assert entry["mcnemar"] == {"only_first": 0, "only_second": 0, "p": 1.0, "p_holm": 1.0}
         for difference in entry["difference"].values():
-            assert difference == {"value": 0.0, "interval": None}  # resamples that are all alike
+            # Resamples that are all alike.
+            assert difference["value"] == 0.0 and difference["interval"] is None
 
 
 @pytest.mark.parametrize(("b", "c"), [(0, 0), (1, 0), (5, 5), (3, 11), (40, 21), (0, 30)])

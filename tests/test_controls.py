@@ -173,6 +173,23 @@ def test_kaggle_s_masks_are_found_read_and_never_taken_for_images(tmp_path):
         find_masks(bare, rows, str(tmp_path / "bare"))
 
 
+def test_a_mask_is_read_in_any_colour_and_refused_where_it_shows_no_lung(tmp_path):
+    _write_kaggle(tmp_path / "data")
+    folder = open_folder(str(tmp_path / "data"))
+    masks = find_masks(folder, [Row(f.file, f.label, "test", "") for f in folder.files])
+    path, image = tmp_path / "data/COVID/masks/COVID-1.png", "COVID/images/COVID-1.png"
+    grey = np.asarray(Image.open(path))
+    before = masks.mask(image, SIZE)
+    green = np.zeros((*grey.shape, 3), np.uint8)
+    green[..., 1] = grey
+    Image.fromarray(green).save(path)
+    np.testing.assert_array_equal(masks.mask(image, SIZE), before)
+    for blind in (grey // 255, np.zeros_like(grey)):  # 0 and 1; empty
+        Image.fromarray(blind).save(path)
+        with pytest.raises(UserError, match="COVID-1.png shows no lung.*save lungs as 255"):
+            masks.mask(image, SIZE)
+
+
 def test_masked_conditions_show_the_mask_and_score_only_what_has_one(tmp_path):
     _write_kaggle(tmp_path / "data")
     (tmp_path / "data/COVID/masks/COVID-0.png").unlink()
@@ -403,6 +420,40 @@ def test_what_was_not_shown_is_not_said_to_be_absent():
     assert "either it needs the surroundings" in text
     _, text = _told(12, shares, simple={"whole": 0.25})
     assert "not even from whole images" in text
+
+
+def test_masks_of_some_classes_are_measured_by_those_classes_chance():
+    """Two of four classes have masks, then one: there a fixed answer gets 50 and 100 %."""
+    hidden = ("centre_hidden", "centre_hidden_grey", "border_only")
+    report, _ = _told(40, {"whole": 0.9} | dict.fromkeys(hidden, 0.25))
+    labels = np.repeat(np.arange(4), 40)
+    whole = np.eye(4)[np.where(np.arange(160) % 40 < 36, labels, (labels + 1) % 4)]
+    for classes in (2, 1):
+        part = labels < classes
+        n = int(part.sum())
+        fixed = np.eye(4)[np.zeros(n, int)]
+        found = figures.condition_figures(
+            fixed, labels[part], whole[part], NAMES, np.arange(n), tests=18
+        )
+        assert found["chance"] == 1 / classes and found["whole_balanced_accuracy"] == 0.9
+        for c in report["conditions"]:
+            if c["name"].startswith("lungs_hidden"):
+                c.update(found)
+        text = " ".join(explain(report))
+        assert verdict(report) == "none"
+        told = "50.0 % rightly with the lung box hidden" if classes == 2 else "Nothing can be told"
+        assert told in text and "100.0 % rightly with the lung box" not in text
+    right = labels[labels < 2]
+    found = figures.condition_figures(
+        np.eye(4)[right], right, whole[labels < 2], NAMES, np.arange(80), tests=18
+    )
+    report["conditions"][4].update(found)
+    assert report["conditions"][4]["shows"] == "lung"
+    report["conditions"][5].update(found)
+    assert verdict(report) == "shortcut"
+    assert "25.0 % (50.0 % where only images with masks are asked about)" in " ".join(
+        explain(report)
+    )
 
 
 def test_what_greys_carry_is_told_by_the_answers_that_change():

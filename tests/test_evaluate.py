@@ -1,21 +1,25 @@
 """Judge: scikit-learn on the predictions that the binary wrote, and the folders themselves."""
 
 import csv
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import sklearn.metrics
 from PIL import Image
 
+from covid_flax.data.splits import read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate, parse_prevalence
 from covid_flax.evaluation.metrics import check_prevalence
 from covid_flax.run import setup
-from covid_flax.run_images import parse_class_map
+from covid_flax.run_images import open_data, parse_class_map
 from covid_flax.train import train
+from covid_flax.trained_run import open_run
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +217,94 @@ def test_groups_that_only_the_folder_names_count(trained, phantom_dir, tmp_path)
     leak = {alarm["name"]: alarm["figures"] for alarm in report["alarms"]}["group-leak"]
     assert (leak["crossing"], leak["images"]) == (1, 1)
     assert report["intervals"]["clusters"] == report["num_examples"] - 1
+
+
+def test_groups_told_later_replace_those_of_identical_bytes(trained, phantom_dir, tmp_path):
+    other = tmp_path / "data"
+    shutil.copytree(phantom_dir, other)
+    test = [row.file for row in read_split_csv(trained / "split.csv") if row.split == "test"]
+    (other / "groups.csv").write_text(f"file,group\n{test[0]},p\n{test[1]},p\n")
+    report = evaluate(trained, split="test", data_dir=str(other), output=tmp_path / "out")
+    assert report["intervals"]["clusters"] == report["num_examples"] - 1
+
+
+def test_what_is_unknown_of_another_folder_is_said(trained, phantom_dir, tmp_path, capsys):
+    """Its groups, and files that are no images."""
+    other = tmp_path / "data"
+    shutil.copytree(phantom_dir, other)
+    (other / "Normal" / "images" / "scan.dcm").touch()
+    report = evaluate(trained, split="all", data_dir=str(other), output=tmp_path / "out")
+    alarm = {alarm["name"]: alarm for alarm in report["alarms"]}["groups-unknown"]
+    assert alarm["level"] == "caution" and "intervals are too narrow" in alarm["text"]
+    assert "groups-unknown" in report["alarms_checked"]
+    assert "1 files (1 .dcm) in the class folders are no images" in capsys.readouterr().out
+    assert report["not_images"] == {".dcm": 1}
+    assert "Images of data, scored by run" in (tmp_path / "out/report.html").read_text()
+    groups = [f"{row['file']},p{i // 2}" for i, row in enumerate(_predictions(tmp_path / "out"))]
+    (other / "groups.csv").write_text("\n".join(["file,group", *groups]) + "\n")
+    report = evaluate(trained, split="all", data_dir=str(other), output=tmp_path / "out")
+    assert "groups-unknown" not in {alarm["name"] for alarm in report["alarms"]}
+
+
+def test_a_class_that_is_left_out_need_not_be_readable(trained, phantom_dir, tmp_path):
+    other = tmp_path / "data"
+    shutil.copytree(phantom_dir, other)
+    (other / "noise").mkdir()
+    (other / "noise" / "1.png").write_bytes(b"no image")
+    given = {"split": "all", "data_dir": str(other), "output": tmp_path / "out"}
+    assert evaluate(trained, class_map={"noise": "-"}, **given)["num_examples"] == 80
+    with pytest.raises(UserError, match=r"noise/1\.png"):
+        evaluate(trained, class_map={"noise": "Normal"}, **given)
+
+
+def test_answers_that_are_not_finite_are_none(trained, phantom_dir, monkeypatch):
+    run = open_run(trained)
+    broken = dataclasses.replace(run, _params=jax.tree.map(lambda x: x * np.nan, run._params))
+    source = open_data(trained, run.saved, "test").source("test", run.config.data)
+    with pytest.raises(UserError, match="answers to .* are not finite"):
+        broken.probabilities(source)
+
+
+@pytest.mark.parametrize("table", ["file,patient\nCOVID/images/a.png,1\n", "group,x\n1,2\n"])
+@pytest.mark.parametrize("place", ["data", "."])
+def test_a_csv_that_tells_no_groups_of_another_folder_is_none(
+    trained, phantom_dir, tmp_path, table, place
+):
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    (tmp_path / place / "groups.csv").write_text(table)
+    (tmp_path / "data" / "Lung_Opacity" / "images").rename(tmp_path / "away")  # none left of it
+    given = {"split": "all", "data_dir": str(tmp_path / "data"), "output": tmp_path / "out"}
+    report = evaluate(trained, **given)
+    assert report["num_examples"] == 60 == report["intervals"]["clusters"]
+    shutil.rmtree(tmp_path / "data" / "Lung_Opacity")
+    with pytest.raises(UserError, match="lies in the data folder .*another --output"):
+        evaluate(trained, **given | {"output": tmp_path / "data" / "scores"})
+    assert not (tmp_path / "data" / "scores").exists()
+
+
+def test_a_run_s_phantoms_move_with_it(make_tiny_config, tmp_path):
+    """Another run in its old place has others of the same names."""
+    for seed, name in ((0, "first"), (7, "second")):
+        c = make_tiny_config()
+        c.seed = seed
+        c.data.dir, c.data.phantoms_per_class, c.train.epochs = "", 8, 1
+        train(setup(c, tmp_path / "run"))
+        if name == "first":
+            (tmp_path / "run").rename(tmp_path / name)
+    report = evaluate(tmp_path / "first")
+    assert Path(report["data_dir"]) == (tmp_path / "first" / "phantoms")
+
+
+def test_a_cache_that_cannot_be_made_is_another_machine_s(trained, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    saved = json.loads((run / "config.json").read_text())
+    (tmp_path / "file").touch()
+    saved["config"]["data"]["cache_dir"] = str(tmp_path / "file" / "cache")
+    (run / "config.json").write_text(json.dumps(saved))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    assert evaluate(run, split="test")["num_examples"] > 0
+    assert "the run's own cache_dir cannot" in capsys.readouterr().out
 
 
 def test_another_s_groups_csv_is_not_lost(trained, phantom_dir, tmp_path):

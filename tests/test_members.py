@@ -118,6 +118,14 @@ def test_trained_members_are_not_trained_again(folds, capsys):
     assert train_members(other, workdir) == summary
 
 
+def test_a_single_run_does_not_replace_several(folds, make_tiny_config):
+    _, workdir, _ = folds
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(UserError, match="holds several runs .fold0, fold1.*choose another"):
+        setup(make_tiny_config(), workdir)
+    assert (workdir / "config.json").read_bytes() == before
+
+
 def test_a_whole_is_not_scored_on_what_its_members_learned(folds, tmp_path):
     config, workdir, _ = folds
     with pytest.raises(UserError, match=r"cross-validation.*give one of them, like .*fold0"):

@@ -51,6 +51,28 @@ def test_figures_are_those_of_the_changed_images():
     assert report["mean_drop"] == pytest.approx(np.mean(drops)) and report["mean_drop"] != 0
 
 
+def test_images_of_one_patient_count_as_one():
+    """Twenty patients of four images alike: the intervals are those of twenty."""
+    rng = np.random.default_rng(1)
+    right = rng.random(20) < 0.7
+    labels = np.repeat(np.arange(20) % 2, 4)
+    greys = np.repeat(np.where(right, np.arange(20) % 2, 1 - np.arange(20) % 2), 4) * 200 + 20
+    images = np.broadcast_to(greys[:, None, None, None], (80, 8, 8, 1)).astype(np.uint8)
+    source, patients = ArraySource(images, labels), np.repeat(np.arange(20), 4)
+    grouped = score_corruptions(ByBrightness(), source, labels, clusters=patients)
+    alone = score_corruptions(ByBrightness(), source, labels)
+    assert (grouped["clusters"], alone["clusters"]) == (20, 80)
+    share = right.mean()
+    assert grouped["plain"]["accuracy"] == share == alone["plain"]["accuracy"]
+
+    def width(report):
+        low, high = report["plain"]["accuracy_interval"]
+        return high - low
+
+    assert width(grouped) == pytest.approx(2 * 1.96 * (share * (1 - share) / 20) ** 0.5, rel=0.15)
+    assert width(alone) == pytest.approx(2 * 1.96 * (share * (1 - share) / 80) ** 0.5, rel=0.15)
+
+
 def test_an_image_is_changed_alike_wherever_it_stands():
     images = np.random.default_rng(0).integers(0, 256, (6, 12, 12, 1), np.uint8)
     source = ArraySource(images, np.zeros(6, int))
@@ -71,6 +93,7 @@ def test_a_run_s_table_and_plot(tiny_config, tmp_path):
     assert json.loads((folder / "robustness.json").read_text()) == report
     assert (folder / "robustness.png").read_bytes().startswith(b"\x89PNG")
     assert report["plain"]["accuracy"] == evaluate(workdir)["accuracy"]
+    assert "chose the epoch" in report["warning"]
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write .*file"):
         robustness(workdir, output=tmp_path / "file")

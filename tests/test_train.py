@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -454,6 +455,7 @@ def test_the_main_command_follows_moved_data(tiny_config, phantom_dir, tmp_path)
     run = setup(tiny_config, tmp_path / "run")
     report = evaluate(tmp_path / "run", data=run.data)
     assert report["num_examples"] == 20 and "note" in report
+    assert evaluate(tmp_path / "run")["accuracy"] == report["accuracy"]  # where they lie now
 
 
 @pytest.mark.parametrize("text", ["null", '{"config": 5}', '{"config": {}, "data": {}}', "{"])
@@ -516,6 +518,29 @@ def test_training_leaves_the_caller_s_arrays_alone(tiny_config, tmp_path):
     train(run)
     jax.tree.map(np.testing.assert_array_equal, before, run.params)
     train(run)  # complete: says so
+
+
+def test_a_dry_run_counts_all_micro_batches(tiny_config, tmp_path, capsys):
+    counted = []
+    for micro in (0, 4):
+        tiny_config.train.micro_batch = micro
+        tiny_config.train.batch_size = 64
+        dry_run(setup(tiny_config, tmp_path / str(micro)))
+        (gflop,) = re.findall(r"([0-9.]+) GFLOP", capsys.readouterr().out)
+        counted.append(float(gflop))
+    assert counted[0] > 0.1 and counted[1] == pytest.approx(counted[0], rel=0.2)
+
+
+def test_a_folder_below_the_classes_is_no_workdir(tiny_config, phantom_dir, tmp_path):
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    tiny_config.data.dir = str(tmp_path / "data")
+    with pytest.raises(UserError, match="lies in the data folder .*another --workdir"):
+        setup(tiny_config, tmp_path / "data" / "runs" / "a")
+    (tmp_path / "data" / "COVID-19_Radiography_Dataset").mkdir()
+    for label in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
+        source = tmp_path / "data" / label
+        source.rename(tmp_path / "data" / "COVID-19_Radiography_Dataset" / label)
+    setup(tiny_config, tmp_path / "data" / "runs" / "a")  # beside them
 
 
 def test_dry_run_trains_nothing(tiny_config, tmp_path, capsys):

@@ -217,6 +217,16 @@ def cost(
     }
 
 
+def of_micro_batches(parts: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:
+    """What a step in micro-batches costs: a loop's body, which compilers count once, counts whole.
+
+    Args:
+      parts: `cost` of that step, whose memory holds.
+      whole: of the same step without micro-batches, whose counts hold.
+    """
+    return whole | {key: parts[key] for key in parts if key.endswith("_bytes_per_device")}
+
+
 def _flops(lowered: jax.stages.Lowered) -> float:
     """Of the program before XLA's optimisations, over all devices."""
     program: Any = lowered.compiler_ir("hlo")

@@ -27,10 +27,10 @@ from covid_flax.command import run_command
 from covid_flax.data import duplicates
 from covid_flax.data.decode import decode
 from covid_flax.data.duplicates import Pair, connected, find_duplicates, thumbnail
-from covid_flax.data.folder import DataFolder, groups_csv, open_folder
+from covid_flax.data.folder import DataFolder, groups_csv, open_folder, refuse_inside
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
-from covid_flax.files import make_writable, write_atomically
+from covid_flax.files import make_writable, parse_json, write_atomically
 
 # Below it a pair may also be two exposures of one patient.
 _SURELY_COPIED = 0.95
@@ -185,9 +185,28 @@ def audit(folder: DataFolder, rows: Sequence[Row] = (), *, progress: bool = Fals
 
 def write_audit(result: Audit, folder: DataFolder, output: Path) -> None:
     """Writes `groups.csv` and `audit.json` into `output`. UserError where it cannot."""
-    write_atomically(output / "groups.csv", groups_csv(result.files, result.groups))
     text = json.dumps(_as_dict(result, folder), indent=1, ensure_ascii=False)
+    # First, for it tells that the other is an audit's.
     write_atomically(output / "audit.json", text.encode("utf-8", "replace") + b"\n")
+    write_atomically(output / "groups.csv", groups_csv(result.files, result.groups))
+
+
+def _refuse_to_lose(output: Path, folder: DataFolder) -> None:
+    """Where a groups.csv would be lost that no audit wrote, or one of other images."""
+    listed = output / "groups.csv"
+    if not listed.exists():
+        return
+    try:
+        before = parse_json((output / "audit.json").read_text(encoding="utf-8"))["data_dir"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{listed} is of no audit and would be lost: choose another --output"
+        ) from None
+    same = os.path.realpath(before) == os.path.realpath(folder.root)
+    if not same and os.path.realpath(output) != os.path.realpath(folder.root):
+        raise UserError(
+            f"{listed} is of the images of {before}, and runs may use it: choose another --output"
+        )
 
 
 def summary(result: Audit) -> str:
@@ -402,7 +421,11 @@ def _main() -> None:
     data_dir, output = os.path.expanduser(f.data_dir), Path(f.output).expanduser()
     rows = read_split_csv(os.path.expanduser(f.split_csv)) if f.split_csv else []
     folder = open_folder(data_dir, require_two_classes=False)
+    refuse_inside(output, data_dir, "--output")
     make_writable(output)
+    _refuse_to_lose(output, folder)
+    if folder.ignored:
+        print(f"note: {folder.not_images()}: not looked at")
     absent = {row.file for row in rows} - {file.file for file in folder.files}
     if rows and len(absent) == len(rows):
         raise UserError(f"{data_dir} has no image of {f.split_csv}: give the folder of that run")

@@ -319,6 +319,6 @@ def _cannot_write(cache_dir: Path, folder: DataFolder, error: OSError | RuntimeE
         )
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())
     return UserError(
-        f"cannot write the image records in {cache_dir} ({reason}): set data.cache_dir to a "
-        "writable folder"
+        f"cannot write the image records in {cache_dir} ({reason}): set data.cache_dir, or "
+        "XDG_CACHE_HOME, to a writable folder"
     )

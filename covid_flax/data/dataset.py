@@ -180,7 +180,7 @@ def _notes(folder: DataFolder, config: Any) -> list[str]:
     if split != "grouped" and config.test_fraction:
         notes.append(f"data.test_fraction is for data.split=grouped: {split} draws no test part")
     if folder.ignored:
-        notes.append(f"{folder.ignored:,} files in the class folders are no images: left out")
+        notes.append(f"{folder.not_images()}: left out")
     notes += [f"{name} cannot be read: its sources are left out" for name in folder.unreadable]
     if folder.groups is None:
         known = "only files of identical bytes stay together"

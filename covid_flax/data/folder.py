@@ -10,7 +10,8 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -51,7 +52,7 @@ class DataFolder:
       class_names: sorted by name, as Keras numbers them.
       files: sorted by class, then in the order in which Keras lists them.
       groups: group of every file, or None where no csv tells groups.
-      ignored: files in the class folders that are not images.
+      ignored: files in the class folders that are not images, counted by suffix (".dcm", "").
       ungrouped: images that the groups' csv does not list; each is its own group.
       unreadable: metadata workbooks that could not be read; their sources are left out.
     """
@@ -60,7 +61,7 @@ class DataFolder:
     class_names: tuple[str, ...]
     files: list[ImageFile]
     groups: dict[str, str] | None
-    ignored: int
+    ignored: Mapping[str, int]
     ungrouped: int
     unreadable: tuple[str, ...]
     _tree: _Tree = dataclasses.field(repr=False)
@@ -87,8 +88,24 @@ class DataFolder:
                     f"no image of class {label} in {self.root} can be read: replace them, or "
                     "remove the class"
                 )
-        groups = self.groups and {f.file: self.groups[f.file] for f in left}
-        return dataclasses.replace(self, files=left, groups=groups)
+        return self._with_files(left)
+
+    def of_classes(self, labels: Collection[str]) -> DataFolder:
+        """The folder as if it had these classes only."""
+        names = tuple(name for name in self.class_names if name in labels)
+        left = [f for f in self.files if f.label in labels]
+        return dataclasses.replace(self._with_files(left), class_names=names)
+
+    def not_images(self) -> str:
+        """`6 files (5 .dcm, 1 without suffix) in the class folders are no images`, or ""."""
+        total = sum(self.ignored.values())
+        if not total:
+            return ""
+        return f"{total:,} files ({_by_suffix(self.ignored)}) in the class folders are no images"
+
+    def _with_files(self, files: list[ImageFile]) -> DataFolder:
+        groups = self.groups and {f.file: self.groups[f.file] for f in files}
+        return dataclasses.replace(self, files=files, groups=groups)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over every image's name, class, source, size and time of change.
@@ -114,6 +131,7 @@ def open_folder(
     groups_file: str = "",
     group_column: str = "",
     require_two_classes: bool = True,
+    classes: Collection[str] = (),
 ) -> DataFolder:
     """Lists the labelled images under `path`; opens none of them.
 
@@ -128,6 +146,10 @@ def open_folder(
         that holds the classes, and in the folder above `path`.
       group_column: its column of groups. "" takes the first of `GROUP_COLUMNS`.
       require_two_classes: whether one class alone is an error.
+      classes: names known to be of classes, where images are scored, not learned from: such a
+        folder, if it is the only one, is a class, whatever folders lie in it; folders without an
+        image are passed over; and so is a csv that tells no groups, unless `groups_file` or
+        `group_column` asks for it.
 
     Raises:
       UserError: no such folder, a broken zip, no image, an empty class, a single class,
@@ -140,8 +162,8 @@ def open_folder(
     except UnicodeEncodeError as e:
         raise UserError(f"the name of {path!r} is not valid UTF-8: rename the folder") from e
     tree = _open_tree(path)
-    dataset = _find_dataset(tree)
-    class_names, listed, ignored = _list_images(tree, dataset, path)
+    dataset = _find_dataset(tree, classes)
+    class_names, listed, ignored = _list_images(tree, dataset, path, skip_empty=bool(classes))
     if require_two_classes and len(class_names) < 2:
         raise UserError(
             f"{path} has one class only ({class_names[0]}): training needs two or more folders, "
@@ -150,8 +172,17 @@ def open_folder(
     files = [ImageFile(f, label) for f, label in listed]
     _refuse_other_class_names(files, class_names)
 
-    tables = _Tables(tree, path, dataset, files)
-    groups_table = tables.explicit(groups_file) if groups_file else tables.automatic(group_column)
+    tables = _Tables(tree, path, dataset, files, group_column)
+    groups_table = tables.explicit(groups_file) if groups_file else None
+    if groups_table is None:
+        try:
+            groups_table = tables.automatic(group_column)
+            if groups_table is not None:
+                _group_column(groups_table, group_column)
+        except UserError:
+            if not classes or group_column:
+                raise
+            groups_table = None
     groups, ungrouped = None, 0
     if groups_table is not None:
         groups, ungrouped = _groups(groups_table, files, group_column)
@@ -164,6 +195,28 @@ def open_folder(
     sources, unreadable = _sources(tree, dataset, class_names, files, tables_with_sources)
     files = [dataclasses.replace(f, source=sources.get(f.file, "")) for f in files]
     return DataFolder(Path(path), class_names, files, groups, ignored, ungrouped, unreadable, tree)
+
+
+def refuse_inside(output: Path, data_dir: str | Path, flag: str) -> None:
+    """Refuses to write below a data folder, where folders are classes.
+
+    Args:
+      output: folder to be written to; the data folder itself is none of them.
+      data_dir: the folder (or zip) of images.
+      flag: what names `output`, for the message.
+
+    Raises:
+      UserError: it lies where the classes lie.
+    """
+    data, place = (Path(p).expanduser().resolve() for p in (data_dir, output))
+    classes = data / KAGGLE_FOLDER
+    if classes.is_dir():
+        data = classes
+    if data in place.parents:
+        raise UserError(
+            f"{output} lies in the data folder {data_dir}, where it would be taken for a class: "
+            f"choose another {flag}"
+        )
 
 
 class _Tree(Protocol):
@@ -302,13 +355,15 @@ def _folders(tree: _Tree, folder: str) -> list[str]:
     return sorted(n for n in names if not n.startswith(".") and n.lower() not in _SKIPPED_FOLDERS)
 
 
-def _find_dataset(tree: _Tree) -> str:
+def _find_dataset(tree: _Tree, classes: Collection[str]) -> str:
     """The folder that holds the class folders, relative to the top."""
     folder = ""
     for _ in range(2):
         names = _folders(tree, folder)
         if KAGGLE_FOLDER in names:
             folder = _join(folder, KAGGLE_FOLDER)
+        elif len(names) == 1 and names[0] in classes:
+            break
         elif len(names) == 1 and _looks_like_dataset(tree, _join(folder, names[0])):
             folder = _join(folder, names[0])
         else:
@@ -334,29 +389,32 @@ def _walk(tree: _Tree, folder: str, depth: int = 0) -> Iterator[tuple[str, str]]
 
 
 def _list_images(
-    tree: _Tree, dataset: str, path: str
-) -> tuple[tuple[str, ...], list[tuple[str, str]], int]:
-    """Class names, `(file, class)` in Keras's order, and the number of other files."""
+    tree: _Tree, dataset: str, path: str, *, skip_empty: bool
+) -> tuple[tuple[str, ...], list[tuple[str, str]], Counter[str]]:
+    """Class names, `(file, class)` in Keras's order, and other files by suffix."""
     names = _folders(tree, dataset)
     where = _join(path.rstrip("/"), dataset) if dataset else path
     if "images" in [n.lower() for n in names]:
         raise UserError(f"{where} is the folder of one class: give the folder that holds it")
     images: dict[str, list[tuple[str, str]]] = {}
-    ignored = 0
+    ignored: Counter[str] = Counter()
     for label in names:
         found = list(_walk(tree, _join(dataset, label)))
         # Keras lists folder by folder, both sorted as strings.
         images[label] = sorted((d, n) for d, n in found if _is_image(n))
-        ignored += len(found) - len(images[label])
+        ignored.update(PurePosixPath(n).suffix.lower() for _, n in found if not _is_image(n))
     if len(names) > 1 and all(name.casefold() in _SPLITS for name in names):
         raise UserError(
             f"{where} holds parts of a split ({', '.join(names)}), not classes: give one of them, "
             f"like {_join(where, names[0])}, or put their classes' images together"
         )
     if not any(images.values()):
-        raise UserError(f"no image found in {where}: it must hold {LAYOUTS}")
+        others = f"; {_by_suffix(ignored)} are not read: save them as PNG" if ignored else ""
+        raise UserError(f"no image found in {where}: it must hold {LAYOUTS}{others}")
     empty = [label for label in names if not images[label]]
-    if empty:
+    if skip_empty:
+        names = [label for label in names if images[label]]
+    elif empty:
         raise UserError(
             f"no image in the class folder {_join(where, empty[0])}: fill it or remove it"
         )
@@ -366,7 +424,16 @@ def _list_images(
             file.encode()
         except UnicodeEncodeError as e:
             raise UserError(f"the name of {file!r} is not valid UTF-8: rename the file") from e
+        if "\r" in file:  # the csv files that name images are read by lines
+            raise UserError(f"the name of {file!r} holds a carriage return: rename the file")
     return tuple(names), listed, ignored
+
+
+def _by_suffix(ignored: Mapping[str, int]) -> str:
+    """`5 .dcm, 1 without suffix`, the commonest first."""
+    by_number = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{n:,} {suffix or 'without suffix'}" for suffix, n in by_number[:4]]
+    return ", ".join([*shown, "others"] if len(by_number) > 4 else shown)
 
 
 def _refuse_other_class_names(files: list[ImageFile], class_names: tuple[str, ...]) -> None:
@@ -403,7 +470,10 @@ class _Table:
 class _Tables:
     """Finds the csv files that tell of the images, and matches their rows to them."""
 
-    def __init__(self, tree: _Tree, path: str, dataset: str, files: list[ImageFile]) -> None:
+    def __init__(
+        self, tree: _Tree, path: str, dataset: str, files: list[ImageFile], group_column: str
+    ) -> None:
+        self._told_in = {*GROUP_COLUMNS, "source_repo", group_column}
         self._tree = tree
         self._path = path
         self._dataset = dataset
@@ -452,7 +522,8 @@ class _Tables:
             except UserError:
                 return None
             matched = self._matched(rows, f"../{self._name}")
-            return _Table(os.path.join(above, name), columns, matched) if matched else None
+            told = matched and self._told_in & set(columns)
+            return _Table(os.path.join(above, name), columns, matched) if told else None
         return None
 
     def _matched(
@@ -525,15 +596,20 @@ def _from_class_on(rows: dict[str, dict[str, str]], labels: set[str]) -> dict[st
     return {k: v for k, v in short.items() if k not in ambiguous}
 
 
-def _groups(table: _Table, files: list[ImageFile], group_column: str) -> tuple[dict[str, str], int]:
-    """Group of every file, and how many files the table gives none."""
-    column = group_column or next((c for c in GROUP_COLUMNS if c in table.columns), "")
+def _group_column(table: _Table, asked: str) -> str:
+    column = asked or next((c for c in GROUP_COLUMNS if c in table.columns), "")
     if not column or column not in table.columns:
         raise UserError(
-            f"{table.name} has no column {group_column or ' or '.join(GROUP_COLUMNS)} "
+            f"{table.name} has no column {asked or ' or '.join(GROUP_COLUMNS)} "
             f"(it has {', '.join(table.columns)}): rename its column of groups, or in training "
             "name it with config.data.group_column"
         )
+    return column
+
+
+def _groups(table: _Table, files: list[ImageFile], group_column: str) -> tuple[dict[str, str], int]:
+    """Group of every file, and how many files the table gives none."""
+    column = _group_column(table, group_column)
     labels = {f.label for f in files}
     _refuse_mislabelled(
         [

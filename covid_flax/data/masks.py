@@ -28,13 +28,21 @@ class LungMasks:
     def mask(self, image: str, size: int) -> np.ndarray:
         """Where the lungs of `image` are, for it resized to a square: bool `[size, size]`.
 
-        Bright is lung (above 127). Nearest pixels, for a mask has no greys between.
+        Bright is lung (above 127, in any channel). Nearest pixels, for a mask has no greys between.
 
         Raises:
-          UserError: the mask cannot be decoded.
+          UserError: the mask cannot be decoded, or shows no lung: hiding nothing would look as if
+            the run could do without the lungs.
         """
-        pixels = decode(self._read(self.files[image]), self.files[image])
-        return resize(pixels, size, "nearest")[..., 0] > 127
+        file = self.files[image]
+        pixels = decode(self._read(file), file)
+        brightest = int(pixels.max())
+        if brightest <= 127:
+            raise UserError(
+                f"the mask {file} shows no lung (its brightest pixel is {brightest} of 255): save "
+                "lungs as 255, or remove it"
+            )
+        return resize(pixels, size, "nearest").max(-1) > 127
 
 
 def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> LungMasks:

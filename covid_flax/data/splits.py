@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ RULES = ("paper-sorted", "paper-random", "grouped")
 
 _COLUMNS = ["file", "label", "split", "group"]
 PARTS = ("train", "val", "test")
+_OF_BYTES = re.compile("[0-9a-f]{16}")  # what `_identical_bytes` calls its groups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Row:
 def regrouped(rows: Sequence[Row], groups: Mapping[str, str]) -> list[Row]:
     """The rows with these groups of their files, "" where there is none."""
     return [dataclasses.replace(row, group=groups.get(row.file, "")) for row in rows]
+
+
+def groups_told(rows: Sequence[Row]) -> bool:
+    """Whether a csv told the rows' groups; else they are of identical bytes, or unknown."""
+    return any(row.group and not _OF_BYTES.fullmatch(row.group) for row in rows)
 
 
 def make_split(

@@ -45,6 +45,7 @@ _POWER = 0.99
 _LEAST_IMAGES_TO_MISS = 7
 _SMALL_CLASS = 50
 _TABLES = 9999
+_CELLS_AT_ONCE = 2**22  # of random tables, 32 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +154,8 @@ def _check_all(e: Evidence) -> dict[str, Alarm | None]:
         if any(row.group for row in fitted_rows) and any(row.group for row in scored_rows):
             made["group-leak"] = group_leak(fitted_rows, scored_rows)
         same = duplicate_leak(fitted_rows, scored_rows, e.hashes or {})
-        if same or e.hashes is not None:  # without hashes only a file listed twice is found
+        # Without hashes only a file listed twice is found.
+        if same or (fitted_rows and e.hashes is not None):
             made["duplicate-leak"] = same
         made["groups-unknown"] = groups_unknown([*fitted_rows, *scored_rows])
     if e.source_counts is not None:
@@ -195,9 +197,14 @@ def independence(table: Any) -> Independence:
     chi2 = float(((table - expected) ** 2 / expected).sum())
     simulated = bool((expected < 5).any())
     if simulated:
-        draws = scipy.stats.random_table(table.sum(1), table.sum(0)).rvs(_TABLES, random_state=0)
-        as_far = ((draws - expected) ** 2 / expected).sum((1, 2)) >= chi2 * (1 - 1e-9)
-        p = float((1 + as_far.sum()) / (1 + _TABLES))
+        random = scipy.stats.random_table(table.sum(1), table.sum(0))
+        rng = np.random.RandomState(0)
+        as_far, at_once = 0, max(1, _CELLS_AT_ONCE // table.size)
+        for start in range(0, _TABLES, at_once):
+            draws = random.rvs(min(at_once, _TABLES - start), random_state=rng)
+            far = ((draws - expected) ** 2 / expected).sum((1, 2)) >= chi2 * (1 - 1e-9)
+            as_far += int(far.sum())
+        p = float((1 + as_far) / (1 + _TABLES))
     else:
         p = float(scipy.stats.chi2.sf(chi2, df))
     v = float(np.sqrt(chi2 / (n * (min(table.shape) - 1))))
@@ -482,10 +489,14 @@ def _leak(
     )
 
 
-def groups_unknown(rows: Sequence[Row]) -> Alarm | None:
+def groups_unknown(rows: Sequence[Row], *, of_a_split: bool = True) -> Alarm | None:
     """A caution where groups are unknown, or too small to be patients'.
 
     Files of identical bytes, or near-duplicates, make groups too; most images are alone then.
+
+    Args:
+      rows: the images, with their groups.
+      of_a_split: whether others of their collection were trained on.
     """
     n, unknown = len(rows), sum(not row.group for row in rows)
     sizes = collections.Counter(row.group for row in rows if row.group)
@@ -502,7 +513,12 @@ def groups_unknown(rows: Sequence[Row]) -> Alarm | None:
     return Alarm(
         "groups-unknown",
         "caution",
-        f"{text}; a patient may be on both sides of the split.",
+        f"{text}; "
+        + (
+            "a patient may be on both sides of the split."
+            if of_a_split
+            else "where a patient has several, the intervals are too narrow."
+        ),
         {"unknown": unknown, "shared": shared, "images": n},
     )
 
@@ -553,9 +569,11 @@ def source_confounded(source_counts: Mapping[str, Mapping[str, int]]) -> Alarm |
         np.int64,
     ).reshape(len(source_counts), len(classes))
     table = table[table.sum(1) > 0]
-    if len(table) < 2 or len(classes) < 2:
+    n = int(table.sum())
+    # Where most sources have one image (each its own address, say), a source is no more than that.
+    if len(table) < 2 or len(classes) < 2 or n < 2 * len(table):
         return None
-    n, test = int(table.sum()), independence(table)
+    test = independence(table)
     source_only, majority = int(table.max(1).sum()) / n, int(table.sum(0).max()) / n
     shared = (table > 0) & ((table > 0).sum(1) > 1)[:, None]
     alone = [name for k, name in enumerate(classes) if table[:, k].any() and not shared[:, k].any()]

@@ -18,6 +18,7 @@ from covid_flax.evaluation.alarms import (
     duplicate_leak,
     find_alarms,
     group_leak,
+    groups_unknown,
 )
 from covid_flax.evaluation.calibration import temperature_scale
 from covid_flax.evaluation.intervals import wilson_interval
@@ -109,6 +110,12 @@ def assess(
             checked.append("group-leak")
     if found is not None:
         alarms.insert(0 if found.level == "alarm" else len(alarms), found)
+    if not rows:
+        named = predictions.groups or [""] * len(predictions.files)
+        listed = [Row(file, "", "", g) for file, g in zip(predictions.files, named, strict=True)]
+        checked.append("groups-unknown")
+        if (unknown := groups_unknown(listed, of_a_split=False)) is not None:
+            alarms.append(unknown)
     report["alarms"] = [dataclasses.asdict(alarm) for alarm in alarms]
     report["alarms_checked"] = checked
     return report, predictions

@@ -48,7 +48,8 @@ def condition_figures(
       `<name>_interval` (percentile cluster bootstrap), `recall` and `recall_interval` by class
       (Wilson; None without images), `predicted` by class, `confidence` (mean top probability),
       `confusion_matrix` (rows true), `majority` (accuracy of always answering the commonest
-      class), `chance` (balanced accuracy of any fixed answer), `kept` (of the whole images'
+      class), `chance` (balanced accuracy of any fixed answer), `whole_balanced_accuracy` (of the
+      same images, whole), `kept` (of the whole images'
       balanced accuracy above chance, the share that is left; None where there was none), `p` (of
       `chance_p_value`, not corrected), `fewest_groups` (of any class that has images) and
       `above_chance`, whether all that shows more than a fixed answer.
@@ -103,6 +104,7 @@ def condition_figures(
         "confusion_matrix": matrix.tolist(),
         "majority": majority,
         "chance": chance,
+        "whole_balanced_accuracy": whole_balanced,
         "kept": (
             (balanced - chance) / (whole_balanced - chance) if whole_balanced > chance else None
         ),

@@ -120,7 +120,7 @@ def cluster_weights(clusters: np.ndarray, resamples: int, seed: int = 0) -> Iter
         yield counts.astype(np.float64)[:, cluster]
 
 
-def percentile_interval(values: np.ndarray) -> list[float] | None:
+def percentile_interval(values: np.ndarray, level: float = LEVEL) -> list[float] | None:
     """`[low, high]`: percentiles of the resampled figures [R] that are defined (not NaN).
 
     Linear between order statistics, as numpy.percentile; None where none is defined.
@@ -128,5 +128,5 @@ def percentile_interval(values: np.ndarray) -> list[float] | None:
     defined = values[~np.isnan(values)]
     if len(defined) == 0:
         return None
-    low, high = np.percentile(defined, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
+    low, high = np.percentile(defined, [50 * (1 - level), 50 * (1 + level)])
     return [float(low), float(high)]

@@ -10,7 +10,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from covid_flax.report.page import count, figure3, percent, render, with_interval
-from covid_flax.report.pictures import STYLE, picture
+from covid_flax.report.pictures import STYLE, picture, short_names
 
 _COLUMNS = (
     ("accuracy", "Accuracy", percent),
@@ -22,7 +22,6 @@ _COLUMNS = (
 )
 _SHOWN = {"accuracy": "Accuracy", "balanced_accuracy": "Balanced accuracy"}
 _MARKS = (("o", "#0072B2"), ("s", "#D55E00"))  # Okabe and Ito's colours
-_NAME_LENGTH = 22
 
 
 def comparison_page(comparison: Mapping[str, Any]) -> str:
@@ -115,7 +114,8 @@ def _p(p: float) -> str:
 def _verdict(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What one run's accuracy against the first's shows, in words that the template joins."""
     accuracy, test = entry["difference"]["accuracy"], entry["mcnemar"]
-    interval = accuracy["interval"]
+    # Of many equally good runs some differ from the first by their own intervals.
+    interval = accuracy["joint_interval"]
     shown = "no interval"
     if test["only_first"] == test["only_second"] == 0:
         shown = "right and wrong on the same images"
@@ -164,7 +164,7 @@ def _pair_table(entries: Sequence[Mapping[str, Any]], corner: str, *, both: bool
 
 def _pictures(comparison: Mapping[str, Any]) -> dict[str, Markup]:
     runs, against = comparison["runs"], comparison["against_first"]
-    first, *others = _short_names([run["name"] for run in runs])
+    first, *others = short_names([run["name"] for run in runs], ends=True)
     values = {key: [run["figures"][key] for run in runs] for key in _SHOWN}
     differences = {key: [entry["difference"][key] for entry in against] for key in _SHOWN}
     with rc_context(STYLE):
@@ -180,17 +180,6 @@ def _pictures(comparison: Mapping[str, Any]) -> dict[str, Markup]:
                 "intervals; the same as in the table above.",
             ),
         }
-
-
-def _short_names(names: Sequence[str]) -> list[str]:
-    """Ends of the names that fit a picture, still different, without what no XML may hold."""
-    clean = [
-        "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in n) for n in names
-    ]
-    short = [n if len(n) <= _NAME_LENGTH else f"…{n[1 - _NAME_LENGTH :]}" for n in clean]
-    if len(set(short)) < len(short):
-        short = [f"{i}. {n}" for i, n in enumerate(short, 1)]
-    return short
 
 
 def forest_figure(

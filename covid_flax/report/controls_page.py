@@ -12,7 +12,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from covid_flax.files import write_atomically
-from covid_flax.report.page import count, figure3, percent, picture, render, with_interval
+from covid_flax.report.page import count, figure3, percent, render, with_interval
+from covid_flax.report.pictures import picture, short_names
 
 # Of the balanced accuracy above chance, what counts as nearly all of it.
 _NEARLY_ALL = 0.8
@@ -81,7 +82,13 @@ def _hidden(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
     none = [c for c in conditions if c["shows"] == "no lung" and c["above_chance"]]
     little = [c for c in conditions if c["shows"] == "little lung" and c["above_chance"]]
     silent = [c for c in conditions if c["shows"].endswith(" lung") and not c["above_chance"]]
+    # Where masks are of one class alone there is nothing to tell apart.
+    untold = [c for c in silent if c["p"] is None]
+    silent = [c for c in silent if c["p"] is not None]
     fixed = f"any fixed answer has a balanced accuracy of {_percent(conditions[0]['chance'])}"
+    others = [c for c in [*none, *little, *silent] if c["chance"] != conditions[0]["chance"]]
+    if others:
+        fixed += f" ({_percent(others[0]['chance'])} where only images with masks are asked about)"
     said = []
     if none:
         said.append(
@@ -93,6 +100,11 @@ def _hidden(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
             f"With little lung in sight it still answers: {_and(map(_score, little))}; {fixed}. "
             "What is left there is what surrounds the lungs, with their edge or outline"
             + ("." if none else ": suspicious, but it shows no shortcut yet.")
+        )
+    if untold:
+        said.append(
+            f"Nothing can be told {_and(map(_with, untold))}: all images with masks are of one "
+            "class."
         )
     if silent:
         said.append(
@@ -165,7 +177,8 @@ def _keeps(c: Mapping[str, Any]) -> bool:
 def _loses(c: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
     """Whether much of that lead is gone, and more than the interval allows for."""
     high = c["balanced_accuracy_interval"][1]
-    return bool(c["kept"] is not None and c["kept"] < _NEARLY_ALL and high < whole[_BALANCED])
+    before = c.get("whole_balanced_accuracy", whole[_BALANCED])  # of the same images
+    return bool(c["kept"] is not None and c["kept"] < _NEARLY_ALL and high < before)
 
 
 def _twins(pairs: Mapping[str, Any]) -> str:
@@ -266,7 +279,7 @@ def write_controls_page(
     """
     whole, *changed = report["conditions"]
     hidden = [c for c in changed if c["shows"] in ("no lung", "little lung")]
-    strongest = max(hidden, key=lambda c: c["balanced_accuracy"])
+    strongest = max(hidden, key=lambda c: c["balanced_accuracy"] - c["chance"])
     text = render(
         "controls.html.j2",
         title=title,
@@ -333,6 +346,7 @@ def _strip(
 ) -> Figure:
     """A row for each condition, a column for each class."""
     shown = [name for name in names if any(name in images for _, images in examples)]
+    short = dict(zip(shown, short_names(shown, 16), strict=True))
     figure = Figure(figsize=(1.05 * len(shown), 1.05 * len(examples)))
     axes = figure.subplots(len(examples), len(shown), squeeze=False)
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.04, hspace=0.04)
@@ -345,7 +359,7 @@ def _strip(
                 ax.imshow(images[name], interpolation="none")
         row[0].set_ylabel(condition.title, rotation=0, ha="right", va="center", fontsize=9)
     for ax, name in zip(axes[0], shown, strict=True):
-        ax.set_title(name if len(name) <= 16 else f"{name[:15]}…", fontsize=9)
+        ax.set_title(short[name], fontsize=9, parse_math=False)
     return figure
 
 

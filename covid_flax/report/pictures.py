@@ -85,7 +85,7 @@ def evaluation_pictures(report: Mapping[str, Any], predictions: Predictions) -> 
       report: of covid_flax.evaluation.metrics.classification_report, perhaps with `abstain`.
       predictions: of the same images.
     """
-    names = _short_names(report["class_names"])
+    names = short_names(report["class_names"])
     auroc, auprc = (_areas(report, key) for key in ("auroc", "auprc"))
     listed = ", ".join(names)
     right = f"accuracy {100 * report['accuracy']:.1f} %"
@@ -129,12 +129,21 @@ def _listed(names: Sequence[str], values: Sequence[str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
 
 
-def _short_names(names: Sequence[str]) -> list[str]:
-    """Names that fit a picture, still different, without what no XML may hold."""
+def short_names(
+    names: Sequence[str], length: int = _NAME_LENGTH, *, ends: bool = False
+) -> list[str]:
+    """Names that fit a picture, still different, without what no XML may hold.
+
+    Args:
+      names: of classes or runs.
+      length: at most so many characters of a name, and its number where that leaves two alike.
+      ends: keep the end of a long name, not its beginning.
+    """
     clean = [
         "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in n) for n in names
     ]
-    short = [n if len(n) <= _NAME_LENGTH else n[: _NAME_LENGTH - 1] + "…" for n in clean]
+    cut = [f"…{n[1 - length :]}" if ends else f"{n[: length - 1]}…" for n in clean]
+    short = [n if len(n) <= length else c for n, c in zip(clean, cut, strict=True)]
     if len(set(short)) < len(short):
         short = [f"{i}. {n}" for i, n in enumerate(short, 1)]
     return short

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
 
 from covid_flax.errors import UserError
@@ -29,13 +31,22 @@ _LINES = {
     "val": {"label": "validation", "color": "#D55E00", "linestyle": "--"},
 }
 _DPI = 150
+_LINE = 22  # characters of a class name
+_MANY = 20  # classes: their cells hold no more than a number
 
 
 def plot_confusion_matrix(
     report: Mapping[str, Any], path: Path, title: str = "Confusion matrix"
 ) -> None:
     """Writes `confusion_matrix_figure` to `path` as PNG, whole or not at all."""
-    _save(confusion_matrix_figure(report, title), path)
+    names = report["class_names"]
+    font = get_font(findfont(FontProperties()))
+    if not all(font.get_char_index(ord(c)) for c in "".join(map(str, names)) if c.isprintable()):
+        # The font has no letters for them (the page's pictures use the reader's fonts).
+        names = [f"class {i} of report.json" for i in range(1, len(names) + 1)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the title's
+        _save(confusion_matrix_figure({**report, "class_names": names}, title), path)
 
 
 def plot_curves(metrics_jsonl: Path, path: Path, *, best_epoch: int | None = None) -> None:
@@ -81,9 +92,13 @@ def confusion_matrix_figure(report: Mapping[str, Any], title: str = "Confusion m
 
     Rows are the true classes and columns the predicted ones, as the axes say; the percentage is
     of the images of that true class, and the shade follows it. A class without images has none.
+    Of more than 20 classes only counts above 0 are written.
     """
     matrix = np.asarray(report["confusion_matrix"], np.int64)
-    names = [textwrap.fill(str(name), 20, break_long_words=False) for name in report["class_names"]]
+    names = [
+        textwrap.fill(str(name), _LINE, max_lines=3, placeholder=" …")
+        for name in report["class_names"]
+    ]
     k = len(names)
     support = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, support, out=np.zeros(matrix.shape), where=support > 0)
@@ -97,8 +112,10 @@ def confusion_matrix_figure(report: Mapping[str, Any], title: str = "Confusion m
     percent = ".1f" if k <= 8 else ".0f"
     for i in range(k):
         for j in range(k):
+            if k > _MANY and not matrix[i, j]:
+                continue
             text = f"{matrix[i, j]:,}"
-            if support[i, 0]:
+            if support[i, 0] and k <= _MANY:
                 text += f"\n{100 * share[i, j]:{percent}} %"
             red, green, blue, _ = cmap(share[i, j])
             bright = 0.299 * red + 0.587 * green + 0.114 * blue

@@ -42,6 +42,7 @@ def robustness_figure(report: Mapping[str, Any], title: str) -> Figure:
         f"{title}: {100 * plain:.1f} % plain (dashed), mean drop "
         f"{100 * report['mean_drop']:.1f} points; bands: 95 %",
         fontsize=10,
+        parse_math=False,  # a $ in a name starts no formula
     )
     return figure
 

@@ -29,7 +29,11 @@ def print_report(report: Mapping[str, Any], output: Path) -> None:
         )
     )
     say("confusion matrix, rows true, columns predicted:")
-    say(f"{'':<{width}}  " + " ".join(f"{n[:15]:>15}" for n in names) + "    recall precision")
+    # Numbered where the beginnings of two are alike.
+    heads = [n[:15] for n in names]
+    if len(set(heads)) < len(heads):
+        heads = [f"{i}. {n}"[:15] for i, n in enumerate(names, 1)]
+    say(f"{'':<{width}}  " + " ".join(f"{n:>15}" for n in heads) + "    recall precision")
     for name, row in zip(names, matrix, strict=True):
         figures = report["per_class"][name]
         say(

@@ -219,3 +219,19 @@ def test_the_command_on_a_zip_of_one_class(clean, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["audit", "images.zip", "split.csv"]
     grouped = open_folder(archive, groups_file=str(groups), require_two_classes=False)
     assert grouped.groups["COVID/copy.png"] == grouped.groups["COVID/00.png"]
+
+
+def test_the_command_loses_no_groups_that_are_another_s(clean, tmp_path):
+    """A csv of the user's own, and an audit of other images that a run may use."""
+    shutil.copytree(clean, tmp_path / "data")
+    mine = tmp_path / "data/groups.csv"
+    mine.write_text("file,patient_id,age\nCOVID/00.png,p1,60\n")
+    done = command("--data_dir=data", "--output=data", cwd=tmp_path)
+    assert done.returncode == 2 and "groups.csv is of no audit" in done.stderr
+    assert "age" in mine.read_text()
+    for _ in range(2):  # once more is no loss
+        done = command("--data_dir=data", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    (tmp_path / "data").rename(tmp_path / "others")
+    done = command("--data_dir=others", cwd=tmp_path)
+    assert done.returncode == 2 and "choose another --output" in done.stderr

@@ -158,7 +158,9 @@ def test_unwritable_cache(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("mine")
     for cache in (blocked, blocked / "below"):
-        with pytest.raises(UserError, match="cannot write .*set data.cache_dir to a writable"):
+        with pytest.raises(
+            UserError, match="cannot write .*set data.cache_dir, or XDG_CACHE_HOME, to a"
+        ):
             builder.prepare(folder, cache)
     assert blocked.read_text() == "mine"
 
@@ -167,7 +169,9 @@ def test_unwritable_cache(tmp_path):
 def test_read_only_cache(tmp_path):
     folder = make_folder(tmp_path / "data")
     (tmp_path / "cache").mkdir(mode=0o500)
-    with pytest.raises(UserError, match="Permission denied.*set data.cache_dir to a writable"):
+    with pytest.raises(
+        UserError, match="Permission denied.*set data.cache_dir, or XDG_CACHE_HOME, to a"
+    ):
         builder.prepare(folder, tmp_path / "cache")
 
 

@@ -84,7 +84,10 @@ def test_plain_layout_and_what_is_ignored(tmp_path):
     )  # fmt: skip
     folder = open_folder(str(tmp_path))
     assert [f.file for f in folder.files] == ["a/x.png", "b/1.tiff", "b/2.JPG", "b/deep/3.webp"]
-    assert folder.ignored == 3
+    assert folder.ignored == {".png": 1, ".db": 1, ".txt": 1}
+    assert (
+        folder.not_images() == "3 files (1 .db, 1 .png, 1 .txt) in the class folders are no images"
+    )
 
 
 def test_links_are_followed(tmp_path):
@@ -105,7 +108,8 @@ def test_links_are_followed(tmp_path):
         (("COVID/images/1.png",), r"one class only \(COVID\)"),
         (("images/1.png", "masks/1.png"), "folder of one class"),
         (("loose.png",), r"<Class>/images/\*\.png \(Kaggle's\) or <Class>/\*\.png"),
-        (("a/notes.txt", "b/notes.txt"), "no image found"),
+        (("a/1.dcm", "b/2.DCM", "b/x"), "no image found.*; 2 .dcm, 1 without suffix are not read"),
+        (("a/1.png", "b/2\r.png"), r"b/2\\r\.png' holds a carriage return: rename"),
         (("COVID/COVID-1.png", "Normal/covid-2.png"), "Normal/covid-2.png names COVID"),
         (("x/Train/a/1.png", "x/test/a/1.png"), r"parts of a split \(Train, test\).*x/Train"),
     ],
@@ -125,6 +129,13 @@ def test_mislabelled_names_are_counted(tmp_path):
 def test_numbers_are_patients_and_no_classes(tmp_path):
     root = make(tmp_path, "0/1-11.png", "0/2-3.png", "1/0-7.png", "1/1-2.png")
     assert len(open_folder(root).files) == 4
+
+
+def test_patients_folders_in_the_only_class_are_no_classes(tmp_path):
+    root = make(tmp_path, "Normal/p1/1.png", "Normal/p2/2.png")
+    folder = open_folder(root, require_two_classes=False, classes={"COVID", "Normal"})
+    assert folder.class_names == ("Normal",) and len(folder.files) == 2
+    assert open_folder(root, require_two_classes=False).class_names == ("p1", "p2")
 
 
 def test_one_class_for_evaluation(tmp_path):

@@ -12,6 +12,7 @@ import sklearn.metrics
 
 from covid_flax.data.folder import open_folder
 from covid_flax.data.splits import Row, make_split
+from covid_flax.evaluation import alarms
 from covid_flax.evaluation.alarms import (
     CHECKS,
     Evidence,
@@ -334,6 +335,10 @@ def test_source_confounded():
     for silent in (even, {"s": {"p": 60, "q": 60}}, {}):
         e = Evidence(matrix, ("p", "q"), source_counts=silent)
         assert "source-confounded" not in raised(e, "caution")
+    # Every image's own address is no source that could be learned.
+    own = {f"s{i}": {"p" if i % 2 else "q": 1} for i in range(120)}
+    e = Evidence(matrix, ("p", "q"), source_counts=own)
+    assert "source-confounded" not in raised(e, "caution")
     assert count_sources(["p", "q", "q"], ["", "s", "s"]) == {"s": {"q": 2}}
 
 
@@ -397,6 +402,23 @@ def test_small_expected_counts_are_simulated():
     exact = sum(cells.pmf(x) for x in as_far)
     assert test.simulated and test.p == pytest.approx(exact, abs=4 * (exact / 9999) ** 0.5)
     assert independence(table) == test
+
+
+def test_large_tables_are_simulated_a_few_at_a_time(monkeypatch):
+    table = np.random.default_rng(0).integers(0, 3, (6, 5))
+    at_once = independence(table)
+    monkeypatch.setattr(alarms, "_CELLS_AT_ONCE", 1000)
+    few = independence(table)
+    assert at_once.simulated and few == independence(table)
+    assert few.p == pytest.approx(at_once.p, abs=4 * (few.p * (1 - few.p) / 5000) ** 0.5)
+
+
+def test_no_leak_check_is_said_to_be_made_without_images_that_were_fitted():
+    """As of a whole cross-validation, where every image is scored by who held it out."""
+    e = clean_run(3)
+    rows = [dataclasses.replace(row, split="val") for row in e.rows]
+    made = checks_made(dataclasses.replace(e, rows=rows, scored="val", hashes={}))
+    assert not {"duplicate-leak", "group-leak"} & set(made)
 
 
 def test_alarms_are_json_and_alarms_come_first():

@@ -9,6 +9,7 @@ from PIL import Image
 
 from covid_flax.errors import UserError
 from covid_flax.evaluation.metrics import classification_report
+from covid_flax.report import plots
 from covid_flax.report.plots import (
     confusion_matrix_figure,
     curves_figure,
@@ -91,6 +92,35 @@ def test_no_text_of_a_confusion_matrix_leaves_its_place(k):
         assert box.x1 <= figure.bbox.width and box.y1 <= figure.bbox.height
     shown = [t.get_text().replace("\n", " ") for t in axes.get_yticklabels()]
     assert shown == names
+
+
+def test_a_matrix_of_many_classes_holds_counts_alone():
+    k = 30
+    matrix = np.eye(k, dtype=int) * 1234
+    matrix[3, 4] = 7
+    figure = confusion_matrix_figure(_report([f"c{i}" for i in range(k)], matrix))
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert sorted({t.get_text() for t in axes.texts}) == ["1,234", "7"]
+    assert len(axes.texts) == k + 1
+    cell = axes.get_window_extent().width / k
+    assert all(t.get_window_extent().height < cell for t in axes.texts)
+
+
+def test_names_that_the_font_cannot_write_are_numbered(tmp_path, recwarn, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    plot_confusion_matrix(_report(["肺炎", "正常"], [[3, 1], [0, 4]]), tmp_path / "x.png")
+    plot_confusion_matrix(_report(["Lésion", "σ"], [[3, 1], [0, 4]]), tmp_path / "x.png")
+    shown = [[t.get_text() for t in figure.axes[0].get_yticklabels()] for figure in drawn]
+    assert shown[0] == ["class 1 of report.json", "class 2 of report.json"]
+    assert shown[1] == ["Lésion", "σ"] and not recwarn.list
+
+
+def test_a_long_name_without_a_space_leaves_room_for_the_matrix():
+    figure = confusion_matrix_figure(_report(["x" * 90, "y" * 60], [[3, 1], [0, 4]]))
+    figure.canvas.draw()
+    assert figure.axes[0].get_window_extent().width > 0.4 * figure.bbox.width
 
 
 def test_curves_hold_the_numbers_and_mark_the_best_epoch():
