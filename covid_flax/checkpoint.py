@@ -57,7 +57,7 @@ class _Best:
 
 
 class Checkpoints:
-    """The checkpoints of one run; the best and the latest are always kept.
+    """The checkpoints of one run; the best, the latest and the one before it are kept.
 
     A context manager: leaving it waits for the last save and raises its error.
 
@@ -76,8 +76,10 @@ class Checkpoints:
             self._orbax = ocp.training.Checkpointer(
                 directory.absolute(),
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                # The latest and the one before: of the latest, power that fails may take files
+                # that the system has not written yet.
                 preservation_policy=_policies.AnyPreservationPolicy(
-                    [_policies.LatestN(1), self._best]
+                    [_policies.LatestN(2), self._best]
                 ),
                 cleanup_tmp_directories=writing,
             )
@@ -117,6 +119,8 @@ class Checkpoints:
         self._saving = self._orbax.save_async(
             step, state, custom_metadata={**contents, "sha256": _digest_of_json(contents)}
         )
+        if self._saving is None:
+            raise RuntimeError(f"Orbax did not save step {step:,}: {self._directory} has a later")
         waited = time.monotonic() - started
         if waited > SLOW_WRITE_S:
             say(

@@ -38,7 +38,12 @@ def dry_run(run: Run) -> None:
     state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
     batch = config.train.batch_size
     # A cost that skipping does not change.
-    step_config = dataclasses.replace(job.step_config, axis_name=None, skip_non_finite=False)
+    step_config = dataclasses.replace(
+        job.step_config,
+        axis_name=None,
+        skip_non_finite=False,
+        micro_batch=config.train.micro_batch,  # under pmap the job's is a device's
+    )
     step = jax.jit(make_train_step(run.graphdef, job.tx, step_config), donate_argnums=0)
     compiled = step.lower(state, run.batch_shapes(job.start, batch)).compile()
     cost = compiled.cost_analysis() or {}

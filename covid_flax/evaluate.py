@@ -40,7 +40,13 @@ from covid_flax.run_images import (
     own_images,
     parse_class_map,
 )
-from covid_flax.trained_run import Ensemble, answers_of_members, open_run, together
+from covid_flax.trained_run import (
+    Ensemble,
+    TrainedRun,
+    answers_of_members,
+    open_run,
+    together,
+)
 
 
 def evaluate(
@@ -79,24 +85,11 @@ def evaluate(
     if data is None:
         data = open_data(workdir, saved, split, data_dir, class_map)
     run = open_run(workdir, checkpoint, data_dir)
-    calibration = _stored_calibration(workdir, run.step)
+    calibration = _calibration(run, saved, checkpoint, split, calibrated)
     output = output or workdir / "eval" / split
     refuse_inside(output, data.folder.root, "--output")
     make_writable(output)
     refuse_foreign_groups(output)
-    # Its val images were each answered by one run, all others by all of them together.
-    if split != "val" and "members" in saved and is_cross_validation(run.config.data):
-        if calibrated:
-            raise UserError(
-                f"{workdir} is a cross-validation: the temperature of its val images is of single "
-                "runs' answers, not of their mean: leave --calibrated out"
-            )
-        calibration = None
-    elif calibrated and calibration is None:
-        raise UserError(
-            f"{workdir} has no temperature for step {run.step}: score its validation split "
-            f"first (--split=val --checkpoint={checkpoint})"
-        )
     answers = None
     if isinstance(run, Ensemble):
         answers = answers_of_members(run, data, split)
@@ -164,6 +157,31 @@ def evaluate(
             say(f"note: the temperature is not kept for --calibrated: {e}")
     print_report(report, output)
     return report
+
+
+def _calibration(
+    run: TrainedRun | Ensemble, saved: Mapping[str, Any], checkpoint: str, split: str, asked: bool
+) -> dict[str, Any] | None:
+    """What was fitted of that checkpoint's answers; None where nothing was, or it does not fit.
+
+    Raises:
+      UserError: there is none, and it was asked for.
+    """
+    found = _stored_calibration(run.workdir, run.step)
+    # Its val images were each answered by one run, all others by all of them together.
+    if split != "val" and "members" in saved and is_cross_validation(run.config.data):
+        if asked:
+            raise UserError(
+                f"{run.workdir} is a cross-validation: the temperature of its val images is of "
+                "single runs' answers, not of their mean: leave --calibrated out"
+            )
+        return None
+    if asked and found is None:
+        raise UserError(
+            f"{run.workdir} has no temperature for step {run.step}: score its validation split "
+            f"first (--split=val --checkpoint={checkpoint})"
+        )
+    return found
 
 
 def _scored_in(output: Path) -> str | None:

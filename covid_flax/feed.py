@@ -7,6 +7,7 @@ continues in the other.
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import grain
 import jax
 import numpy as np
 
+from covid_flax import distributed
 from covid_flax.console import Meter, say
 from covid_flax.data.pipeline import (
     ArraySource,
@@ -28,6 +30,7 @@ from covid_flax.run import Run
 from covid_flax.step import TrainState, make_steps_on_device, make_train_step, take
 
 Step = Callable[..., tuple[TrainState, jax.Array]]
+_AHEAD = 2  # steps of which the host may not know yet that they are done
 # Of a device's memory, the share that training images may take unasked.
 _SHARE_OF_MEMORY = 0.25
 # Of the host's, where that is the device, what cached outputs of frozen stages may take twice.
@@ -61,13 +64,18 @@ class HostFeed:
         self.batches, self._step = batches, _Compiling(step)
         self._batch_size, self._rest = batch_size, rest
         self.first_steps = 1
+        self._ahead: collections.deque[jax.Array] = collections.deque()
 
     def advance(self, state: TrainState, steps: int, meter: Meter) -> TrainState:
         for _ in range(steps):
+            # No further ahead of the device: what the host waits for then are images.
+            if len(self._ahead) == _AHEAD:
+                jax.block_until_ready(self._ahead.popleft())
             with meter.waiting():
                 batch = next(self.batches)
             examples = self._rest if "mask" in batch else self._batch_size
-            state = self._step(meter, examples, 1, state, batch)
+            state, loss = self._step(meter, examples, 1, state, batch)
+            self._ahead.append(loss)
         return state
 
 
@@ -112,7 +120,7 @@ class DeviceFeed:
                 indices = np.zeros((self._chunk, len(rows[0])), np.int32)
                 indices[: len(rows)] = rows
                 examples = sum(map(len, rows))
-                state = self._steps(
+                state, _ = self._steps(
                     meter,
                     examples,
                     len(rows),
@@ -123,7 +131,8 @@ class DeviceFeed:
                 )
             if short is not None:
                 examples = int(short["mask"].sum())
-                state = self._short_step(meter, examples, 1, state, self._data, self._put(short))
+                short = self._put(short)
+                state, _ = self._short_step(meter, examples, 1, state, self._data, short)
             steps -= len(rows) + (short is not None)
         return state
 
@@ -136,14 +145,14 @@ class _Compiling:
 
     def __call__(
         self, meter: Meter, examples: int, steps: int, state: TrainState, *args: Any
-    ) -> TrainState:
+    ) -> tuple[TrainState, jax.Array]:
         shapes = tuple(x.shape for x in jax.tree.leaves(args))
         if shapes in self._seen:
-            return self._step(state, *args)[0]
+            return self._step(state, *args)
         self._seen.add(shapes)
         jax.block_until_ready(state)
         with meter.compiling(examples, steps):
-            return jax.block_until_ready(self._step(state, *args)[0])
+            return jax.block_until_ready(self._step(state, *args))
 
 
 def make_feed(run: Run, job: Job) -> Feed:
@@ -160,7 +169,8 @@ def make_feed(run: Run, job: Job) -> Feed:
     }
     step = make_train_step(run.graphdef, job.tx, job.step_config)
     images = _images_for_device(run, job)
-    if images is None:
+    # All processes must run one program, however much memory each has.
+    if distributed.anywhere(images is None):
         batches = train_iterator(
             job.train_source,
             num_threads=config.data.num_threads,
@@ -171,6 +181,7 @@ def make_feed(run: Run, job: Job) -> Feed:
         rest = job.usable % config.train.batch_size
         return HostFeed(batches, layout.compile_step(step), config.train.batch_size, rest)
 
+    assert images is not None
     mesh = make_mesh()
     labels = run.data.labels("train")
 

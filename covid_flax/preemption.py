@@ -2,12 +2,14 @@
 
 While steps are made it is noted, and the loop saves and ends in good order. At any other time, or
 the second time, it ends the process at once, as it ends any: there is nothing that a save could
-keep, and the process may be in a call that no Python code interrupts.
+keep, and the process may be in a call that no Python code interrupts. (Python's handlers wait for
+such a call, which a thread does not: it counts the signals.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -62,6 +64,16 @@ def _note(number: int, frame: Any) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def _end_at_the_second(reader: int) -> None:
+    """Reads the numbers of signals, which arrive whatever the main thread does."""
+    count = 0
+    while numbers := os.read(reader, 64):
+        count += numbers.count(signal.SIGTERM)
+        if count > 1:
+            os._exit(STATUS)
+    os.close(reader)
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
     """Within, the first SIGTERM is only noted; leaving it, one not yet heeded is."""
@@ -70,9 +82,15 @@ def deferred() -> Iterator[None]:
         yield  # where Python lets nobody handle signals
         return
     before = signal.signal(signal.SIGTERM, _note)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_end_at_the_second, args=(reader,), daemon=True).start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(woken)
+        os.close(writer)
         signal.signal(signal.SIGTERM, before)
         noted, _noted = _noted, False
     if noted:

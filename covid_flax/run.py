@@ -178,6 +178,11 @@ def _check_resumed(
         )
 
 
+def _folder(path: str) -> Path:
+    """From wherever a later command is given."""
+    return Path(path).expanduser().resolve()
+
+
 def _teacher_arrays(folder: str) -> list[str]:
     """Digests of the checkpoint that a teacher answers with, or of its members'; [] without one.
 
@@ -247,6 +252,7 @@ def _write_run(
         | {p: importlib.metadata.version(p) for p in _PACKAGES},
         "devices": [str(d.device_kind) for d in jax.devices()],
         "teacher": teacher,
+        "teacher_folder": str(_folder(config.train.teacher)) if config.train.teacher else "",
     }
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -300,7 +306,10 @@ def learned_files(workdir: Path) -> set[str]:
         teacher = config_lib.from_json(saved["config"]).train.teacher
         if not teacher:
             break
-        folder = Path(teacher).expanduser()
+        # Runs of before it was kept have the folder as it was given.
+        folder = Path(saved.get("teacher_folder") or teacher).expanduser()
+        if read_run(folder) is None:
+            say(f"note: {folder}, a teacher, is gone: what it has learned from cannot be told")
     return learned
 
 

@@ -65,7 +65,11 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
                 job.train_source, job.val_source = cached_sources(
                     run, job.start, how, params, state.batch_stats
                 )
-            _loop(run, job, state, stopping, loop, checkpoints, Profile(run.workdir, profile))
+                del params
+            # The loop steps on a copy, beside which this one must not stay in memory.
+            held = [state]
+            del state
+            _loop(run, job, held, stopping, loop, checkpoints, Profile(run.workdir, profile))
         if stopping.should_stop:
             say(
                 f"early stop: {config.train.monitor} has not improved for {config.train.patience} "
@@ -120,13 +124,13 @@ def _start(
 def _loop(
     run: Run,
     job: Job,
-    state: TrainState,
+    held: list[TrainState],
     stopping: EarlyStopping,
     loop: dict[str, Any],
     checkpoints: Checkpoints,
     profile: Profile,
 ) -> None:
-    config, layout = run.config, job.layout
+    config, layout, state = run.config, job.layout, held.pop()
     step, total_steps = int(state.step), job.steps_per_epoch * config.train.epochs
     every = config.train.checkpoint_every_steps
 
@@ -187,7 +191,12 @@ def _loop(
     sums = _host_sums(state.sums)
     state = layout.put_state(state)
     alone = jax.process_count() == 1
-    with RunLog(run.workdir, loop["metrics_bytes"], step) as log, profile, preemption.deferred():
+    with (
+        contextlib.closing(feed.batches),
+        RunLog(run.workdir, loop["metrics_bytes"], step) as log,
+        profile,
+        preemption.deferred(),
+    ):
         meter = Meter(config.train.epochs, job.steps_per_epoch, step, loop, peak_rate(run, job))
         while step < total_steps and not stopping.should_stop:
             # The next step at which something besides training is due.

@@ -108,7 +108,7 @@ def test_a_teacher_of_the_same_images_elsewhere_is_refused(
 
 
 def test_a_teacher_whose_own_teacher_saw_what_is_held_out_is_refused(
-    tiny_config, teacher, tmp_path
+    tiny_config, teacher, tmp_path, capsys
 ):
     """Only through its own teacher did this one learn of all the images."""
     middle = tmp_path / "middle"
@@ -120,6 +120,15 @@ def test_a_teacher_whose_own_teacher_saw_what_is_held_out_is_refused(
     about["config"]["train"]["teacher"] = str(teacher)
     (middle / "config.json").write_text(json.dumps(about))
     assert learned_files(middle) == learned
+    # Given from another folder, as a later command may be; and gone.
+    about["config"]["train"]["teacher"] = "runs/best"
+    for folder, of in ((str(teacher), learned), (str(tmp_path / "gone"), set())):
+        about["teacher_folder"] = folder
+        (middle / "config.json").write_text(json.dumps(about))
+        assert learned_files(middle) == of
+    assert "gone, a teacher, is gone" in capsys.readouterr().out
+    about["teacher_folder"] = str(teacher)
+    (middle / "config.json").write_text(json.dumps(about))
     tiny_config.data.split_seed = 9
     with pytest.raises(UserError, match="or a teacher of its own"):
         setup(_student(tiny_config, middle), tmp_path / "student")

@@ -81,6 +81,23 @@ with preemption.deferred():
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "noted\n")
 
 
+def test_a_second_one_ends_a_call_that_no_python_code_interrupts():
+    """As a compilation, or a collective that waits for a process that hangs."""
+    code = """
+import hashlib, os, signal, threading, time
+from covid_flax import preemption
+def send():
+    for _ in range(2):
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGTERM)
+with preemption.deferred():
+    threading.Thread(target=send).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 400_000_000)  # minutes
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (preemption.STATUS, "")
+
+
 def test_a_thread_may_train():
     """As in a sweep; Python lets the main thread alone handle signals."""
     failed = []

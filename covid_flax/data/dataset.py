@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from covid_flax import distributed
 from covid_flax.data import phantoms
 from covid_flax.data.builder import Records, prepare
 from covid_flax.data.folder import DataFolder, open_folder
@@ -80,17 +81,21 @@ class Dataset:
         return StoreSource(images, np.array(rows), labels)
 
     def _store(self, source: ImageSource, budget_gb: float, *, build: bool) -> np.ndarray | None:
-        key = (source.image_size, source.interpolation, source.intermediate_size)
-        if budget_gb == 0:
-            return None
+        wanted = budget_gb > 0
+        key = (source.image_size, source.interpolation, source.intermediate_size, wanted)
         if key not in self._stores:
-            images = open_store(source, self.records.place)
+            images = open_store(source, self.records.place) if wanted else None
+            if images is None and wanted and build:
+                try:
+                    images = build_store(source, self.records.place, budget_gb)
+                except NoStoreError as e:
+                    print(f"note: every epoch decodes its images anew: {e}", file=sys.stderr)
+            # Images of a store may have one channel, decoded ones have three: all processes must
+            # feed their parts of one program alike.
+            if distributed.anywhere(images is None):
+                images = None
             if images is None and not build:
                 return None
-            try:
-                images = build_store(source, self.records.place, budget_gb)
-            except NoStoreError as e:
-                print(f"note: every epoch decodes its images anew: {e}", file=sys.stderr)
             self._stores[key] = images
         return self._stores[key]
 

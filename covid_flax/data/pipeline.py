@@ -265,7 +265,10 @@ def _order(
         start, stop = k * batch_size, min((k + 1) * batch_size, usable)
         full = stop - start == batch_size
         length = batch_size if full else -(-(stop - start) // fill) * fill
-        places = np.arange(start + process_index, start + length, process_count)
+        # A process's share is a run of neighbours, so that an example has one place in a batch,
+        # by which it is augmented, whatever the number of processes.
+        first, end = (length * i // process_count for i in (process_index, process_index + 1))
+        places = np.arange(start + first, start + end)
         mask = places < stop
         epoch_seed = (seed + epoch) % 2**32
         shuffle = grain.experimental.index_shuffle

@@ -87,7 +87,8 @@ def build_store(source: ImageSource, directory: Path, budget_gb: float) -> np.nd
                 return images
             try:
                 _write(source, part, budget_gb)
-                part.rename(path)
+                if open_store(source, directory) is None:  # else another host was faster
+                    part.rename(path)
             finally:
                 part.unlink(missing_ok=True)
         images = open_store(source, directory)

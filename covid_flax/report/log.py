@@ -44,7 +44,10 @@ class RunLog:
         self._failed: OSError | None = None
         self._excepthook, threading.excepthook = threading.excepthook, self._heed
         self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=step + 1, write_to_disk=self._first
+            str(workdir / "tensorboard"),
+            purge_step=step + 1,
+            write_to_disk=self._first,
+            max_queue=0,  # without a bound: a full one waits for its thread, which may be dead
         )
 
     def __enter__(self) -> RunLog:
@@ -57,15 +60,15 @@ class RunLog:
             self._excepthook(args)
 
     def _refuse_failed(self) -> None:
-        """Without its thread TensorBoard's queue would soon be full, and wait for ever."""
+        """Where TensorBoard's thread is dead: nobody would write what is handed to it."""
         if self._failed is not None:
             raise self._failed
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             self._file.close()
-            self._refuse_failed()
             self._tensorboard.close()
+            self._refuse_failed()
         except OSError:
             self._abandon()
             if error is None:  # else that one is told, which met the full disk first

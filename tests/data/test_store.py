@@ -11,6 +11,7 @@ import PIL
 import pytest
 from PIL import Image
 
+from covid_flax import distributed
 from covid_flax.data import store
 from covid_flax.data.builder import prepare
 from covid_flax.data.dataset import Dataset
@@ -196,6 +197,15 @@ def test_only_training_builds_one(tmp_path):
     data.source("train", make_config())
     assert isinstance(data.source("val", make_config()), StoreSource)
     assert isinstance(open_data(tmp_path).source("val", make_config()), StoreSource)
+
+
+def test_a_process_without_a_store_has_all_decode(tmp_path, monkeypatch):
+    """Images of a store may have one channel, decoded ones three: one program takes either."""
+    data = make_data(tmp_path)
+    monkeypatch.setattr(distributed, "anywhere", lambda here: True)
+    assert isinstance(data.source("train", make_config()), ImageSource)
+    monkeypatch.undo()
+    assert isinstance(open_data(tmp_path).source("train", make_config()), StoreSource)
 
 
 def test_switched_off(tmp_path, capfd):

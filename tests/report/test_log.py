@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
@@ -115,19 +116,26 @@ try:
     with RunLog(Path(sys.argv[1])) as log:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         worker = log._tensorboard.file_writer.event_writer._worker
+        if len(sys.argv) > 2:  # a disk that stalls, then fails
+            def stall(data):
+                time.sleep(0.5)
+                raise OSError(27, "stalled")
+            worker._record_writer.write_event = stall
         for step in range(60):  # more than TensorBoard's queue holds
             worker._next_flush_time = 0  # as after two minutes
             log.interval(step, loss=0.5)
-            time.sleep(0.02)
+            if len(sys.argv) <= 2:
+                time.sleep(0.02)
 except OSError as e:
     print(type(e).__name__, e.errno)
 """
 
 
-def test_a_disk_that_only_tensorboard_met_stops_the_figures(tmp_path):
+@pytest.mark.parametrize("stalls", [(), ("stalls",)])
+def test_a_disk_that_only_tensorboard_met_stops_the_figures(tmp_path, stalls):
     """Its thread is dead then, and its queue takes ten figures."""
     done = subprocess.run(
-        [sys.executable, "-c", _FILLS_UP_BETWEEN, tmp_path],
+        [sys.executable, "-c", _FILLS_UP_BETWEEN, tmp_path, *stalls],
         capture_output=True,
         text=True,
         timeout=60,
