@@ -99,10 +99,11 @@ def open_data(
 
 
 def images_root(workdir: Path, saved: Mapping[str, Any]) -> Path:
-    """Where a run's images lie; its phantoms move with its folder."""
-    if saved["config"]["data"]["dir"]:
-        return Path(saved["data"]["root"])
-    return workdir / (saved["members"][0] if "members" in saved else "") / "phantoms"
+    """Where a run's images lie; its phantoms may have moved with its folder."""
+    own = workdir / (saved["members"][0] if "members" in saved else "") / "phantoms"
+    return (
+        Path(saved["data"]["root"]) if saved["config"]["data"]["dir"] or not own.exists() else own
+    )
 
 
 def open_held_out(
