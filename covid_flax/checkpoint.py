@@ -50,10 +50,12 @@ class _Best:
 
     def __init__(self) -> None:
         self.step: int | None = None
+        # Of which the checkpoint before the latest tells, if the latest is the best.
+        self.before: int | None = None
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
         del context
-        return [c.step == self.step for c in checkpoints]
+        return [c.step in (self.step, self.before) for c in checkpoints]
 
 
 class Checkpoints:
@@ -104,6 +106,7 @@ class Checkpoints:
           loop: JSON of the loop's own state.
           best: whether this is the best so far.
         """
+        self._best.before = self._best.step
         if best:
             self._best.step = step
         record = {

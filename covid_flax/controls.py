@@ -167,6 +167,12 @@ def score_conditions(
     learned = _reduced(training) if training is not None else None
     known = source if learned is None else learned.source("all", run.config.data)
     reference = histogram(np.asarray(known[i]["image"]) for i in range(len(known)))
+    if masks is not None:
+        asked = {*files, *(row.file for row in (learned.rows if learned else ()))}
+        given = len(asked & masks.files.keys())
+        masks = masks.that_show_lung(asked)
+        if len(masks.files) < given:
+            say(f"note: {given - len(masks.files):,} masks show no lung: taken for none")
     reference_of = f"{len(known):,} {'scored' if learned is None else 'training'} images together"
     lit = np.array([masks is not None and file in masks.files for file in files])
     todo = conditions(reference, reference_of, masks=bool(lit.any()))

@@ -1,7 +1,7 @@
 """SIGTERM: how TPU VMs, preemptible machines and Slurm say that a run's time is up.
 
 While steps are made it is noted, and the loop saves and ends in good order. At any other time, or
-the second time, it ends the process at once, as it ends any: there is nothing that a save could
+the second time, a second later or more, it ends the process at once, as it ends any: there is nothing that a save could
 keep, and the process may be in a call that no Python code interrupts. (Python's handlers wait for
 such a call, which a thread does not: it counts the signals.)
 """
@@ -12,6 +12,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ STATUS = 143  # 128 + SIGTERM, as a shell reports one that the signal ended too
 # Between two looks at whether a notice has come, where steps are slow. Of the 30 s of grace that
 # machines commonly give, most is then left for the save.
 LOOK_EVERY_S = 5.0
+_APART_S = 1.0  # signals that are two
 
 _noted = False
 _interrupted = False
@@ -61,16 +63,20 @@ def _interrupt(number: int, frame: Any) -> None:
 def _note(number: int, frame: Any) -> None:
     global _noted
     _noted = True
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end_at_the_second(reader: int) -> None:
-    """Reads the numbers of signals, which arrive whatever the main thread does."""
-    count = 0
+    """Reads the numbers of signals, which arrive whatever the main thread does.
+
+    Make, srun and others hand on a signal that reaches the process by itself too: what comes at
+    once is one.
+    """
+    first = None
     while numbers := os.read(reader, 64):
-        count += numbers.count(signal.SIGTERM)
-        if count > 1:
-            os._exit(STATUS)
+        if signal.SIGTERM in numbers:
+            first = time.monotonic() if first is None else first
+            if time.monotonic() - first > _APART_S:
+                os._exit(STATUS)
     os.close(reader)
 
 
@@ -81,11 +87,11 @@ def deferred() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # where Python lets nobody handle signals
         return
-    before = signal.signal(signal.SIGTERM, _note)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_end_at_the_second, args=(reader,), daemon=True).start()
+    before = signal.signal(signal.SIGTERM, _note)
+    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     try:
         yield
     finally:

@@ -306,8 +306,9 @@ def learned_files(workdir: Path) -> set[str]:
         teacher = config_lib.from_json(saved["config"]).train.teacher
         if not teacher:
             break
-        # Runs of before it was kept have the folder as it was given.
-        folder = Path(saved.get("teacher_folder") or teacher).expanduser()
+        # Where it was, whatever the working directory; or as given, where all were moved together.
+        places = [Path(p).expanduser() for p in (saved.get("teacher_folder"), teacher) if p]
+        folder = next((p for p in places if read_run(p) is not None), places[0])
         if read_run(folder) is None:
             say(f"note: {folder}, a teacher, is gone: what it has learned from cannot be told")
     return learned

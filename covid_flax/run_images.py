@@ -12,6 +12,7 @@ import ml_collections
 
 from covid_flax import config as config_lib
 from covid_flax.console import say
+from covid_flax.data.builder import Records
 from covid_flax.data.dataset import Dataset, prepare_readable
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.data.splits import Row, groups_told, read_split_csv, regrouped
@@ -69,10 +70,9 @@ def open_data(
             say(f"note: {folder.not_images()}: not scored")
     else:
         folder = _reopen(root, config, class_names)
-    _use_a_cache_that_can_be_written(config.data)
     records = None
     if config.data.on_bad_image == "skip":  # else later: what is missing is told at once
-        folder, records = prepare_readable(folder, config.data)
+        folder, records = _prepared(folder, config.data)
     if elsewhere:
         groups = folder.groups or {}
         rows = [Row(f.file, label[f.label], "", groups.get(f.file, "")) for f in folder.files]
@@ -94,7 +94,7 @@ def open_data(
             )
         _refuse_missing(wanted, folder, records.bad if records else {})
     if records is None:
-        folder, records = prepare_readable(folder, config.data)
+        folder, records = _prepared(folder, config.data)
     return Dataset(folder, records, rows, class_names, bad_images=records.bad)
 
 
@@ -134,14 +134,24 @@ def what_they_chose(split: str, *, elsewhere: bool) -> str | None:
     return "these are, or include, images that were trained on: the figures say nothing of others"
 
 
-def _use_a_cache_that_can_be_written(data: ml_collections.ConfigDict) -> None:
-    """The usual one where the run's own is another machine's."""
+def _prepared(folder: DataFolder, data: ml_collections.ConfigDict) -> tuple[DataFolder, Records]:
+    """As `prepare_readable`, in the usual cache where the run's own is another machine's."""
     try:
-        make_writable(cache_dir(data.cache_dir))
+        return prepare_readable(folder, data)
     except UserError:
-        if data.cache_dir:
-            data.cache_dir = ""
-            say(f"note: {cache_dir('')} keeps the records, for the run's own cache_dir cannot")
+        if not data.cache_dir or _can_be_written(cache_dir(data.cache_dir)):
+            raise
+    say(f"note: {cache_dir('')} keeps the records, for the run's own cache_dir cannot be written")
+    data.cache_dir = ""
+    return prepare_readable(folder, data)
+
+
+def _can_be_written(folder: Path) -> bool:
+    try:
+        make_writable(folder)
+    except UserError:
+        return False
+    return True
 
 
 def parse_class_map(text: list[str]) -> dict[str, str]:
@@ -182,7 +192,7 @@ def _labels_of(
     folder: DataFolder, class_names: tuple[str, ...], class_map: Mapping[str, str]
 ) -> dict[str, str]:
     """The run's class, or LEFT_OUT, for each class folder."""
-    absent = sorted(set(class_map) - set(folder.class_names))
+    absent = sorted(set(class_map) - {*folder.class_names, *folder.empty})
     if absent:
         raise UserError(
             f"--class_map names {absent[0]}, but {folder.root} has the classes "

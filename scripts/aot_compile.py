@@ -55,7 +55,10 @@ def _main() -> None:
     if config.train.micro_batch:
         say("and once more without micro-batches, for what a step costs in all")
         config.train.micro_batch = 0
-        costs = aot.of_micro_batches(costs, _compile(config, mesh)[2])
+        try:
+            costs = aot.of_micro_batches(costs, _compile(config, mesh)[2])
+        except jax.errors.JaxRuntimeError as e:  # it may not fit, which is why there are parts
+            say(f"that failed ({str(e).splitlines()[0]}): all but the memory is of one part")
     figures = {"config": name, "topology": _TOPOLOGY.value, "compile_seconds": round(seconds, 1)}
     figures |= costs
     _print(figures)

@@ -35,7 +35,10 @@ def test_best_latest_and_the_one_before_are_kept_while_validation_worsens(tmp_pa
         assert (c.best_step, c.latest_step, c.steps) == (2, 5, [2, 4, 5])
         c.save(6, _tree(6), {}, best=True)
         c.wait()
-        assert c.steps == [5, 6]
+        assert c.steps == [2, 5, 6]  # 5 tells of 2
+        c.save(7, _tree(7), {}, best=False)
+        c.wait()
+        assert c.steps == [6, 7]
 
 
 def test_power_that_fails_while_the_best_is_the_latest_loses_one_save(tmp_path):
@@ -48,6 +51,21 @@ def test_power_that_fails_while_the_best_is_the_latest_loses_one_save(tmp_path):
         step, state, loop, lost = c.resume(_tree(0))
     assert (step, loop, lost) == (2, {"step": 2}, False)
     assert float(state["opt"][0]) == 2
+
+
+def test_the_best_of_which_the_one_before_tells_is_kept_too(tmp_path):
+    with Checkpoints(tmp_path, writing=True) as c:
+        for step, best in ((1, True), (2, False), (3, True)):
+            c.save(step, _tree(step), {"step": step}, best=best)
+        c.wait()
+        assert c.steps == [1, 2, 3]
+    (tmp_path / "3" / "_CHECKPOINT_METADATA").write_bytes(b"")
+    with Checkpoints(tmp_path, writing=True) as c:
+        step, _, _, lost = c.resume(_tree(0))
+        assert (step, lost, c.best_step) == (2, False, 1)
+        c.save(4, _tree(4), {}, best=False)
+        c.wait()
+        assert (c.steps, c.best_step) == ([1, 2, 4], 1)
 
 
 def test_what_comes_back_is_bit_for_bit_what_went_in(tmp_path):

@@ -173,7 +173,7 @@ def test_kaggle_s_masks_are_found_read_and_never_taken_for_images(tmp_path):
         find_masks(bare, rows, str(tmp_path / "bare"))
 
 
-def test_a_mask_is_read_in_any_colour_and_refused_where_it_shows_no_lung(tmp_path):
+def test_a_mask_is_read_in_any_colour_and_none_where_it_shows_no_lung(tmp_path):
     _write_kaggle(tmp_path / "data")
     folder = open_folder(str(tmp_path / "data"))
     masks = find_masks(folder, [Row(f.file, f.label, "test", "") for f in folder.files])
@@ -184,10 +184,12 @@ def test_a_mask_is_read_in_any_colour_and_refused_where_it_shows_no_lung(tmp_pat
     green[..., 1] = grey
     Image.fromarray(green).save(path)
     np.testing.assert_array_equal(masks.mask(image, SIZE), before)
+    assert masks.that_show_lung(masks.files).files == masks.files
     for blind in (grey // 255, np.zeros_like(grey)):  # 0 and 1; empty
         Image.fromarray(blind).save(path)
-        with pytest.raises(UserError, match="COVID-1.png shows no lung.*save lungs as 255"):
-            masks.mask(image, SIZE)
+        assert masks.that_show_lung(masks.files).files.keys() == masks.files.keys() - {image}
+        with pytest.raises(UserError, match="no mask shows a lung, such as .*COVID-1.png"):
+            masks.that_show_lung([image])
 
 
 def test_masked_conditions_show_the_mask_and_score_only_what_has_one(tmp_path):

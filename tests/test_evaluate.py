@@ -12,6 +12,7 @@ import pytest
 import sklearn.metrics
 from PIL import Image
 
+from covid_flax import run_images
 from covid_flax.data.splits import read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate, parse_prevalence
@@ -237,7 +238,7 @@ def test_what_is_unknown_of_another_folder_is_said(trained, phantom_dir, tmp_pat
     alarm = {alarm["name"]: alarm for alarm in report["alarms"]}["groups-unknown"]
     assert alarm["level"] == "caution" and "intervals are too narrow" in alarm["text"]
     assert "groups-unknown" in report["alarms_checked"]
-    assert "1 files (1 .dcm) in the class folders are no images" in capsys.readouterr().out
+    assert "1 .dcm in the class folders, no images: not scored" in capsys.readouterr().out
     assert report["not_images"] == {".dcm": 1}
     assert "Images of data, scored by run" in (tmp_path / "out/report.html").read_text()
     groups = [f"{row['file']},p{i // 2}" for i, row in enumerate(_predictions(tmp_path / "out"))]
@@ -274,7 +275,7 @@ def test_a_csv_that_tells_no_groups_of_another_folder_is_none(
     (tmp_path / place / "groups.csv").write_text(table)
     (tmp_path / "data" / "Lung_Opacity" / "images").rename(tmp_path / "away")  # none left of it
     given = {"split": "all", "data_dir": str(tmp_path / "data"), "output": tmp_path / "out"}
-    report = evaluate(trained, **given)
+    report = evaluate(trained, class_map={"Lung_Opacity": "-"}, **given)
     assert report["num_examples"] == 60 == report["intervals"]["clusters"]
     shutil.rmtree(tmp_path / "data" / "Lung_Opacity")
     with pytest.raises(UserError, match="lies in the data folder .*another --output"):
@@ -305,6 +306,14 @@ def test_a_cache_that_cannot_be_made_is_another_machine_s(trained, tmp_path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     assert evaluate(run, split="test")["num_examples"] > 0
     assert "the run's own cache_dir cannot" in capsys.readouterr().out
+    # One that can be read is enough, where the records are.
+    shutil.copytree(tmp_path / "home" / "covid_flax", tmp_path / "kept")
+    saved["config"]["data"]["cache_dir"] = str(tmp_path / "kept")
+    (run / "config.json").write_text(json.dumps(saved))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(run_images, "_can_be_written", lambda folder: False)
+    assert evaluate(run, split="test", output=tmp_path / "again")["num_examples"] > 0
+    assert "cache_dir" not in capsys.readouterr().out
 
 
 def test_another_s_groups_csv_is_not_lost(trained, phantom_dir, tmp_path):

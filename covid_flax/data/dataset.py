@@ -85,15 +85,20 @@ class Dataset:
         key = (source.image_size, source.interpolation, source.intermediate_size, wanted)
         if key not in self._stores:
             images = open_store(source, self.records.place) if wanted else None
+            error = None
             if images is None and wanted and build:
                 try:
                     images = build_store(source, self.records.place, budget_gb)
                 except NoStoreError as e:
                     print(f"note: every epoch decodes its images anew: {e}", file=sys.stderr)
+                except UserError as e:  # told after all have asked each other
+                    error = e
             # Images of a store may have one channel, decoded ones have three: all processes must
             # feed their parts of one program alike.
             if distributed.anywhere(images is None):
                 images = None
+            if error is not None:
+                raise error
             if images is None and not build:
                 return None
             self._stores[key] = images

@@ -52,9 +52,11 @@ class DataFolder:
       class_names: sorted by name, as Keras numbers them.
       files: sorted by class, then in the order in which Keras lists them.
       groups: group of every file, or None where no csv tells groups.
-      ignored: files in the class folders that are not images, counted by suffix (".dcm", "").
+      ignored: files in the class folders that are not images, counted by suffix (`.dcm`, else
+        `hidden` or `other`).
       ungrouped: images that the groups' csv does not list; each is its own group.
       unreadable: metadata workbooks that could not be read; their sources are left out.
+      empty: class folders without an image, where those are passed over.
     """
 
     root: Path
@@ -65,6 +67,7 @@ class DataFolder:
     ungrouped: int
     unreadable: tuple[str, ...]
     _tree: _Tree = dataclasses.field(repr=False)
+    empty: tuple[str, ...] = ()
 
     def read(self, file: str) -> bytes:
         """The content of `file`. Thread safe. UserError where it cannot be read."""
@@ -97,11 +100,11 @@ class DataFolder:
         return dataclasses.replace(self._with_files(left), class_names=names)
 
     def not_images(self) -> str:
-        """`6 files (5 .dcm, 1 without suffix) in the class folders are no images`, or ""."""
+        """`no images in the class folders: 5 .dcm, 1 other`, or ""."""
         total = sum(self.ignored.values())
         if not total:
             return ""
-        return f"{total:,} files ({_by_suffix(self.ignored)}) in the class folders are no images"
+        return f"{_by_suffix(self.ignored)} in the class folders, no images"
 
     def _with_files(self, files: list[ImageFile]) -> DataFolder:
         groups = self.groups and {f.file: self.groups[f.file] for f in files}
@@ -194,7 +197,10 @@ def open_folder(
     tables_with_sources = [groups_table, tables.manifest]
     sources, unreadable = _sources(tree, dataset, class_names, files, tables_with_sources)
     files = [dataclasses.replace(f, source=sources.get(f.file, "")) for f in files]
-    return DataFolder(Path(path), class_names, files, groups, ignored, ungrouped, unreadable, tree)
+    empty = tuple(n for n in _folders(tree, dataset) if n not in class_names)
+    return DataFolder(
+        Path(path), class_names, files, groups, ignored, ungrouped, unreadable, tree, empty
+    )
 
 
 def refuse_inside(output: Path, data_dir: str | Path, flag: str) -> None:
@@ -212,7 +218,10 @@ def refuse_inside(output: Path, data_dir: str | Path, flag: str) -> None:
     classes = data / KAGGLE_FOLDER
     if classes.is_dir():
         data = classes
-    if data in place.parents:
+    if data not in place.parents:
+        return
+    top = place.relative_to(data).parts[0]
+    if not top.startswith(".") and top.lower() not in _SKIPPED_FOLDERS:
         raise UserError(
             f"{output} lies in the data folder {data_dir}, where it would be taken for a class: "
             f"choose another {flag}"
@@ -402,7 +411,7 @@ def _list_images(
         found = list(_walk(tree, _join(dataset, label)))
         # Keras lists folder by folder, both sorted as strings.
         images[label] = sorted((d, n) for d, n in found if _is_image(n))
-        ignored.update(PurePosixPath(n).suffix.lower() for _, n in found if not _is_image(n))
+        ignored.update(_kind(n) for _, n in found if not _is_image(n))
     if len(names) > 1 and all(name.casefold() in _SPLITS for name in names):
         raise UserError(
             f"{where} holds parts of a split ({', '.join(names)}), not classes: give one of them, "
@@ -429,11 +438,19 @@ def _list_images(
     return tuple(names), listed, ignored
 
 
+def _kind(name: str) -> str:
+    """A file's suffix, where it is one that a person would know."""
+    suffix = PurePosixPath(name).suffix.lower()
+    if name.startswith("."):
+        return "hidden"
+    return suffix if re.fullmatch(r"\.[a-z][a-z0-9]{0,7}", suffix) else "other"
+
+
 def _by_suffix(ignored: Mapping[str, int]) -> str:
-    """`5 .dcm, 1 without suffix`, the commonest first."""
+    """`5 .dcm, 1 other`, the commonest first."""
     by_number = sorted(ignored.items(), key=lambda item: (-item[1], item[0]))
-    shown = [f"{n:,} {suffix or 'without suffix'}" for suffix, n in by_number[:4]]
-    return ", ".join([*shown, "others"] if len(by_number) > 4 else shown)
+    shown = [f"{n:,} {kind}" for kind, n in by_number[:4]]
+    return ", ".join([*shown, "and more"] if len(by_number) > 4 else shown)
 
 
 def _refuse_other_class_names(files: list[ImageFile], class_names: tuple[str, ...]) -> None:
@@ -473,7 +490,7 @@ class _Tables:
     def __init__(
         self, tree: _Tree, path: str, dataset: str, files: list[ImageFile], group_column: str
     ) -> None:
-        self._told_in = {*GROUP_COLUMNS, "source_repo", group_column}
+        self._told_in = {*GROUP_COLUMNS, "source_repo"} | ({group_column} - {""})
         self._tree = tree
         self._path = path
         self._dataset = dataset
@@ -522,7 +539,8 @@ class _Tables:
             except UserError:
                 return None
             matched = self._matched(rows, f"../{self._name}")
-            told = matched and self._told_in & set(columns)
+            # A groups.csv about these very images is meant, however it names its column.
+            told = matched and (name == "groups.csv" or self._told_in & set(columns))
             return _Table(os.path.join(above, name), columns, matched) if told else None
         return None
 

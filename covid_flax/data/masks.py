@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -31,18 +31,29 @@ class LungMasks:
         Bright is lung (above 127, in any channel). Nearest pixels, for a mask has no greys between.
 
         Raises:
-          UserError: the mask cannot be decoded, or shows no lung: hiding nothing would look as if
-            the run could do without the lungs.
+          UserError: the mask cannot be decoded.
         """
-        file = self.files[image]
-        pixels = decode(self._read(file), file)
-        brightest = int(pixels.max())
-        if brightest <= 127:
+        return resize(self._pixels(image), size, "nearest").max(-1) > 127
+
+    def that_show_lung(self, images: Iterable[str]) -> LungMasks:
+        """The masks of `images` but for blank ones, and such as are stored as 0 and 1.
+
+        With those nothing would be hidden, as if a run could do without the lungs.
+
+        Raises:
+          UserError: they are all so, or one cannot be decoded.
+        """
+        asked = sorted(set(images) & self.files.keys())
+        shown = [image for image in asked if self._pixels(image).max() > 127]
+        if asked and not shown:
             raise UserError(
-                f"the mask {file} shows no lung (its brightest pixel is {brightest} of 255): save "
-                "lungs as 255, or remove it"
+                f"no mask shows a lung, such as {self.files[asked[0]]}, whose brightest pixel is "
+                f"{self._pixels(asked[0]).max()} of 255: save lungs as 255"
             )
-        return resize(pixels, size, "nearest").max(-1) > 127
+        return dataclasses.replace(self, files={image: self.files[image] for image in shown})
+
+    def _pixels(self, image: str) -> np.ndarray:
+        return decode(self._read(self.files[image]), self.files[image])
 
 
 def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> LungMasks:

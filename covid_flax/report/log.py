@@ -42,19 +42,30 @@ class RunLog:
         self._file = open(path, "a", encoding="utf-8")
         # TensorBoard's thread writes when it likes: what stops it is told by the next figure.
         self._failed: OSError | None = None
+        self._worker: threading.Thread | None = None
         self._excepthook, threading.excepthook = threading.excepthook, self._heed
-        self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=step + 1,
-            write_to_disk=self._first,
-            max_queue=0,  # without a bound: a full one waits for its thread, which may be dead
-        )
+        try:
+            self._tensorboard = SummaryWriter(
+                str(workdir / "tensorboard"),
+                purge_step=step + 1,
+                write_to_disk=self._first,
+                max_queue=0,  # without a bound: a full one waits for its thread, which may be dead
+            )
+        except BaseException:
+            self._unhook()
+            self._file.close()
+            raise
+        if self._first:
+            self._worker = self._tensorboard.file_writer.event_writer._worker
 
     def __enter__(self) -> RunLog:
         return self
 
     def _heed(self, args: threading.ExceptHookArgs) -> None:
-        if isinstance(args.thread, _EventLoggerThread) and isinstance(args.exc_value, OSError):
+        ours = args.thread is self._worker or (
+            self._worker is None and isinstance(args.thread, _EventLoggerThread)
+        )
+        if ours and isinstance(args.exc_value, OSError):
             self._failed = args.exc_value
         else:
             self._excepthook(args)
@@ -67,6 +78,7 @@ class RunLog:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         try:
             self._file.close()
+            self._refuse_failed()  # before the close, which a disk that has recovered lets pass
             self._tensorboard.close()
             self._refuse_failed()
         except OSError:
@@ -74,10 +86,16 @@ class RunLog:
             if error is None:  # else that one is told, which met the full disk first
                 raise
         finally:
+            self._unhook()
+
+    def _unhook(self) -> None:
+        if threading.excepthook == self._heed:  # else another log, of another thread, came after
             threading.excepthook = self._excepthook
 
     def _abandon(self) -> None:
         """Else TensorBoard's thread and its handler at exit would each print a traceback."""
+        if self._tensorboard.file_writer is None:
+            return  # closed
         writer = self._tensorboard.file_writer.event_writer
         if not writer._closed:
             writer._closed = True

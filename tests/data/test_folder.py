@@ -84,10 +84,12 @@ def test_plain_layout_and_what_is_ignored(tmp_path):
     )  # fmt: skip
     folder = open_folder(str(tmp_path))
     assert [f.file for f in folder.files] == ["a/x.png", "b/1.tiff", "b/2.JPG", "b/deep/3.webp"]
-    assert folder.ignored == {".png": 1, ".db": 1, ".txt": 1}
-    assert (
-        folder.not_images() == "3 files (1 .db, 1 .png, 1 .txt) in the class folders are no images"
-    )
+    assert folder.ignored == {"hidden": 1, ".db": 1, ".txt": 1}
+    assert folder.not_images() == "1 .db, 1 .txt, 1 hidden in the class folders, no images"
+    for name in ("a/1.2.840.17", "a/1.2.840.18", "b/x.caf\udce9"):  # DICOM's own names
+        (tmp_path / name).touch()
+    folder = open_folder(str(tmp_path))
+    assert folder.ignored == {"hidden": 1, ".db": 1, ".txt": 1, "other": 3}
 
 
 def test_links_are_followed(tmp_path):
@@ -108,7 +110,7 @@ def test_links_are_followed(tmp_path):
         (("COVID/images/1.png",), r"one class only \(COVID\)"),
         (("images/1.png", "masks/1.png"), "folder of one class"),
         (("loose.png",), r"<Class>/images/\*\.png \(Kaggle's\) or <Class>/\*\.png"),
-        (("a/1.dcm", "b/2.DCM", "b/x"), "no image found.*; 2 .dcm, 1 without suffix are not read"),
+        (("a/1.dcm", "b/2.DCM", "b/x"), "no image found.*; 2 .dcm, 1 other are not read"),
         (("a/1.png", "b/2\r.png"), r"b/2\\r\.png' holds a carriage return: rename"),
         (("COVID/COVID-1.png", "Normal/covid-2.png"), "Normal/covid-2.png names COVID"),
         (("x/Train/a/1.png", "x/test/a/1.png"), r"parts of a split \(Train, test\).*x/Train"),

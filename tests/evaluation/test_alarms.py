@@ -339,6 +339,8 @@ def test_source_confounded():
     own = {f"s{i}": {"p" if i % 2 else "q": 1} for i in range(120)}
     e = Evidence(matrix, ("p", "q"), source_counts=own)
     assert "source-confounded" not in raised(e, "caution")
+    e = Evidence(matrix, ("p", "q"), source_counts=own | {"s": {"p": 60}, "t": {"q": 60}})
+    assert by_name(e, "source-confounded").figures["num_examples"] == 120
     assert count_sources(["p", "q", "q"], ["", "s", "s"]) == {"s": {"q": 2}}
 
 

@@ -114,9 +114,10 @@ from pathlib import Path
 from covid_flax.report.log import RunLog
 try:
     with RunLog(Path(sys.argv[1])) as log:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        if len(sys.argv) <= 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
         worker = log._tensorboard.file_writer.event_writer._worker
-        if len(sys.argv) > 2:  # a disk that stalls, then fails
+        if len(sys.argv) > 2:  # a disk that stalls, fails, and recovers
             def stall(data):
                 time.sleep(0.5)
                 raise OSError(27, "stalled")
