@@ -186,7 +186,7 @@ class Trials:
             if (digest(state), loop) != self.states[step]:
                 return "FAILED: other values"
             if lost:
-                return "went on, best lost" if step == self.latest else "FAILED: best lost"
+                return f"{'went on' if step == self.latest else 'fell back'}, best lost"
             if c.best_step != self.best:
                 return f"FAILED: takes {c.best_step} for the best"
         return "as saved" if step == self.latest else "fell back"
