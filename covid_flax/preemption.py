@@ -1,9 +1,9 @@
 """SIGTERM: how TPU VMs, preemptible machines and Slurm say that a run's time is up.
 
 While steps are made it is noted, and the loop saves and ends in good order. At any other time, or
-the second time, a second later or more, it ends the process at once, as it ends any: there is nothing that a save could
-keep, and the process may be in a call that no Python code interrupts. (Python's handlers wait for
-such a call, which a thread does not: it counts the signals.)
+the second time, a second later or more, it ends the process at once, as it ends any: there is
+nothing that a save could keep, and the process may be in a call that no Python code interrupts.
+(Python's handlers wait for such a call, which a thread does not: it looks at the signals.)
 """
 
 from __future__ import annotations

@@ -104,8 +104,13 @@ def keras_s(kind, size):
 
 @pytest.mark.parametrize(
     "name, kind, make",
-    [(f"efficientnet_b{i}", f"B{i}", keras_s) for i in range(4)]
-    + [("efficientnet_lite0", "Lite0", lite0)],
+    [
+        ("efficientnet_b0", "B0", keras_s),
+        pytest.param("efficientnet_b1", "B1", keras_s, marks=pytest.mark.slow),
+        pytest.param("efficientnet_b2", "B2", keras_s, marks=pytest.mark.slow),
+        ("efficientnet_b3", "B3", keras_s),
+        ("efficientnet_lite0", "Lite0", lite0),
+    ],
 )
 def test_every_stage_is_keras_s(name, kind, make):
     network = make(kind, 64)
