@@ -31,7 +31,7 @@ from covid_flax.evaluation.intervals import (
 )
 from covid_flax.evaluation.metrics import classification_report, resampled_figures
 from covid_flax.evaluation.predictions import Predictions, read_predictions
-from covid_flax.files import parse_json, write_atomically, write_json
+from covid_flax.files import peek, write_atomically, write_json
 from covid_flax.report.artefacts import EVALUATION, RUN, read_object
 
 SCORED = ("test", "val")  # in the order of preference
@@ -545,11 +545,10 @@ def _figure(figure: Mapping[str, Any], sign: str = "") -> str:
 
 def _compared_in(output: Path) -> list[str] | None:
     """The runs that the comparison in `output` is of; None without one."""
-    try:
-        found = parse_json((output / "compare.json").read_text(encoding="utf-8"))
-        return [str(run["name"]) for run in found["runs"]]
-    except (OSError, ValueError, KeyError, TypeError):
+    runs = peek(output / "compare.json").get("runs")
+    if not isinstance(runs, list):
         return None
+    return [str(run.get("name")) for run in runs if isinstance(run, dict)]
 
 
 def _main(arguments: list[str]) -> None:
@@ -559,10 +558,9 @@ def _main(arguments: list[str]) -> None:
     split = comparison["split"]
     output = Path(f.output).expanduser() if f.output else Path(f"compare-{split}".rstrip("-"))
     before, now = _compared_in(output), [run["name"] for run in comparison["runs"]]
-    if before not in (None, now):
+    if before is not None and before != now:
         print(
-            f"note: this replaces the comparison of {', '.join(before or [])}: give --output to "
-            "keep it"
+            f"note: this replaces the comparison of {', '.join(before)}: give --output to keep it"
         )
     write_comparison(output, comparison)
     print_comparison(comparison)

@@ -29,7 +29,7 @@ from covid_flax.data.splits import PARTS
 from covid_flax.errors import UserError
 from covid_flax.evaluation.metrics import check_prevalence
 from covid_flax.evaluation.predictions import Predictions, predictions_of
-from covid_flax.files import make_writable, parse_json, write_json
+from covid_flax.files import make_writable, parse_json, peek, write_json
 from covid_flax.report.summary import print_report
 from covid_flax.report.write import refuse_foreign_groups
 from covid_flax.run import saved_run
@@ -186,11 +186,8 @@ def _calibration(
 
 def _scored_in(output: Path) -> str | None:
     """The folder whose images the evaluation in `output` is of; None without one."""
-    try:
-        found = parse_json((output / "report.json").read_text(encoding="utf-8"))["data_dir"]
-        return found if isinstance(found, str) else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    found = peek(output / "report.json").get("data_dir")
+    return found if isinstance(found, str) else None
 
 
 def _stored_calibration(workdir: Path, step: int) -> dict[str, Any] | None:

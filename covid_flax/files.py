@@ -27,6 +27,15 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from e
 
 
+def peek(path: Path) -> dict[str, Any]:
+    """The object in a JSON file that may hold anything; empty where there is none."""
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes beside `path` and renames, creating the folder; what was there stays until then.
 

@@ -101,9 +101,8 @@ def open_data(
 def images_root(workdir: Path, saved: Mapping[str, Any]) -> Path:
     """Where a run's images lie; its phantoms may have moved with its folder."""
     own = workdir / (saved["members"][0] if "members" in saved else "") / "phantoms"
-    return (
-        Path(saved["data"]["root"]) if saved["config"]["data"]["dir"] or not own.exists() else own
-    )
+    drawn = not saved["config"]["data"]["dir"]
+    return own if drawn and own.exists() else Path(saved["data"]["root"])
 
 
 def open_held_out(

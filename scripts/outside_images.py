@@ -186,7 +186,7 @@ def score(path: Path) -> str:
         source = Path(file).name.split("~")[0]
         called[f"{source} {names[label]}"][names[predicted]] += 1
     resampled = [
-        roc_auc_score(covid, odds, sample_weight=w) if 0 < w @ covid < len(covid) else np.nan
+        roc_auc_score(covid, odds, sample_weight=w) if 0 < w @ covid < w.sum() else np.nan
         for weights in cluster_weights(rows.clusters[asked], _RESAMPLES)
         for w in weights
     ]

@@ -30,7 +30,7 @@ from covid_flax.data.duplicates import Pair, connected, find_duplicates, thumbna
 from covid_flax.data.folder import DataFolder, groups_csv, open_folder, refuse_inside
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
-from covid_flax.files import make_writable, parse_json, write_atomically
+from covid_flax.files import make_writable, peek, write_atomically
 
 # Below it a pair may also be two exposures of one patient.
 _SURELY_COPIED = 0.95
@@ -196,12 +196,9 @@ def _refuse_to_lose(output: Path, folder: DataFolder) -> None:
     listed = output / "groups.csv"
     if not listed.exists():
         return
-    try:
-        before = parse_json((output / "audit.json").read_text(encoding="utf-8"))["data_dir"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{listed} is of no audit and would be lost: choose another --output"
-        ) from None
+    before = peek(output / "audit.json").get("data_dir")
+    if not isinstance(before, str):
+        raise UserError(f"{listed} is of no audit and would be lost: choose another --output")
     same = os.path.realpath(before) == os.path.realpath(folder.root)
     if not same and os.path.realpath(output) != os.path.realpath(folder.root):
         raise UserError(
