@@ -4,10 +4,10 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     from covid_flax.errors import die_of_interrupts
-    from covid_flax.huge_pages import restart_with_huge_pages
+    from covid_flax.host_memory import restart_with_kept_memory
 
     die_of_interrupts()
-    restart_with_huge_pages()
+    restart_with_kept_memory()
 
 import re
 from pathlib import Path

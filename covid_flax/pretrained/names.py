@@ -57,7 +57,10 @@ _LITE_OUTER = {
     "_bn1": "top_bn",
     "_fc": "predictions",
 }
-_LITE_REPEATS = (1, 2, 2, 3, 3, 4, 1)
+# By the number of blocks, those of each stage: Lite0, and Lite1 and Lite2.
+_LITE_REPEATS = {16: (1, 2, 2, 3, 3, 4, 1), 21: (1, 3, 3, 4, 4, 5, 1)}
+
+_LITE_NUMBER = re.compile(r"_blocks\.(\d+)\.")
 
 _HEAD_NAME = re.compile(r"(hidden|predictions)/(kernel|bias)")
 _STEM_NAME = re.compile(r"(conv1)_(conv|bn)/([a-z_]+)")
@@ -99,17 +102,18 @@ def tree_path(name: str) -> TreePath:
 
 
 def from_lite_pytorch(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays of `efficientnet_lite_pytorch`'s Lite0 under Keras's names and in its layout.
+    """Arrays of `efficientnet_lite_pytorch`'s Lite0 to Lite2 under Keras's names and in its layout.
 
     Convolutions from OIHW to HWIO, depthwise from `[C, 1, K, K]` to `[K, K, C, 1]`, dense
     transposed. Counters of batches are left out.
 
     Raises:
-      KeyError: a name that this network has not.
+      KeyError: a name, or a number of blocks, that these networks have not.
     """
+    numbers = {m[1] for name in arrays if (m := _LITE_NUMBER.match(name))}
     prefixes = [
         f"block{i}{chr(ord('a') + j)}_"
-        for i, repeats in enumerate(_LITE_REPEATS, 1)
+        for i, repeats in enumerate(_LITE_REPEATS[len(numbers)], 1)
         for j in range(repeats)
     ]
     named = {}

@@ -1,8 +1,8 @@
 """Weight files into one plain form: `{"conv1_conv/kernel": float32 array, ...}`.
 
 Told apart by content: Keras's official h5 (and whole-model h5), Keras 3's `.weights.h5`, npz
-under Keras's names, and the PyTorch file of EfficientNet-Lite0. Only that one's names are a
-network's.
+under Keras's names, and the PyTorch files of EfficientNet-Lite. Only the latter's names are
+those of certain networks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     the optimiser's state is left out.
 
     Args:
-      path: an h5, npz or Lite0's PyTorch file, whatever its suffix.
+      path: an h5, npz or EfficientNet-Lite's PyTorch file, whatever its suffix.
 
     Returns:
       float32 arrays by `layer/array`, Keras's names; kernels HWIO or `[inputs, outputs]`.
@@ -105,8 +105,8 @@ def _read_lite(path: Path) -> dict[str, Any]:
         return dict(from_lite_pytorch(read_torch(path)))
     except KeyError as e:
         raise UserError(
-            f"{path} is a PyTorch file of another network than EfficientNet-Lite0 ({e.args[0]}): "
-            "convert it to an .npz with Keras's names"
+            f"{path} is a PyTorch file of another network than EfficientNet-Lite0 to Lite2 "
+            f"({e.args[0]}): convert it to an .npz with Keras's names"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Judges: `keras.applications.EfficientNetB0` to B3, and Lite0 built of Keras's layers."""
+"""Judges: `keras.applications.EfficientNetB0` to B3; Lite0 and Lite2 of Keras's layers."""
 
 from __future__ import annotations
 
@@ -59,8 +59,14 @@ def by_stage(graph_state, x):
     return outputs, model(x)
 
 
-def lite0(kind, size):
-    """EfficientNet-Lite0 (TensorFlow's `efficientnet_lite_builder`): no squeeze, no swish."""
+LITE = {  # repeats and outputs of every stage
+    "Lite0": ((1, 2, 2, 3, 3, 4, 1), (16, 24, 40, 80, 112, 192, 320)),
+    "Lite2": ((1, 3, 3, 4, 4, 5, 1), (16, 24, 48, 88, 120, 208, 352)),
+}
+
+
+def lite(kind, size):
+    """EfficientNet-Lite (TensorFlow's `efficientnet_lite_builder`): no squeeze, no swish."""
     layers = keras.layers
 
     def bn_relu6(x, name):
@@ -71,17 +77,10 @@ def lite0(kind, size):
 
     x = inputs = keras.Input((size, size, 3))
     x = bn_relu6(conv(x, 32, 3, 2, "stem_conv"), "stem_bn")
-    blocks = [
-        (1, 3, 1, 1, 16),
-        (2, 3, 2, 6, 24),
-        (2, 5, 2, 6, 40),
-        (3, 3, 2, 6, 80),
-        (3, 5, 1, 6, 112),
-        (4, 5, 2, 6, 192),
-        (1, 3, 1, 6, 320),
-    ]
-    for i, (repeats, kernel, stride, expand, filters) in enumerate(blocks, 1):
-        for letter in "abcd"[:repeats]:
+    shapes = ((3, 1, 1), (3, 2, 6), (5, 2, 6), (3, 2, 6), (5, 1, 6), (5, 2, 6), (3, 1, 6))
+    stages = zip(*LITE[kind], shapes, strict=True)
+    for i, (repeats, filters, (kernel, stride, expand)) in enumerate(stages, 1):
+        for letter in "abcde"[:repeats]:
             name, stride = f"block{i}{letter}", stride if letter == "a" else 1
             y = x
             if expand != 1:
@@ -109,7 +108,8 @@ def keras_s(kind, size):
         pytest.param("efficientnet_b1", "B1", keras_s, marks=pytest.mark.slow),
         pytest.param("efficientnet_b2", "B2", keras_s, marks=pytest.mark.slow),
         ("efficientnet_b3", "B3", keras_s),
-        ("efficientnet_lite0", "Lite0", lite0),
+        ("efficientnet_lite0", "Lite0", lite),
+        pytest.param("efficientnet_lite2", "Lite2", lite, marks=pytest.mark.slow),
     ],
 )
 def test_every_stage_is_keras_s(name, kind, make):
@@ -118,14 +118,14 @@ def test_every_stage_is_keras_s(name, kind, make):
     graph, params, stats = ours(name, arrays)
     head = 4 * (params["head"]["predictions"]["kernel"].shape[0] + 1)
     count = sum(x.size for x in jax.tree.leaves((params, stats)))
-    normalisation = 0 if make is lite0 else 7  # Keras's of pixels
+    normalisation = 0 if make is lite else 7  # Keras's of pixels
     assert count - head == network.count_params() - normalisation
 
     rng = np.random.default_rng(1)
     images = rng.uniform(0, 255, (2, 64, 64, 3)).astype(np.float32) * (1.0, 0.5, 0.8)
     x = (images / 255.0).astype(np.float32)
     # An untrained `Normalization` leaves pixels as they are.
-    judged_input = x if make is lite0 else images
+    judged_input = x if make is lite else images
     stages = [stage for stage in MODELS[name].stages if stage not in ("stem", "pool", "head")]
     ends = {stage: [n.name for n in network.layers if n.name.startswith(stage)] for stage in stages}
     outputs = [network.get_layer(ends[stage][-1]).output for stage in stages[:-1]]

