@@ -37,7 +37,8 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from covid_flax.data.audit import audit
-from covid_flax.data.folder import groups_csv, open_folder
+from covid_flax.data.folder import open_folder
+from covid_flax.data.groups import groups_csv
 from covid_flax.errors import UserError, run_script
 from covid_flax.evaluation.intervals import cluster_weights, percentile_interval
 from covid_flax.evaluation.predictions import read_predictions

@@ -29,7 +29,8 @@ from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from covid_flax.data.decode import decode, resize
-from covid_flax.data.folder import DataFolder, groups_csv, open_folder
+from covid_flax.data.folder import DataFolder, open_folder
+from covid_flax.data.groups import groups_csv
 from covid_flax.errors import UserError, run_script
 from covid_flax.files import write_atomically
 

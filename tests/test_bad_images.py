@@ -10,11 +10,13 @@ import pytest
 from PIL import Image
 
 from covid_flax.data import builder
+from covid_flax.data.dataset import check_splits, load_dataset
 from covid_flax.data.folder import open_folder
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.run import setup
 from covid_flax.train import train
+from ml_collections_configs import base
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -130,6 +132,23 @@ def test_every_bad_image_is_named_however_many(tmp_path):
     assert str(listed) in str(e.value)
     names = [line.split(" is an empty file")[0] for line in listed.read_text().splitlines()]
     assert sorted(names) == sorted(f"{label}/{i}.png" for label in "AB" for i in range(25))
+
+
+def test_files_that_cannot_be_read_are_named_or_skipped_before_the_split(tmp_path):
+    """The grouped split reads the files, to keep those of identical bytes together."""
+    root = _folder(tmp_path / "data", 12)
+    for name in ("A/3.png", "B/5.png"):
+        (root / name).unlink()
+        (root / name).symlink_to("nothing")
+    c = base.get_config().data
+    with c.unlocked():
+        c.update(dir=str(root), split="grouped", folds=3, fold=0, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match="2 of 24 images") as e:
+        load_dataset(c, 0, tmp_path)
+    assert "A/3.png" in str(e.value) and "B/5.png" in str(e.value)
+    c.on_bad_image = "skip"
+    check_splits([c], 0)
+    assert len(load_dataset(c, 0, tmp_path).rows) == 22
 
 
 def test_a_class_that_skipping_empties_is_refused(tmp_path):

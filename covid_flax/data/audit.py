@@ -26,8 +26,9 @@ from tqdm import tqdm
 from covid_flax.command import run_command
 from covid_flax.data import duplicates
 from covid_flax.data.decode import decode
-from covid_flax.data.duplicates import Pair, connected, find_duplicates, thumbnail
-from covid_flax.data.folder import DataFolder, groups_csv, open_folder, refuse_inside
+from covid_flax.data.duplicates import Pair, find_duplicates, thumbnail
+from covid_flax.data.folder import DataFolder, open_folder, refuse_inside
+from covid_flax.data.groups import connected, groups_csv
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.files import make_writable, peek, write_atomically
@@ -197,7 +198,9 @@ def _refuse_to_lose(output: Path, folder: DataFolder) -> None:
     if not listed.exists():
         return
     before = peek(output / "audit.json").get("data_dir")
-    if not isinstance(before, str):
+    with listed.open("rb") as f:
+        ours = f.readline(20).rstrip() == groups_csv((), ()).rstrip()
+    if not isinstance(before, str) or not ours:
         raise UserError(f"{listed} is of no audit and would be lost: choose another --output")
     same = os.path.realpath(before) == os.path.realpath(folder.root)
     if not same and os.path.realpath(output) != os.path.realpath(folder.root):

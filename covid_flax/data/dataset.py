@@ -133,6 +133,8 @@ def check_splits(configs: Sequence[Any], seed: int) -> None:
     if not first.dir:
         return  # phantoms are drawn with each
     folder = open_folder(first.dir, groups_file=first.groups_file, group_column=first.group_column)
+    if first.on_bad_image == "skip":
+        folder, _ = prepare_readable(folder, first)
     for config in configs:
         _split(folder, config, seed)
 
@@ -200,7 +202,7 @@ def _notes(folder: DataFolder, config: Any) -> list[str]:
     elif split != "grouped":
         notes.append("the split does not heed the known groups; data.split=grouped does")
     elif folder.ungrouped:
-        notes.append(f"{folder.ungrouped:,} images are in no known group: each is its own")
+        notes.append(f"{len(folder.ungrouped):,} images are in no known group: each is its own")
     return notes
 
 

@@ -109,22 +109,6 @@ def find_duplicates(
     return sorted(pairs, key=lambda p: (p.first, p.second))
 
 
-def connected(num: int, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Group of each of `num` things that the pairs link: int64 `[num]`, the group's least index."""
-    group = list(range(num))
-
-    def root(i: int) -> int:
-        while group[i] != i:
-            group[i] = group[group[i]]
-            i = group[i]
-        return i
-
-    for a, b in pairs:
-        low, high = sorted((root(a), root(b)))
-        group[high] = low
-    return np.array([root(i) for i in range(num)], np.int64)
-
-
 def _near(
     images: np.ndarray, threshold: float, progress: bool
 ) -> Iterator[tuple[int, int, bool, float]]:

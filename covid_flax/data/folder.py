@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -11,21 +13,24 @@ import re
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from covid_flax.data.decode import FORMATS_BY_SUFFIX, MAX_PIXELS
+from covid_flax.data.groups import GROUP_COLUMNS, joined
 from covid_flax.errors import UserError
 
 KAGGLE_FOLDER = "COVID-19_Radiography_Dataset"
-GROUP_COLUMNS = ("group", "near_dup_group", "patient_id", "group_from_name")
 MAX_BYTES = 8 * MAX_PIXELS  # of a file: 16-bit RGBA without compression
 LAYOUTS = "<Class>/images/*.png (Kaggle's) or <Class>/*.png"
 
 _MAX_WORKBOOK = 100_000_000  # bytes, unpacked: openpyxl holds the texts in memory
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
-_SKIPPED_FOLDERS = {"__macosx", "@eadir", "lost+found", "$recycle.bin", "masks"}
+# Of masks also `lung masks` and `infection_masks`, as other collections call them.
+_SKIPPED_FOLDER = re.compile(
+    r"\..*|__macosx|@eadir|lost\+found|\$recycle\.bin|(.*[ _-])?masks", re.I
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +57,7 @@ class DataFolder:
       class_names: sorted by name, as Keras numbers them.
       files: sorted by class, then in the order in which Keras lists them.
       groups: group of every file, or None where no csv tells groups.
-      ignored: files in the class folders that are not images, counted by suffix (`.dcm`, else
+      ignored_of: of each class, the files that are not images, counted by suffix (`.dcm`, else
         `hidden` or `other`).
       ungrouped: images that the groups' csv does not list; each is its own group.
       unreadable: metadata workbooks that could not be read; their sources are left out.
@@ -63,8 +68,8 @@ class DataFolder:
     class_names: tuple[str, ...]
     files: list[ImageFile]
     groups: dict[str, str] | None
-    ignored: Mapping[str, int]
-    ungrouped: int
+    ignored_of: Mapping[str, Mapping[str, int]]
+    ungrouped: frozenset[str]
     unreadable: tuple[str, ...]
     _tree: _Tree = dataclasses.field(repr=False)
     empty: tuple[str, ...] = ()
@@ -80,6 +85,32 @@ class DataFolder:
     def num_bytes(self, file: str) -> int:
         """Size of `file`, 0 where it cannot be read."""
         return self._stamp(file)[0]
+
+    @property
+    def ignored(self) -> dict[str, int]:
+        """Files in the class folders that are not images, counted by suffix."""
+        total: Counter[str] = Counter()
+        for counts in self.ignored_of.values():
+            total.update(counts)
+        return dict(total)
+
+    @functools.cached_property
+    def same_bytes(self) -> dict[str, str]:
+        """A name of every file's content, equal for files of identical bytes.
+
+        Where a csv tells groups it has those files only whose size another has too: the others
+        need no reading. A file that is empty or cannot be read is named by itself.
+        """
+        sizes = {f.file: self.num_bytes(f.file) for f in self.files}
+        having = Counter(sizes.values())
+        contents = {}
+        for file, size in sizes.items():
+            if self.groups is None or having[size] > 1:
+                contents[file] = file
+                if size:
+                    with contextlib.suppress(UserError):  # told with all that cannot be read
+                        contents[file] = hashlib.sha256(self.read(file)).hexdigest()[:16]
+        return contents
 
     def without(self, files: Collection[str]) -> DataFolder:
         """The folder as if it had not these images. UserError where a class has no other."""
@@ -97,18 +128,19 @@ class DataFolder:
         """The folder as if it had these classes only."""
         names = tuple(name for name in self.class_names if name in labels)
         left = [f for f in self.files if f.label in labels]
-        return dataclasses.replace(self._with_files(left), class_names=names)
+        ignored = {name: self.ignored_of[name] for name in names}
+        return dataclasses.replace(self._with_files(left), class_names=names, ignored_of=ignored)
 
     def not_images(self) -> str:
         """`no images in the class folders: 5 .dcm, 1 other`, or ""."""
-        total = sum(self.ignored.values())
-        if not total:
+        if not self.ignored:
             return ""
         return f"{_by_suffix(self.ignored)} in the class folders, no images"
 
     def _with_files(self, files: list[ImageFile]) -> DataFolder:
         groups = self.groups and {f.file: self.groups[f.file] for f in files}
-        return dataclasses.replace(self, files=files, groups=groups)
+        ungrouped = self.ungrouped & {f.file for f in files}
+        return dataclasses.replace(self, files=files, groups=groups, ungrouped=ungrouped)
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over every image's name, class, source, size and time of change.
@@ -139,15 +171,16 @@ def open_folder(
     """Lists the labelled images under `path`; opens none of them.
 
     The class folders lie in `path`, or one or two levels below it: in a folder of the
-    Kaggle database's name, or in the only folder there is. `masks` folders are never
-    entered.
+    Kaggle database's name, or in the only folder there is. `masks` folders (`lung masks` too)
+    are never entered.
 
     Args:
       path: folder, or zip of one (read without unpacking).
       groups_file: csv with a `file` column, relative to `path` or to the working
         directory. "" looks for `groups.csv`, then `manifest.csv`, in `path`, in the folder
         that holds the classes, and in the folder above `path`.
-      group_column: its column of groups. "" takes the first of `GROUP_COLUMNS`.
+      group_column: its column of groups. "" takes `GROUP_COLUMNS`: images that one of those
+        which are there puts together stay together.
       require_two_classes: whether one class alone is an error.
       classes: names known to be of classes, where images are scored, not learned from: such a
         folder, if it is the only one, is a class, whatever folders lie in it; folders without an
@@ -175,18 +208,18 @@ def open_folder(
     files = [ImageFile(f, label) for f, label in listed]
     _refuse_other_class_names(files, class_names)
 
-    tables = _Tables(tree, path, dataset, files, group_column)
+    tables = _Tables(tree, path, dataset, files, group_column, tolerant=bool(classes))
     groups_table = tables.explicit(groups_file) if groups_file else None
     if groups_table is None:
         try:
             groups_table = tables.automatic(group_column)
             if groups_table is not None:
-                _group_column(groups_table, group_column)
+                _group_columns(groups_table, group_column)
         except UserError:
             if not classes or group_column:
                 raise
             groups_table = None
-    groups, ungrouped = None, 0
+    groups, ungrouped = None, frozenset[str]()
     if groups_table is not None:
         groups, ungrouped = _groups(groups_table, files, group_column)
     elif group_column:
@@ -221,7 +254,7 @@ def refuse_inside(output: Path, data_dir: str | Path, flag: str) -> None:
     if data not in place.parents:
         return
     top = place.relative_to(data).parts[0]
-    if not top.startswith(".") and top.lower() not in _SKIPPED_FOLDERS:
+    if not _SKIPPED_FOLDER.fullmatch(top):
         raise UserError(
             f"{output} lies in the data folder {data_dir}, where it would be taken for a class: "
             f"choose another {flag}"
@@ -361,7 +394,7 @@ def _is_image(name: str) -> bool:
 
 def _folders(tree: _Tree, folder: str) -> list[str]:
     names, _ = tree.children(folder)
-    return sorted(n for n in names if not n.startswith(".") and n.lower() not in _SKIPPED_FOLDERS)
+    return sorted(n for n in names if not _SKIPPED_FOLDER.fullmatch(n))
 
 
 def _find_dataset(tree: _Tree, classes: Collection[str]) -> str:
@@ -399,26 +432,28 @@ def _walk(tree: _Tree, folder: str, depth: int = 0) -> Iterator[tuple[str, str]]
 
 def _list_images(
     tree: _Tree, dataset: str, path: str, *, skip_empty: bool
-) -> tuple[tuple[str, ...], list[tuple[str, str]], Counter[str]]:
-    """Class names, `(file, class)` in Keras's order, and other files by suffix."""
+) -> tuple[tuple[str, ...], list[tuple[str, str]], dict[str, Counter[str]]]:
+    """Class names, `(file, class)` in Keras's order, and each class's other files by suffix."""
     names = _folders(tree, dataset)
     where = _join(path.rstrip("/"), dataset) if dataset else path
     if "images" in [n.lower() for n in names]:
         raise UserError(f"{where} is the folder of one class: give the folder that holds it")
     images: dict[str, list[tuple[str, str]]] = {}
-    ignored: Counter[str] = Counter()
+    ignored: dict[str, Counter[str]] = {}
     for label in names:
         found = list(_walk(tree, _join(dataset, label)))
         # Keras lists folder by folder, both sorted as strings.
         images[label] = sorted((d, n) for d, n in found if _is_image(n))
-        ignored.update(_kind(n) for _, n in found if not _is_image(n))
-    if len(names) > 1 and all(name.casefold() in _SPLITS for name in names):
+        ignored[label] = Counter(_kind(n) for _, n in found if not _is_image(n))
+    parts = [name for name in names if name.casefold() in _SPLITS]
+    if len(parts) > 1:
         raise UserError(
-            f"{where} holds parts of a split ({', '.join(names)}), not classes: give one of them, "
-            f"like {_join(where, names[0])}, or put their classes' images together"
+            f"{where} holds parts of a split ({', '.join(parts)}), not classes: give one of them, "
+            f"like {_join(where, parts[0])}, or put their classes' images together"
         )
     if not any(images.values()):
-        others = f"; {_by_suffix(ignored)} are not read: save them as PNG" if ignored else ""
+        kinds = sum(ignored.values(), Counter[str]())
+        others = f"; {_by_suffix(kinds)} are not read: save them as PNG" if kinds else ""
         raise UserError(f"no image found in {where}: it must hold {LAYOUTS}{others}")
     empty = [label for label in names if not images[label]]
     if skip_empty:
@@ -488,7 +523,14 @@ class _Tables:
     """Finds the csv files that tell of the images, and matches their rows to them."""
 
     def __init__(
-        self, tree: _Tree, path: str, dataset: str, files: list[ImageFile], group_column: str
+        self,
+        tree: _Tree,
+        path: str,
+        dataset: str,
+        files: list[ImageFile],
+        group_column: str,
+        *,
+        tolerant: bool,
     ) -> None:
         self._told_in = {*GROUP_COLUMNS, "source_repo"} | ({group_column} - {""})
         self._tree = tree
@@ -496,7 +538,12 @@ class _Tables:
         self._dataset = dataset
         self._files = files
         self._name = os.path.basename(os.path.abspath(path))
-        self.manifest = self._find("manifest.csv")
+        try:
+            self.manifest = self._find("manifest.csv")
+        except UserError:
+            if not tolerant:
+                raise
+            self.manifest = None
 
     def explicit(self, groups_file: str) -> _Table:
         groups_file = os.path.expanduser(groups_file)
@@ -568,16 +615,6 @@ class _Tables:
         return table
 
 
-def groups_csv(files: Iterable[str], groups: Iterable[str]) -> bytes:
-    """`file,group` of every image, as `open_folder` reads it; "" is no known group (UTF-8)."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("file", "group"))
-    writer.writerows(zip(files, groups, strict=True))
-    # A file name that is not UTF-8 keeps its bytes.
-    return buffer.getvalue().encode("utf-8", "surrogateescape")
-
-
 def _read_csv(name: str, content: bytes) -> tuple[list[str], dict[str, dict[str, str]]]:
     """Columns, and rows by their `file`; no rows where there is no such column."""
     try:
@@ -614,20 +651,22 @@ def _from_class_on(rows: dict[str, dict[str, str]], labels: set[str]) -> dict[st
     return {k: v for k, v in short.items() if k not in ambiguous}
 
 
-def _group_column(table: _Table, asked: str) -> str:
-    column = asked or next((c for c in GROUP_COLUMNS if c in table.columns), "")
-    if not column or column not in table.columns:
+def _group_columns(table: _Table, asked: str) -> list[str]:
+    columns = [c for c in ((asked,) if asked else GROUP_COLUMNS) if c in table.columns]
+    if not columns:
         raise UserError(
             f"{table.name} has no column {asked or ' or '.join(GROUP_COLUMNS)} "
             f"(it has {', '.join(table.columns)}): rename its column of groups, or in training "
             "name it with config.data.group_column"
         )
-    return column
+    return columns
 
 
-def _groups(table: _Table, files: list[ImageFile], group_column: str) -> tuple[dict[str, str], int]:
-    """Group of every file, and how many files the table gives none."""
-    column = _group_column(table, group_column)
+def _groups(
+    table: _Table, files: list[ImageFile], group_column: str
+) -> tuple[dict[str, str], frozenset[str]]:
+    """Group of every file, and the files that the table gives none."""
+    columns = _group_columns(table, group_column)
     labels = {f.label for f in files}
     _refuse_mislabelled(
         [
@@ -636,15 +675,21 @@ def _groups(table: _Table, files: list[ImageFile], group_column: str) -> tuple[d
             if (said := table.rows.get(f.file, {}).get("label", "")) in labels and said != f.label
         ]
     )
-    groups = {f.file: table.rows.get(f.file, {}).get(column, "").strip() for f in files}
-    ungrouped = [f for f, g in groups.items() if not g]
+    told = [
+        {f.file: table.rows.get(f.file, {}).get(column, "").strip() for f in files}
+        for column in columns
+    ]
+    ungrouped = frozenset(f.file for f in files if not any(names[f.file] for names in told))
+    if len(told) > 1:
+        return joined({f.file: f.file for f in files}, *told), ungrouped
+    groups = told[0]
     taken = set(groups.values())
     for file in ungrouped:
         own = file
         while own in taken:
             own = f"{own} (own)"
         groups[file] = own
-    return groups, len(ungrouped)
+    return groups, ungrouped
 
 
 def _sources(
@@ -671,7 +716,10 @@ def _sources(
         name = beside.get(f"{label}.metadata.xlsx".casefold())
         if name is None:
             continue
-        urls = _read_metadata(tree.read(_join(dataset, name)))
+        try:
+            urls = _read_metadata(tree.read(_join(dataset, name)))
+        except UserError:
+            urls = None
         if urls is None:
             unreadable.append(_join(dataset, name))
             continue

@@ -74,12 +74,13 @@ def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> 
     read: Callable[[str], bytes] = folder.read
     if directory:
         has, read = (lambda file: (top / file).is_file()), _read_from(top)
+    label = {f.file: f.label for f in folder.files}  # the folder's own, not the run's
     found = {}
     for row in rows:
         image = PurePosixPath(row.file)
         name = f"{image.stem}.png"
         if directory:
-            near = PurePosixPath(row.label)
+            near = PurePosixPath(label.get(row.file, row.label))
             places = [near / "masks", near, PurePosixPath(KAGGLE_FOLDER) / near / "masks"]
         else:
             above = image.parent.parent if image.parent.name.lower() == "images" else image.parent

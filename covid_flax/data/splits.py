@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import hashlib
 import io
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from covid_flax.data.folder import DataFolder, ImageFile
+from covid_flax.data.groups import joined
 from covid_flax.errors import UserError
 from covid_flax.files import write_atomically
 
@@ -22,7 +22,7 @@ RULES = ("paper-sorted", "paper-random", "grouped")
 
 _COLUMNS = ["file", "label", "split", "group"]
 PARTS = ("train", "val", "test")
-_OF_BYTES = re.compile("[0-9a-f]{16}")  # what `_identical_bytes` calls its groups
+_OF_BYTES = re.compile("[0-9a-f]{16}")  # what `DataFolder.same_bytes` calls them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,8 @@ def make_split(
     `paper-sorted`: of each class's n images in Keras's order the first
     int(val_fraction * n) are val, as `ImageDataGenerator(validation_split=val_fraction)`
     has it. `paper-random`: that many drawn at random in each class. `grouped`: whole groups
-    only, each class's shares as near to the fractions as the groups allow; without known
-    groups, files of identical bytes form a group.
+    only, each class's shares as near to the fractions as the groups allow; files of identical
+    bytes stay together, whether groups are known or not.
 
     Args:
       folder: the images, in Keras's order.
@@ -108,8 +108,7 @@ def make_split(
         )
     groups = folder.groups
     if split == "grouped":
-        if groups is None:
-            groups = _identical_bytes(folder)
+        groups = joined(groups, folder.same_bytes) if groups else folder.same_bytes
         if folds:
             fractions = [(1 - test_fraction) / folds] * folds
             names = ["val" if i == fold else "train" for i in range(folds)]
@@ -172,10 +171,6 @@ def _by_class(
             for i in drawn:
                 parts[rest[i]] = "val"
     return parts
-
-
-def _identical_bytes(folder: DataFolder) -> dict[str, str]:
-    return {f.file: hashlib.sha256(folder.read(f.file)).hexdigest()[:16] for f in folder.files}
 
 
 def _grouped(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from covid_flax.data.folder import groups_csv
+from covid_flax.data.groups import groups_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation.predictions import Predictions, predictions_csv
 from covid_flax.files import write_atomically, write_json

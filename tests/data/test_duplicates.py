@@ -13,7 +13,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from covid_flax.data import phantoms
-from covid_flax.data.duplicates import SIDE, connected, find_duplicates, thumbnail
+from covid_flax.data.duplicates import SIDE, find_duplicates, thumbnail
+from covid_flax.data.groups import connected
 
 SIZE = 128
 

@@ -80,6 +80,7 @@ def test_plain_layout_and_what_is_ignored(tmp_path):
     make(
         tmp_path, "b/2.JPG", "b/1.tiff", "b/deep/3.webp", "a/x.png", "a/.hidden.png",
         "a/Thumbs.db", "a/notes.txt", "a/masks/x.png", ".git/x.png", "__MACOSX/a/x.png",
+        "a/lung masks/x.png", "b/infection_Masks/y.png",
         "loose.png",
     )  # fmt: skip
     folder = open_folder(str(tmp_path))
@@ -90,6 +91,7 @@ def test_plain_layout_and_what_is_ignored(tmp_path):
         (tmp_path / name).touch()
     folder = open_folder(str(tmp_path))
     assert folder.ignored == {"hidden": 1, ".db": 1, ".txt": 1, "other": 3}
+    assert folder.of_classes(["b"]).ignored == {"other": 1}
 
 
 def test_links_are_followed(tmp_path):
@@ -114,6 +116,7 @@ def test_links_are_followed(tmp_path):
         (("a/1.png", "b/2\r.png"), r"b/2\\r\.png' holds a carriage return: rename"),
         (("COVID/COVID-1.png", "Normal/covid-2.png"), "Normal/covid-2.png names COVID"),
         (("x/Train/a/1.png", "x/test/a/1.png"), r"parts of a split \(Train, test\).*x/Train"),
+        (("x/val/a/1.png", "x/test/a/1.png", "x/x/a/1.png"), r"split \(test, val\).*x/test"),
     ],
 )
 def test_unusable_folders_are_named(tmp_path, files, message):
@@ -208,11 +211,26 @@ def test_groups_csv_comes_before_the_manifest(tmp_path):
     root = make(tmp_path, *FOUR)
     write_csv(tmp_path / "manifest.csv", ["file", "near_dup_group"], *((f, "m") for f in FOUR))
     manifest = open_folder(root)
-    assert set(manifest.groups.values()) == {"m"} and manifest.ungrouped == 0
+    assert set(manifest.groups.values()) == {"m"} and not manifest.ungrouped
     write_csv(tmp_path / "groups.csv", ["file", "group"], *((f, "g") for f in FOUR[:3]))
     folder = open_folder(root)
     assert folder.groups == {FOUR[0]: "g", FOUR[1]: "g", FOUR[2]: "g", FOUR[3]: FOUR[3]}
-    assert folder.ungrouped == 1
+    assert folder.ungrouped == {FOUR[3]}
+
+
+def test_what_any_of_several_columns_puts_together_stays_together(tmp_path):
+    root = make(tmp_path, *FOUR, "b/5.png", "b/6.png")
+    rows = [(FOUR[0], "n1", "p1"), (FOUR[1], "", "p1"), (FOUR[2], "n1", ""), (FOUR[3], "n2", "")]
+    columns = ["file", "near_dup_group", "patient_id"]
+    write_csv(tmp_path / "groups.csv", columns, *rows, ("b/5.png", "", "n2"))
+    folder = open_folder(root)
+    together = [{f for f in folder.groups if folder.groups[f] == g} for g in folder.groups.values()]
+    assert {frozenset(g) for g in together} == {
+        frozenset(FOUR[:3]), frozenset({FOUR[3]}), frozenset({"b/5.png"}), frozenset({"b/6.png"}),
+    }  # fmt: skip
+    assert folder.ungrouped == {"b/6.png"} and not folder.without(["b/6.png"]).ungrouped
+    one = open_folder(root, group_column="patient_id").groups
+    assert one[FOUR[0]] == one[FOUR[1]] == "p1" and one[FOUR[2]] == FOUR[2]
 
 
 def test_an_unlisted_image_never_joins_a_group_of_its_own_name(tmp_path):
@@ -313,11 +331,11 @@ def test_the_real_folders():
     top = open_folder(str(shared / "data/radiography"))
     assert top.class_names == ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia")
     assert len(top.files) == 14_646 and all(f.file.startswith(KAGGLE) for f in top.files)
-    assert len(set(top.groups.values())) == 14_646 - 420 + 182 and top.ungrouped == 0
+    assert len(set(top.groups.values())) == 14_646 - 420 + 182 and not top.ungrouped
     below = open_folder(str(shared / "data/radiography" / KAGGLE))
     assert list(below.groups.values()) == list(top.groups.values())
     control = str(shared / "data/radiography/pipeline_control")
     assert open_folder(control, require_two_classes=False).class_names == ("Normal",)
     ct = str(shared / "data/covid_ct")
     slices = open_folder(ct, groups_file="labels.csv", group_column="group_from_name")
-    assert len(slices.files) == 746 and slices.ungrouped == 0
+    assert len(slices.files) == 746 and not slices.ungrouped

@@ -179,18 +179,25 @@ def test_grouped_depends_on_seed_and_names_alone(tmp_path):
     assert make_split(again, split="grouped", val_fraction=0.2, seed=0) == first
 
 
-def test_without_groups_identical_files_stay_together(tmp_path):
+@pytest.mark.parametrize("told", [False, True])
+def test_identical_files_stay_together(tmp_path, told):
     rng = np.random.default_rng(0)
     for label in ("a", "b"):
         for i in range(60):
             touch(tmp_path / label / f"{i}.png")
             (tmp_path / label / f"{i}.png").write_bytes(bytes([int(rng.integers(40))]))
+    if told:
+        (tmp_path / "groups.csv").write_text("file,group\na/0.png,p\nb/0.png,p\na/1.png,p\n")
     folder = open_folder(str(tmp_path))
     rows = make_split(folder, split="grouped", val_fraction=0.25, test_fraction=0.25)
     parts = collections.defaultdict(set)
     for row in rows:
         parts[hashlib.md5(folder.read(row.file)).hexdigest()].add(row.split)
     assert len(parts) > 30 and {len(p) for p in parts.values()} == {1}
+    if told:
+        assert (
+            len({row.split for row in rows if row.file in ("a/0.png", "b/0.png", "a/1.png")}) == 1
+        )
     assert each_once(rows, folder)
 
 
