@@ -35,7 +35,7 @@ from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.files import write_json
 from covid_flax.report.summary import print_report
 from covid_flax.run import refuse_folds, saved_run
-from covid_flax.run_images import open_data
+from covid_flax.run_images import make_output, open_data
 
 SIDE = 28  # of a thumbnail, pixels
 COMPONENTS = 64  # 95 % of the variance of chest X-rays
@@ -130,6 +130,8 @@ def baselines(
     if data_dir:  # the same images, elsewhere
         saved = saved | {"data": saved["data"] | {"root": os.path.expanduser(data_dir)}}
     data = open_data(workdir, saved)
+    output = output or workdir / "baselines"
+    make_output(output, data)
     started = time.monotonic()
     splits = [s for s in ("train", "val", "test") if data.files(s)]
     images = {split: read_images(data, split, config.data) for split in splits}
@@ -139,7 +141,7 @@ def baselines(
 
     reports: dict[str, dict[str, dict[str, Any]]] = {}
     for name in models:
-        folder = (output or workdir / "baselines") / name
+        folder = output / name
         started = time.monotonic()
         baseline = fit_baseline(
             name,

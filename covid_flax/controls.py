@@ -29,7 +29,7 @@ from covid_flax.command import run_command
 from covid_flax.console import say
 from covid_flax.data.conditions import Condition, conditions, histogram
 from covid_flax.data.dataset import Dataset
-from covid_flax.data.folder import DataFolder, open_folder, refuse_inside
+from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.data.masks import LungMasks, find_masks
 from covid_flax.data.pipeline import Element, ImageSource, Source
 from covid_flax.data.splits import PARTS, Row
@@ -50,12 +50,15 @@ from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sources, source_only
 from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
-from covid_flax.files import make_writable, write_json
-from covid_flax.run import learned_files
+from covid_flax.files import write_json
+from covid_flax.run import learned_files, saved_run
 from covid_flax.run_images import (
     CLASS_MAP_HELP,
+    make_output,
     open_held_out,
     parse_class_map,
+    say_what_is_replaced,
+    title_of,
     what_they_chose,
 )
 from covid_flax.trained_run import Ensemble, TrainedRun, open_run
@@ -407,8 +410,7 @@ def run_controls(
         raise UserError(f"--pairs={pairs} does not exist: give a folder of <Class>/images/<name>")
     split, data = open_held_out(workdir, split, data_dir, class_map)
     output = output or workdir / "controls" / split
-    refuse_inside(output, data.folder.root, "--output")
-    make_writable(output)
+    make_output(output, data)
     training = None
     if split in ("test", "val"):  # the simple models must not be scored on what they learned from
         # A whole cross-validation trained on all that is val there.
@@ -436,7 +438,8 @@ def run_controls(
 
     report = {
         "split": split,
-        "warning": what_they_chose(split, elsewhere=bool(data_dir) and split == "all"),
+        "warning": what_they_chose(workdir, split, data),
+        "elsewhere": bool(data_dir) and split == "all",
         "checkpoint": {"which": checkpoint, "step": run.step},
         "data_dir": str(Path(data.folder.root).absolute()),
         "pairs_dir": pairs or None,
@@ -444,12 +447,13 @@ def run_controls(
         **report,
     }
     report["text"] = explain(report)
+    say_what_is_replaced(output / "controls.json", data)
     write_json(output / "controls.json", report)
     write_controls_page(
         output / "controls.html",
         report,
         examples,
-        title=f"Shortcut controls of {workdir.resolve().name}",
+        title=f"Shortcut controls: {title_of(workdir, saved_run(workdir), split, data)}",
     )
     _print(report, output)
     return report

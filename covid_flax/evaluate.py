@@ -24,21 +24,23 @@ from covid_flax.command import run_command
 from covid_flax.config import is_cross_validation
 from covid_flax.console import say
 from covid_flax.data.dataset import Dataset
-from covid_flax.data.folder import refuse_inside
 from covid_flax.data.splits import PARTS
 from covid_flax.errors import UserError
 from covid_flax.evaluation.metrics import check_prevalence
 from covid_flax.evaluation.predictions import Predictions, predictions_of
-from covid_flax.files import make_writable, parse_json, peek, write_json
+from covid_flax.files import parse_json, write_json
 from covid_flax.report.summary import print_report
 from covid_flax.report.write import refuse_foreign_groups
 from covid_flax.run import saved_run
 from covid_flax.run_images import (
     CLASS_MAP_HELP,
     images_root,
+    make_output,
     open_data,
     own_images,
     parse_class_map,
+    say_what_is_replaced,
+    title_of,
 )
 from covid_flax.trained_run import (
     Ensemble,
@@ -87,8 +89,7 @@ def evaluate(
     run = open_run(workdir, checkpoint, data_dir)
     calibration = _calibration(run, saved, checkpoint, split, calibrated)
     output = output or workdir / "eval" / split
-    refuse_inside(output, data.folder.root, "--output")
-    make_writable(output)
+    make_output(output, data)
     refuse_foreign_groups(output)
     answers = None
     if isinstance(run, Ensemble):
@@ -115,15 +116,18 @@ def evaluate(
     from covid_flax.evaluation.members import members_report
     from covid_flax.report.write import write_evaluation
 
+    # Without patience, an epoch that is named by its step was chosen by nobody here.
+    chosen_by_val = checkpoint == "best" or bool(run.config.train.patience)
     report, predictions = assess(
         predictions,
         split=split,
         rows=() if elsewhere else data.rows,
-        stopped_on="val",
+        stopped_on="val" if chosen_by_val else None,
         folder=data.folder,
         trained_on=own_images(workdir, saved) if elsewhere else None,
         calibration=calibration,
         calibrated=calibrated,
+        fitted_here=fits,
         prevalence=prevalence,
     )
     if answers is not None:
@@ -134,19 +138,15 @@ def evaluate(
     report["not_images"] = dict(data.folder.ignored)
     if class_map:
         report["class_map"] = dict(class_map)
-    if split == "val":
+    if split == "val" and chosen_by_val:
         report["note"] = (
             "These images chose the epoch, so the figures are optimistic; "
             "a test split (data.nested_test, or grouped with data.test_fraction) is not."
         )
-    before = _scored_in(output)
-    if before not in (None, report["data_dir"]):
-        say(f"note: this replaces the evaluation of {before} in {output}: give --output to keep it")
-    name = workdir.resolve().name
-    title = f"{split} images of {name}"
-    if elsewhere:
-        title = f"Images of {Path(data.folder.root).absolute().name}, scored by {name}"
-    write_evaluation(output, report, predictions, title=title, run=saved | {"name": name})
+    say_what_is_replaced(output / "report.json", data)
+    title = title_of(workdir, saved, split, data)
+    about = saved | {"name": workdir.resolve().name}
+    write_evaluation(output, report, predictions, title=title, run=about)
     if fits:
         try:
             _store_calibration(workdir, run.step, calibration)
@@ -182,12 +182,6 @@ def _calibration(
             f"first (--split=val --checkpoint={checkpoint})"
         )
     return found
-
-
-def _scored_in(output: Path) -> str | None:
-    """The folder whose images the evaluation in `output` is of; None without one."""
-    found = peek(output / "report.json").get("data_dir")
-    return found if isinstance(found, str) else None
 
 
 def _stored_calibration(workdir: Path, step: int) -> dict[str, Any] | None:

@@ -180,7 +180,7 @@ def card(a: Artefacts, facts: Mapping[str, Mapping[str, str]] | None = None) -> 
             "Quantitative analyses", paragraphs=[] if a.reports else [f"Evaluations: {NOT_KNOWN}"]
         ),
         *(_evaluation(a, name) for name in a.reports),
-        *(_controls(name, found) for name, found in a.controls.items()),
+        *(_controls(f"{n}{a.of_folder(found)}", found) for n, found in a.controls.items()),
         Section(
             "Ethical considerations",
             facts=[

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from covid_flax.command import run_command
 from covid_flax.console import say
 from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS, Corruption
-from covid_flax.data.folder import refuse_inside
 from covid_flax.data.pipeline import Element, Source
 from covid_flax.data.splits import PARTS
 from covid_flax.errors import UserError
@@ -32,11 +31,15 @@ from covid_flax.evaluation.intervals import (
 )
 from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.sampling import stratified_sample
-from covid_flax.files import make_writable, write_json
+from covid_flax.files import write_json
+from covid_flax.run import saved_run
 from covid_flax.run_images import (
     CLASS_MAP_HELP,
+    make_output,
     open_held_out,
     parse_class_map,
+    say_what_is_replaced,
+    title_of,
     what_they_chose,
 )
 from covid_flax.trained_run import Ensemble, TrainedRun, open_run
@@ -180,13 +183,12 @@ def robustness(
     split, data = open_held_out(workdir, split, data_dir, class_map)
     run = open_run(workdir, checkpoint, data_dir)
     output = output or workdir / "robustness" / split
-    refuse_inside(output, data.folder.root, "--output")
-    make_writable(output)
+    make_output(output, data)
     source, rows = data.source(split, run.config.data), data.files(split)
     clusters = cluster_numbers([row.file for row in rows], [row.group for row in rows])
     report = {
         "split": split,
-        "warning": what_they_chose(split, elsewhere=bool(data_dir) and split == "all"),
+        "warning": what_they_chose(workdir, split, data),
         "checkpoint": {"which": checkpoint, "step": run.step},
         "data_dir": str(Path(data.folder.root).absolute()),
         **score_corruptions(run, source, data.labels(split), limit, clusters),
@@ -194,8 +196,11 @@ def robustness(
     # Slow to import.
     from covid_flax.report.robustness_plot import plot_robustness
 
+    say_what_is_replaced(output / "robustness.json", data)
     write_json(output / "robustness.json", report)
-    plot_robustness(report, output / "robustness.png", f"{workdir.resolve().name}, {split} images")
+    title = title_of(workdir, saved_run(workdir), split, data)
+    some = f" ({report['num_examples']:,} of them)" if report["num_examples"] < len(rows) else ""
+    plot_robustness(report, output / "robustness.png", title + some)
     _print(report, output)
     return report
 

@@ -14,10 +14,10 @@ from covid_flax import config as config_lib
 from covid_flax.console import say
 from covid_flax.data.builder import Records
 from covid_flax.data.dataset import Dataset, prepare_readable
-from covid_flax.data.folder import DataFolder, open_folder
-from covid_flax.data.splits import Row, groups_told, read_split_csv, regrouped
+from covid_flax.data.folder import DataFolder, open_folder, refuse_inside
+from covid_flax.data.splits import Row, groups_told, named_alike, read_split_csv, regrouped
 from covid_flax.errors import UserError
-from covid_flax.files import cache_dir, make_writable
+from covid_flax.files import cache_dir, make_writable, peek
 from covid_flax.run import refuse_folds, saved_run
 
 LEFT_OUT = "-"  # in a class map: images of that folder are not scored
@@ -124,9 +124,40 @@ def open_held_out(
     return split, open_data(workdir, saved, split, data_dir, class_map)
 
 
-def what_they_chose(split: str, *, elsewhere: bool) -> str | None:
+def make_output(output: Path, data: Dataset) -> None:
+    """The folder that --output names, made. UserError: in the images' folder, or not writable."""
+    refuse_inside(output, data.folder.root, "--output")
+    make_writable(output)
+
+
+def title_of(workdir: Path, saved: Mapping[str, Any], split: str, data: Dataset) -> str:
+    """Whose images are scored, for titles: a split's of a run, or another folder's."""
+    name, folder = workdir.resolve().name, Path(data.folder.root).absolute()
+    if all(not row.split for row in data.rows):
+        return f"Images of {folder.name}, scored by {name}"
+    moved = os.path.realpath(folder) != os.path.realpath(images_root(workdir, saved))
+    return f"{split} images of {name}" + (f", in {folder}" if moved else "")
+
+
+def say_what_is_replaced(report: Path, data: Dataset) -> None:
+    """A note where `report`, a JSON file to be written, is one of another folder's images."""
+    before = peek(report).get("data_dir")
+    if isinstance(before, str) and before != str(Path(data.folder.root).absolute()):
+        say(f"note: this replaces {report.name} of {before} in {report.parent}: give --output")
+
+
+def what_they_chose(workdir: Path, split: str, data: Dataset) -> str | None:
     """What scores of a split are not, in a sentence; None of images that nothing was chosen by."""
-    if elsewhere or split == "test":
+    if all(not row.split for row in data.rows):  # another folder's
+        files = [row.file for row in data.rows]
+        alike = named_alike(files, read_split_csv(workdir / "split.csv"))
+        if alike < len(files) / 2:
+            return None
+        return (
+            f"{alike:,} of {len(files):,} files bear the name of one that was trained on or chose "
+            "the epoch: are they copies?"
+        )
+    if split == "test":
         return None
     if split == "val":
         return "these images chose the epoch, so that the figures flatter"
@@ -166,14 +197,14 @@ def parse_class_map(text: list[str]) -> dict[str, str]:
     return found
 
 
-def own_images(workdir: Path, saved: Mapping[str, Any]) -> tuple[DataFolder, list[Row]] | None:
-    """The folder a run was trained on, and its split; None where the images are gone."""
+def own_images(workdir: Path, saved: Mapping[str, Any]) -> tuple[DataFolder | None, list[Row]]:
+    """The folder a run was trained on, None where the images are gone, and its split."""
+    rows = read_split_csv(workdir / "split.csv")
+    config = config_lib.from_json(saved["config"])
     try:
-        config = config_lib.from_json(saved["config"])
-        folder = _reopen(str(images_root(workdir, saved)), config, saved["class_names"])
-        return folder, read_split_csv(workdir / "split.csv")
+        return _reopen(str(images_root(workdir, saved)), config, saved["class_names"]), rows
     except UserError:
-        return None
+        return None, rows
 
 
 def _reopen(root: str, config: ml_collections.ConfigDict, classes: Collection[str]) -> DataFolder:

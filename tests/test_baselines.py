@@ -171,6 +171,9 @@ def test_refusals_and_the_command(run, tmp_path):
         baselines(run, models=("forest",))
     with pytest.raises(UserError, match="no config.json"):
         baselines(tmp_path)
+    data = json.loads((run / "config.json").read_text())["data"]["root"]
+    with pytest.raises(UserError, match="lies in the data folder .*another --output"):
+        baselines(run, output=Path(data) / "baselines")
     (tmp_path / "svm").mkdir()
     (tmp_path / "svm" / "config.json").write_text('{"baseline": "svm", "class_names": ["a"]}')
     with pytest.raises(UserError, match="svm is a classical baseline of a run"):

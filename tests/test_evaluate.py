@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from covid_flax.data.splits import read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate, parse_prevalence
 from covid_flax.evaluation.metrics import check_prevalence
-from covid_flax.run import setup
-from covid_flax.run_images import open_data, parse_class_map
+from covid_flax.run import saved_run, setup
+from covid_flax.run_images import open_data, parse_class_map, what_they_chose
 from covid_flax.train import train
 from covid_flax.trained_run import open_run
 
@@ -247,6 +248,38 @@ def test_what_is_unknown_of_another_folder_is_said(trained, phantom_dir, tmp_pat
     assert "groups-unknown" not in {alarm["name"] for alarm in report["alarms"]}
 
 
+def test_training_images_that_have_moved_are_doubted_by_their_names(trained, phantom_dir, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(trained, run)
+    shutil.copytree(phantom_dir, other)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["root"] = str(tmp_path / "gone")
+    (run / "config.json").write_text(json.dumps(config))
+    report = evaluate(run, split="all", data_dir=str(other), output=tmp_path / "out")
+    doubt = {alarm["name"]: alarm for alarm in report["alarms"]}["duplicate-leak"]
+    assert doubt["level"] == "caution" and "bear the name of one that was trained" in doubt["text"]
+    for image in other.rglob("*.png"):
+        image.rename(image.with_name(f"x{image.name}"))
+    report = evaluate(run, split="all", data_dir=str(other), output=tmp_path / "out")
+    assert "duplicate-leak" not in report["alarms_checked"]  # contents could not be compared
+    data = open_data(run, saved_run(run), "all", str(other))
+    assert what_they_chose(run, "all", data) is None
+    data = open_data(run, saved_run(run), "all", str(phantom_dir))
+    assert "bear the name of one that was trained" in what_they_chose(run, "all", data)
+
+
+def test_an_epoch_that_val_did_not_choose_is_not_called_optimistic(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    config = json.loads((run / "config.json").read_text())
+    for patience, optimistic in ((0, False), (3, True)):
+        config["config"]["train"]["patience"] = patience
+        (run / "config.json").write_text(json.dumps(config))
+        report = evaluate(run, checkpoint="latest", output=tmp_path / "out")
+        raised = {alarm["name"] for alarm in report["alarms"]}
+        assert ("stopping-split-scored" in raised) == optimistic == ("note" in report)
+
+
 def test_a_class_that_is_left_out_need_not_be_readable(trained, phantom_dir, tmp_path):
     other = tmp_path / "data"
     shutil.copytree(phantom_dir, other)
@@ -410,7 +443,9 @@ def test_class_map_and_prevalence_as_said_on_the_command_line():
             check_prevalence({"a": share}, ["a", "b"])
 
 
-def test_another_folder_is_scored_with_the_run_s_own_classes(trained, phantom_dir, tmp_path):
+def test_another_folder_is_scored_with_the_run_s_own_classes(
+    trained, phantom_dir, tmp_path, capsys
+):
     """Two of the four classes, plain layout: same images, same probabilities as in the run."""
     other = tmp_path / "other"
     for name in ("Normal", "COVID"):
@@ -431,6 +466,8 @@ def test_another_folder_is_scored_with_the_run_s_own_classes(trained, phantom_di
         "predictions.csv",
         "confusion_matrix.png",
     }
+    shown = capsys.readouterr().out  # classes that it lacks have no recall
+    assert re.search(r"Lung_Opacity( +\d+){4} +- ", shown)
     # All but the test images of that folder were trained on, or stopped by.
     leak = {alarm["name"]: alarm["figures"] for alarm in report["alarms"]}["duplicate-leak"]
     with open(trained / "split.csv", newline="") as f:

@@ -263,6 +263,30 @@ def test_a_split_scored_in_another_folder_is_called_neither_the_same_nor_externa
     assert "| neither trained nor chose, if the folder holds the images of the run |" in text
 
 
+def test_what_another_folder_shows_is_said_of_that_folder(tmp_path):
+    """Its sources, and controls on its images."""
+    folder = write_run(tmp_path / "run")
+    alarm = {"name": "source-confounded", "level": "caution", "text": "Class goes with theirs."}
+    small = {"name": "small-class", "level": "caution"}
+    change(
+        folder / "eval/elsewhere/report.json",
+        alarms=[alarm, small | {"text": "Few: 12."}],
+        alarms_checked=["source-confounded"],
+    )
+    for name in ("val", "test"):
+        change(folder / f"eval/{name}/report.json", alarms=[small | {"text": f"Few of {name}."}])
+        change(folder / f"eval/{name}/report.json", alarms_checked=["small-class"])
+    change(folder / "controls/test/controls.json", data_dir="/data/elsewhere")
+    text = text_of(folder)
+    assert "Class goes" not in section(text, "Training and evaluation data")
+    limits = section(text, "Limits")
+    assert "Caution of elsewhere: Class goes with theirs." in limits
+    assert "gives its class away was not checked" in limits
+    for name, said in (("elsewhere", "Few: 12."), ("val", "Few of val."), ("test", "Few of test.")):
+        assert f"Caution of {name}: {said}" in limits
+    assert "Shortcut controls (test, images of /data/elsewhere):" in limits
+
+
 def test_a_link_to_the_training_images_is_the_same_folder(tmp_path):
     folder, own, link = write_run(tmp_path / "run"), tmp_path / "own", tmp_path / "link"
     own.mkdir()

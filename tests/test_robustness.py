@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS
 from covid_flax.data.pipeline import ArraySource
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
+from covid_flax.report import robustness_plot
 from covid_flax.robustness import CorruptedSource, robustness, score_corruptions
 from covid_flax.run import setup
 from covid_flax.train import train
@@ -84,7 +86,7 @@ def test_an_image_is_changed_alike_wherever_it_stands():
     assert whole[0]["image"].shape == (12, 12, 3)
 
 
-def test_a_run_s_table_and_plot(tiny_config, tmp_path):
+def test_a_run_s_table_and_plot(tiny_config, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
     tiny_config.train.epochs = 2
     train(setup(tiny_config, workdir))
@@ -99,6 +101,16 @@ def test_a_run_s_table_and_plot(tiny_config, tmp_path):
         robustness(workdir, output=tmp_path / "file")
     limited = robustness(workdir, limit=8, output=tmp_path / "few")
     assert limited["num_examples"] == 8
+    titles = []
+    monkeypatch.setattr(robustness_plot, "plot_robustness", lambda *a: titles.append(a[2]))
+    other = tmp_path / "other"
+    shutil.copytree(tiny_config.data.dir, other)
+    elsewhere = robustness(workdir, split="all", data_dir=str(other), limit=8)
+    assert titles == ["Images of other, scored by run (8 of them)"]
+    assert "bear the name of one that was trained on" in elsewhere["warning"]
+    robustness(workdir, split="val", data_dir=str(other), limit=8)
+    assert titles[1:] == [f"val images of run, in {other} (8 of them)"]
+    assert f"replaces robustness.json of {Path(report['data_dir'])}" in capsys.readouterr().out
     with pytest.raises(UserError, match="the run has no test split"):
         robustness(workdir, split="test")
     shutil.rmtree(workdir / "checkpoints")

@@ -9,7 +9,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -50,6 +50,12 @@ def regrouped(rows: Sequence[Row], groups: Mapping[str, str]) -> list[Row]:
 def groups_told(rows: Sequence[Row]) -> bool:
     """Whether a csv told the rows' groups; else they are of identical bytes, or unknown."""
     return any(row.group and not _OF_BYTES.fullmatch(row.group) for row in rows)
+
+
+def named_alike(files: Sequence[str], rows: Sequence[Row]) -> int:
+    """How many of `files` bear the name of one of `rows` that trained or chose the epoch."""
+    fitted = {PurePosixPath(row.file).name for row in rows if row.split != "test"}
+    return sum(PurePosixPath(file).name in fitted for file in files)
 
 
 def make_split(

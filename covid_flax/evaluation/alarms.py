@@ -24,7 +24,7 @@ CHECKS = {
     "swapped-axes": "the rows, not the columns, have the true class counts",
     "accuracy-mismatch": "the stated accuracy is the matrix's",
     "scored-counts": "every image that should be scored is, once",
-    "stopping-split-scored": "the images scored did not choose when to stop",
+    "stopping-split-scored": "the images scored did not choose the epoch or the settings",
     "training-images-scored": "the images scored were not trained on",
     "group-leak": "no known group (patient, near-duplicates) is both trained on and scored",
     "duplicate-leak": "no identical file is both trained on and scored",
@@ -158,7 +158,7 @@ def _check_all(e: Evidence) -> dict[str, Alarm | None]:
         if same or (fitted_rows and e.hashes is not None):
             made["duplicate-leak"] = same
         made["groups-unknown"] = groups_unknown([*fitted_rows, *scored_rows])
-    if e.source_counts is not None:
+    if e.source_counts is not None and _sources_can_tell(e.source_counts):
         made["source-confounded"] = source_confounded(e.source_counts)
     return made
 
@@ -419,8 +419,8 @@ def stopping_split_scored(scored: str, stopped_on: str | None, num_examples: int
     return Alarm(
         "stopping-split-scored",
         "alarm",
-        f"The {stopped_on} images chose when to stop and are among the {num_examples:,} scored: "
-        "the figures are optimistic.",
+        f"The {stopped_on} images chose the epoch or the settings and are among the "
+        f"{num_examples:,} scored: the figures are optimistic.",
         {"scored": scored, "stopped_on": stopped_on, "num_examples": num_examples},
     )
 
@@ -552,6 +552,12 @@ def small_class(matrix: Any, class_names: Sequence[str] = ()) -> Alarm | None:
         f"Classes with fewer than {_SMALL_CLASS} scored images tell little: {', '.join(said)}.",
         {"classes": small},
     )
+
+
+def _sources_can_tell(source_counts: Mapping[str, Mapping[str, int]]) -> bool:
+    """Whether sources are known of two classes, and some of more than one image."""
+    classes = {name for counts in source_counts.values() for name, n in counts.items() if n}
+    return len(classes) > 1 and any(sum(counts.values()) > 1 for counts in source_counts.values())
 
 
 def source_confounded(source_counts: Mapping[str, Mapping[str, int]]) -> Alarm | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 from covid_flax.data.folder import DataFolder
-from covid_flax.data.splits import Row, regrouped
+from covid_flax.data.splits import Row, named_alike, regrouped
 from covid_flax.evaluation.alarms import (
     Alarm,
     Evidence,
@@ -38,9 +37,10 @@ def assess(
     rows: Sequence[Row] = (),
     stopped_on: str | None = None,
     folder: DataFolder | None = None,
-    trained_on: tuple[DataFolder, Sequence[Row]] | None = None,
+    trained_on: tuple[DataFolder | None, Sequence[Row]] | None = None,
     calibration: Mapping[str, Any] | None = None,
     calibrated: bool = False,
+    fitted_here: bool = False,
     prevalence: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     """All that `report.json` says of predictions, whoever made them.
@@ -51,10 +51,11 @@ def assess(
       rows: the split they belong to, all of its images; empty for images of another folder.
       stopped_on: the split that chose the epoch or the settings, if one did.
       folder: where the images lie, for their sources and for files of the same content.
-      trained_on: for images of another folder: the run's own folder, where it is still there, and
+      trained_on: for images of another folder: the run's own folder, None where it is gone, and
         its split.
       calibration: of `calibration.fit_calibration`.
       calibrated: whether to scale the probabilities by it.
+      fitted_here: whether it was fitted to these predictions.
       prevalence: share of each class where the test would be used, see
         `classification_report`.
 
@@ -83,6 +84,7 @@ def assess(
         both = {"before": before, "after": after}
         report["calibration"] = {
             "applied": calibrated,
+            "fitted_here": fitted_here,
             "temperature": calibration["temperature"],
             "fitted_on": calibration["split"],
             "ece": {
@@ -103,7 +105,8 @@ def assess(
     found: Alarm | None = None
     if trained_on is not None and folder is not None:
         found = _trained_on_these(folder, predictions, *trained_on)
-        checked.append("duplicate-leak")
+        if found is not None or trained_on[0] is not None:
+            checked.append("duplicate-leak")
     elif split not in ("train", "all") and "group-leak" not in [alarm.name for alarm in alarms]:
         found = _leak_by_the_folder_s_groups(folder, rows, split)
         if found is not None and "group-leak" not in checked:
@@ -167,21 +170,22 @@ def _evidence(
 
 
 def _trained_on_these(
-    folder: DataFolder, predictions: Predictions, own: DataFolder, rows: Sequence[Row]
+    folder: DataFolder, predictions: Predictions, own: DataFolder | None, rows: Sequence[Row]
 ) -> Alarm | None:
     """Whether files of another folder are ones that the run trained on or stopped by.
 
     A caution where only their names are.
     """
     scored = {f"{folder.root}/{file}": file for file in predictions.files}
-    fitted = {f"{own.root}/{row.file}": row.file for row in rows if row.split != "test"}
-    same = duplicate_leak(
-        [Row(file, "", "", "") for file in fitted],
-        [Row(file, "", "", "") for file in scored],
-        _hashes_of_equal_sizes(folder, scored, own, fitted),
-    )
-    named = {PurePosixPath(file).name for file in fitted.values()}
-    alike = sum(PurePosixPath(file).name in named for file in predictions.files)
+    same = None
+    if own is not None:
+        fitted = {f"{own.root}/{row.file}": row.file for row in rows if row.split != "test"}
+        same = duplicate_leak(
+            [Row(file, "", "", "") for file in fitted],
+            [Row(file, "", "", "") for file in scored],
+            _hashes_of_equal_sizes(folder, scored, own, fitted),
+        )
+    alike = named_alike(predictions.files, rows)
     if same is not None or alike < len(scored) / 2:
         return same
     return Alarm(

@@ -6,10 +6,10 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
-from covid_flax.data.splits import Row, read_split_csv
+from covid_flax.data.splits import Row, named_alike, read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation.predictions import read_predictions
 from covid_flax.files import parse_json
@@ -106,6 +106,7 @@ _CONTROLS: dict[str, Any] = {
         }
     ],
     "text": [str],
+    "data_dir": str,
 }
 
 Origin = Literal["own", "unsure", "external", "alike", "seen", "unknown"]
@@ -164,6 +165,11 @@ class Artefacts:
         if not root or not scored:
             return None
         return os.path.realpath(root) == os.path.realpath(scored)
+
+    def of_folder(self, report: Mapping[str, Any]) -> str:
+        """`, images of DIR` where that is not the folder that trained, else ""."""
+        elsewhere = self.own_folder(report) is False
+        return f", images of {os.path.normpath(report['data_dir'])}" if elsewhere else ""
 
     def origin(self, name: str) -> Origin:
         """Where the images of an evaluation come from.
@@ -236,20 +242,19 @@ def read_artefacts(workdir: Path) -> Artefacts:
         baselines={names: _read_report(path) for names, path in baselines.items()},
         checkpoints=(workdir / "checkpoints").is_dir(),
         named_alike={
-            name: _named_alike(workdir / "eval" / name / "predictions.csv", rows)
+            name: _alike(workdir / "eval" / name / "predictions.csv", rows)
             for name, report in reports.items()
             if report.get("split") == "all"
         },
     )
 
 
-def _named_alike(path: Path, rows: Sequence[Row]) -> float:
+def _alike(path: Path, rows: Sequence[Row]) -> float:
     """Share of a predictions.csv's files with the name of one trained on or stopped by."""
     if not path.exists():
         return 0.0
     files = read_predictions(path).files
-    fitted = {PurePosixPath(row.file).name for row in rows if row.split != "test"}
-    return sum(PurePosixPath(file).name in fitted for file in files) / len(files)
+    return named_alike(files, rows) / len(files)
 
 
 def read_object(

@@ -110,7 +110,7 @@ def evaluation_pictures(report: Mapping[str, Any], predictions: Predictions) -> 
                 f"{_listed(names, auprc)}.",
             ),
             "risk_coverage": picture(
-                risk_coverage_figure(predictions, report.get("abstain")),
+                risk_coverage_figure(predictions, _abstain(report)),
                 "Error rate of the images kept, by the share of images kept.",
             ),
             "decision": picture(
@@ -118,6 +118,13 @@ def evaluation_pictures(report: Mapping[str, Any], predictions: Predictions) -> 
                 f"Decision curves of {listed}: net benefit by threshold probability.",
             ),
         }
+
+
+def _abstain(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The threshold, where it is of the probabilities shown: it is one of scaled ones."""
+    calibration = report.get("calibration")
+    applied = calibration is None or calibration.get("applied")
+    return report.get("abstain") if applied else None
 
 
 def _areas(report: Mapping[str, Any], key: str) -> list[str]:
@@ -153,7 +160,7 @@ def _confusion(report: Mapping[str, Any], names: Sequence[str]) -> Figure:
     figure = confusion_matrix_figure({**report, "class_names": names}, "Confusion matrix")
     (axes,) = figure.axes
     axes.grid(False, which="major")
-    if len(names) <= 5:
+    if len(names) <= 4 and max(map(len, names)) <= 16:
         figure.set_size_inches(_WIDTH, _WIDTH)  # the same letters on less paper, for phones
         if sum(map(len, names)) > 24:
             for label in axes.get_xticklabels():

@@ -95,11 +95,12 @@ def confusion_matrix_figure(report: Mapping[str, Any], title: str = "Confusion m
     Of more than 20 classes only counts above 0 are written.
     """
     matrix = np.asarray(report["confusion_matrix"], np.int64)
+    k = len(report["class_names"])
+    lines = 3 if k <= 12 else 2 if k <= 18 else 1  # of a name, in a cell's height
     names = [
-        textwrap.fill(str(name), _LINE, max_lines=3, placeholder=" …")
+        textwrap.fill(str(name), _LINE, max_lines=lines, placeholder=" …")
         for name in report["class_names"]
     ]
-    k = len(names)
     support = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, support, out=np.zeros(matrix.shape), where=support > 0)
 

@@ -360,7 +360,8 @@ def _uncertainty(a: Artefacts) -> str | None:
 
 def _robustness(a: Artefacts) -> str | None:
     said = [
-        f"{name}: {'; '.join(_condition(c) for c in found.get('conditions') or ())}."
+        f"{name}{a.of_folder(found)}: "
+        f"{'; '.join(_condition(c) for c in found.get('conditions') or ())}."
         for name, found in a.controls.items()
         if found.get("conditions")
     ]
@@ -375,10 +376,14 @@ def _condition(condition: Mapping[str, Any]) -> str:
 def _internal(a: Artefacts) -> str | None:
     said = [
         f"{name} {share_of(a.reports[name], 'accuracy')}{_elsewhere(a, name)}"
-        for name in a.reports
-        if a.origin(name) in ("own", "unsure", "unknown")
+        for name in _of_own_images(a)
     ]
     return f"Evaluations and their accuracy: {_listed(said)}." if said else None
+
+
+def _of_own_images(a: Artefacts) -> list[str]:
+    """Evaluations of the folder that trained, as far as the files tell."""
+    return [name for name in a.reports if a.origin(name) in ("own", "unsure", "unknown")]
 
 
 def _elsewhere(a: Artefacts, name: str) -> str:
@@ -517,11 +522,13 @@ def _output(a: Artefacts) -> str | None:
     if not a.class_names:
         return None
     text = "A probability of each class; the answer is the most probable one."
-    abstain = (a.reports.get(a.headline) or {}).get("abstain") or {}
+    report = a.reports.get(a.headline) or {}
+    abstain = report.get("abstain") or {}
     if abstain.get("threshold") is not None:
+        scaled = " scaled by the temperature" if at(report, "calibration", "ece") else ""
         text += (
-            f" With an abstain threshold of {abstain['threshold']:.3f} on the top probability "
-            f"{share(abstain.get('coverage'))} of the {a.headline} images are answered, "
+            f" With an abstain threshold of {abstain['threshold']:.3f} on the top probability"
+            f"{scaled} {share(abstain.get('coverage'))} of the {a.headline} images are answered, "
             f"{share(abstain.get('accuracy'), abstain.get('accuracy_interval'))} of them rightly."
         )
     return text
@@ -574,11 +581,11 @@ def limits(a: Artefacts) -> list[str]:
     raised = collections.defaultdict(list)
     for name in sorted(a.reports, key=lambda name: name != a.headline):
         for alarm in a.reports[name].get("alarms") or ():
-            raised[alarm["level"], alarm["name"]].append((name, alarm["text"]))
-    for (level, _), told in sorted(raised.items()):
-        names = _listed([name for name, _ in told])
-        said.append(f"{level.capitalize()} of {names}: {told[0][1]}")
-    checked = {name for report in a.reports.values() for name in report.get("alarms_checked") or ()}
+            raised[alarm["level"], alarm["name"], alarm["text"]].append(name)
+    for (level, _, text), names in sorted(raised.items()):
+        said.append(f"{level.capitalize()} of {_listed(names)}: {text}")
+    own = [a.reports[name] for name in _of_own_images(a)]
+    checked = {name for report in own for name in report.get("alarms_checked") or ()}
     if a.reports and "source-confounded" not in checked:
         said.append(
             "Whether an image's source, as the data folder names it, gives its class away was not "
@@ -593,7 +600,8 @@ def limits(a: Artefacts) -> list[str]:
             "more than one split: the figures are optimistic."
         )
     for name, found in a.controls.items():
-        said += [f"Shortcut controls ({name}): {text}" for text in sentences(found)]
+        of = f"{name}{a.of_folder(found)}"
+        said += [f"Shortcut controls ({of}): {text}" for text in sentences(found)]
     if not a.controls:
         said.append("No shortcut controls were run.")
     if a.members:
@@ -608,8 +616,8 @@ def limits(a: Artefacts) -> list[str]:
 
 
 def alarm_text(a: Artefacts, name: str) -> str | None:
-    """Of that alarm, as the evaluation that says most raised it, or else another did."""
-    for key in sorted(a.reports, key=lambda key: key != a.headline):
+    """Of that alarm about the run's own images, as the evaluation that says most raised it."""
+    for key in sorted(_of_own_images(a), key=lambda key: key != a.headline):
         for alarm in a.reports[key].get("alarms") or ():
             if alarm["name"] == name:
                 return alarm["text"]

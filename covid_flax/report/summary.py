@@ -36,11 +36,10 @@ def print_report(report: Mapping[str, Any], output: Path) -> None:
     say(f"{'':<{width}}  " + " ".join(f"{n:>15}" for n in heads) + "    recall precision")
     for name, row in zip(names, matrix, strict=True):
         figures = report["per_class"][name]
-        say(
-            f"{name:<{width}}  "
-            + " ".join(f"{n:>15,}" for n in row)
-            + f"    {figures['recall']:6.4f} {figures['precision']:9.4f}"
-        )
+        recall = f"{figures['recall']:.4f}" if figures["support"] else "-"
+        precision = f"{figures['precision']:.4f}" if figures["predicted"] else "-"
+        counts = " ".join(f"{n:>15,}" for n in row)
+        say(f"{name:<{width}}  {counts}    {recall:>6} {precision:>9}")
     for alarm in report["alarms"]:
         say(f"{alarm['level']}: {alarm['text']}")
     if report.get("bad_images"):

@@ -339,6 +339,13 @@ def test_source_confounded():
     own = {f"s{i}": {"p" if i % 2 else "q": 1} for i in range(120)}
     e = Evidence(matrix, ("p", "q"), source_counts=own)
     assert "source-confounded" not in raised(e, "caution")
+    # Where nothing could be asked, nothing is said to be in order.
+    for untold in (own, {"s": {"p": 60}, "t": {"p": 40}}, {}):
+        e = Evidence(matrix, ("p", "q"), source_counts=untold)
+        assert "source-confounded" not in checks_made(e)
+    for asked in (even, {"s": {"p": 60, "q": 60}}):
+        e = Evidence(matrix, ("p", "q"), source_counts=asked)
+        assert "source-confounded" in checks_made(e)
     e = Evidence(matrix, ("p", "q"), source_counts=own | {"s": {"p": 60}, "t": {"q": 60}})
     assert by_name(e, "source-confounded").figures["num_examples"] == 120
     assert count_sources(["p", "q", "q"], ["", "s", "s"]) == {"s": {"q": 2}}

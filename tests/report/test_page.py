@@ -277,6 +277,15 @@ def test_calibration_abstention_and_what_was_scored(tmp_path):
     assert "A planted note." in sections["weakens"]
     for text in ("finetune", "/data/xrays", "best, step 1,926", "128 px", "ab12", "jax 0.10.2"):
         assert text in sections["scored"]
+    # It is one of scaled probabilities, whichever the page shows.
+    report["calibration"] = calibration | {"applied": False}
+    unscaled = _read(_write(tmp_path, report, p, run))
+    assert "top probability, scaled by the temperature, reaches 0.913" in unscaled["pictures"]
+    assert "to which it was fitted" not in unscaled["calibration"]
+    report["calibration"] = calibration | {"fitted_here": True}
+    fitted = _read(_write(tmp_path, report, p, run))
+    assert "to which it was fitted" in fitted["calibration"]
+    assert "on these very images" in fitted["pictures"]
     report["abstain"] = abstain | {"threshold": None, "coverage": None, "accuracy": None}
     assert "No threshold reaches" in _read(_write(tmp_path, report, p, run))["pictures"]
     report["calibration"] = None
