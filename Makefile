@@ -52,9 +52,8 @@ $(VENV)/.test: $(VENV)/.runtime requirements-test.lock
 # Kept out of the packages' folder: where JAX finds libtpu it looks for TPUs at every start.
 $(VENV)/.tpu-compiler: $(VENV)/.made requirements-tpu-compiler.txt
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --upgrade \
-	  --target $(VENV)/tpu-compiler --requirement requirements-tpu-compiler.txt || \
-	  echo "no TPU compiler for this platform: the tests that need it are skipped" >&2
-	touch $@
+	  --target $(VENV)/tpu-compiler --requirement requirements-tpu-compiler.txt && touch $@ || \
+	  echo "the TPU compiler could not be installed (see above): what needs it is skipped" >&2
 
 lock: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet uv

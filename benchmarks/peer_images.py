@@ -14,6 +14,8 @@ def read_images(run: Path, side: int) -> tuple[dict[str, tuple[np.ndarray, np.nd
     """By split: images `[N, side, side]` uint8 and labels `[N]`; and the class names."""
     config = json.loads((run / "config.json").read_text())
     root, names = Path(config["data"]["root"]), config["class_names"]
+    if not root.is_dir():
+        raise SystemExit(f"{root} is no folder: unpack the images, and train the run on that")
     splits: dict[str, list[tuple[np.ndarray, int]]] = {}
     for row in _rows(run):
         image = _read(root / row["file"], side)

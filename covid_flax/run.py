@@ -43,7 +43,7 @@ from ml_collections_configs import base
 
 # What may differ when a run goes on: nothing here changes a figure. The images used, their split
 # and the teacher's arrays are compared by themselves.
-_FREE_ON_RESUME = (
+FREE_ON_RESUME = (
     "data.dir",
     "data.groups_file",
     "data.cache_dir",
@@ -461,7 +461,7 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], workdir: Path) ->
     # Keys that came after the run was begun had their defaults.
     defaults = config_lib.to_json(base.get_config())
     changed = config_lib.changes(saved, now, defaults)
-    said = [line for key, line in changed.items() if key not in _FREE_ON_RESUME]
+    said = [line for key, line in changed.items() if key not in FREE_ON_RESUME]
     if said:
         raise UserError(
             f"{workdir} holds a run of another configuration ({'; '.join(said)}): "

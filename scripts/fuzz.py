@@ -1,8 +1,8 @@
 """Feeds hostile files to every parser, guided by coverage: `python scripts/fuzz.py --target=png`.
 
-Needs atheris (`pip install .[fuzz]`). The seeds are small valid files made here; mutations keep the
-checksums of PNG and zip right half of the time, so that they get past them. A parser may return or
-raise UserError. Findings, each with the input that shows it:
+Needs atheris (`pip install -e '.[fuzz]'`). The seeds are small valid files made here; mutations
+keep the checksums of PNG and zip right half of the time, so that they get past them. A parser may
+return or raise UserError. Findings, each with the input that shows it:
 - any other exception;
 - a crash of the interpreter, or more than --timeout seconds of the processor for an input;
 - more than --rss_limit_mb of memory;

@@ -55,6 +55,10 @@ $dry_run && exit
 trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
 status=0
 for pid in "${pids[@]}"; do
+  # A signal ends a wait before the process.
+  while kill -0 "$pid" 2>/dev/null; do
+    wait "$pid" || status=$?
+  done
   wait "$pid" || status=$?
 done
 exit "$status"

@@ -10,9 +10,9 @@
 A trial is one run of `python -m covid_flax.main`, in DIR/<trial>, judged by the best value of
 the configuration's `train.monitor`. `grid` takes every combination, `random` draws them, and
 `halving` draws them too and stops those early that are behind the best third at the same epoch
-(Optuna's asynchronous successive halving: `pip install '.[sweep]'`). The same command goes on where
-an interrupted one was. Writes DIR/sweep.json, sweep.csv and sweep.png; what the trials print is
-in DIR/logs/. A trial's `seconds` are those since it was last begun or gone on with.
+(Optuna's asynchronous successive halving: `pip install -e '.[sweep]'`). The same command goes on
+where an interrupted one was. Writes DIR/sweep.json, sweep.csv and sweep.png; what the trials print
+is in DIR/logs/. A trial's `seconds` are those since it was last begun or gone on with.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from covid_flax.console import duration, say
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import LEVEL, student_interval
 from covid_flax.files import write_atomically
-from covid_flax.run import only_trainer
+from covid_flax.run import FREE_ON_RESUME, only_trainer
 from ml_collections_configs import base
 
 KINDS = ("grid", "random", "halving")
@@ -487,7 +487,11 @@ def _open(plan: Plan, workdir: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} is damaged: restore it, or choose another --workdir") from e
     # Keys that came after the sweep was begun had their defaults.
     defaults = {"config": config_lib.to_json(base.get_config())}
-    changed = config_lib.changes(spec, json.loads(_json(plan.spec)), defaults)
+    now = json.loads(_json(plan.spec))
+    free = {f"config.{key}" for key in FREE_ON_RESUME}
+    changed = {k: v for k, v in config_lib.changes(spec, now, defaults).items() if k not in free}
+    if not changed and list(spec["set"]) != list(now["set"]):  # trials are named by that order
+        changed = {"set": f"its --set were in the order {', '.join(spec['set'])}"}
     if changed:
         raise UserError(
             f"{workdir} holds another sweep ({'; '.join(changed.values())}): "
@@ -582,7 +586,7 @@ class _Halving:
             import optuna
         except ImportError:
             raise UserError(
-                "--sweep=halving needs Optuna: pip install '.[sweep]', or take --sweep=random"
+                "--sweep=halving needs Optuna: pip install -e '.[sweep]', or take --sweep=random"
             ) from None
         self._optuna, self._plan, self._workdir = optuna, plan, workdir
         self._trials: dict[str, Any] = {}
@@ -798,6 +802,7 @@ def _main() -> None:
         raise UserError(f"--config={name}: no such file; configs/ has paper.py, quickstart.py, ...")
     if not given.workdir:
         raise UserError("give --workdir=DIR, a folder for the sweep")
+    config_lib.check_keys(given.config, name)
     plan = make_plan(
         name,
         given.config,

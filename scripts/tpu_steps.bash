@@ -53,9 +53,12 @@ for step in "${steps[@]}"; do
       archive=${TMPDIR:-/tmp}/covid_flax.tar.gz
       run git -C "$root" archive --format=tar.gz --prefix=covid_flax/ "--output=$archive" HEAD
       run "${tpu[@]}" scp "$archive" "$name:covid_flax.tar.gz" "${where[@]}" "--worker=$worker"
-      on_workers "python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+      # Images with Ubuntu 22.04 have Python 3.10, and 3.11 among their packages.
+      on_workers "python=python3; \
+python3 -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+{ python=python3.11; sudo apt-get -qq update && sudo apt-get -qqy install python3.11-venv; } || \
 { echo 'error: Python 3.11 or newer is needed: create the VM with another --version' >&2; exit 2; }; \
-tar xzf covid_flax.tar.gz && cd covid_flax && python3 -m venv .venv && \
+tar xzf covid_flax.tar.gz && cd covid_flax && \$python -m venv .venv && \
 .venv/bin/python -m pip install --quiet --editable '.[tpu,lite0]'"
       ;;
     run)

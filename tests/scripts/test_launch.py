@@ -4,6 +4,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -96,11 +97,31 @@ def test_one_process_for_each_gpu(call):
     assert alone == ["python", "-m", "covid_flax.main", *_TRAIN]
 
 
+def test_a_signal_is_awaited_by_all_processes(tmp_path):
+    """Else a new start meets the port and folder of the one that leaves last."""
+    slow = tmp_path / "python"
+    slow.write_text(
+        "#!/bin/bash\ntrap 'sleep 1; touch ended.$$; exit 143' TERM\ntouch begun.$$\n"
+        "while true; do sleep 0.1; done\n"
+    )
+    slow.chmod(0o755)
+    command = ["bash", SCRIPTS / "multi_gpu.sh", "--processes=3", "--", "x"]
+    script = subprocess.Popen(
+        command, env={"PATH": "/usr/bin:/bin", "PYTHON": str(slow)}, cwd=tmp_path
+    )
+    while len(list(tmp_path.glob("begun.*"))) < 3:
+        assert script.poll() is None
+        time.sleep(0.05)
+    script.terminate()
+    assert script.wait(30) == 143
+    assert len(list(tmp_path.glob("ended.*"))) == 3
+
+
 def test_slurm_s_directives(call):
     done, _ = call("slurm.sbatch", "--dry_run", *_TRAIN)
     assert "#SBATCH --ntasks-per-node=8\n#SBATCH --gpus-per-node=8" in done.stdout
     (run,) = _printed(done)
-    assert run[0] == "srun" and run[-3:] == _TRAIN
+    assert run[0] == "srun" and "--cpus-per-task=8" in run and run[-3:] == _TRAIN
 
 
 @pytest.mark.parametrize(

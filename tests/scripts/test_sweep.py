@@ -409,3 +409,19 @@ def test_a_grid_of_two_real_runs(tmp_path, phantom_dir, cache_dir):
     assert (workdir / "sweep.png").exists() and (workdir / "sweep.csv").exists()
     done = command(f"--workdir={workdir}", "--set=optimizer.learning_rate=1e-3,1e-2")
     assert done.returncode == 2 and "another sweep" in done.stderr, done.stderr
+
+
+def test_a_sweep_goes_on_where_its_trials_could(tmp_path):
+    """The data have moved, fewer threads decode; but trials are named by the order of --set."""
+    sets = ("train.label_smoothing=0,0.1", "model.dropout=0,0.5")
+
+    def opened(sets, **data):
+        fixed = {f"data.{key}": value for key, value in data.items()}
+        return sweep._open(plan("grid", sets, fixed), tmp_path)
+
+    assert opened(sets, dir="here", num_threads=8) == {}
+    assert opened(sets, dir="there", num_threads=2) == {}
+    with pytest.raises(UserError, match=r"in the order train\.label_smoothing, model\.dropout"):
+        opened(sets[::-1], dir="here")
+    with pytest.raises(UserError, match=r"another sweep .*image_size was 128, now 64"):
+        opened(sets, dir="here", image_size=64)
