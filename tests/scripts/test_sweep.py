@@ -352,7 +352,7 @@ def test_halving_stops_the_worse_and_goes_on(fake_main, tmp_path):
 
 def test_halving_without_optuna(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UserError, match=r"pip install '\.\[sweep\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[sweep\]'"):
         sweep.sweep(plan("halving", trials=2), tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
 
