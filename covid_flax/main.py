@@ -4,10 +4,10 @@ from __future__ import annotations
 
 if __name__ == "__main__":
     from covid_flax.errors import die_of_interrupts
-    from covid_flax.host_memory import restart_with_kept_memory
+    from covid_flax.host_memory import prepare_allocator
 
     die_of_interrupts()
-    restart_with_kept_memory()
+    prepare_allocator()
 
 import re
 from pathlib import Path

@@ -20,6 +20,7 @@ from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.feature_cache import cached_sources
 from covid_flax.feed import make_feed
+from covid_flax.host_memory import keep_memory
 from covid_flax.job import Job, make_job, peak_rate
 from covid_flax.numerics import MOST_SKIPPED, all_finite, divergence, non_finite_error
 from covid_flax.optimizer import updates_made
@@ -283,6 +284,8 @@ def _loop(
                 say(f"note: {note}")
             save(copy, best=improved)
             del copy
+            if jax.default_backend() == "cpu":
+                keep_memory()
             # Where epochs are short no other step is looked at.
             if preemption.noticed(together=True) and step < total_steps:
                 terminate()

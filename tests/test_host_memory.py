@@ -1,4 +1,4 @@
-"""A process that restarts itself: judged from outside."""
+"""An allocator told to keep memory, and a process that restarts itself: judged from outside."""
 
 import os
 import re
@@ -11,28 +11,36 @@ from covid_flax import host_memory
 
 _RESTARTS = """
 import os, sys
+from pathlib import Path
 from covid_flax import host_memory
+host_memory._HUGE_PAGES = Path(sys.argv[1])
 print("started", os.getpid(), flush=True)
-host_memory.restart_with_kept_memory()
-print(os.environ.get("GLIBC_TUNABLES", "-"), sys.argv[1:], flush=True)
+host_memory.prepare_allocator()
+print(os.environ.get("GLIBC_TUNABLES", "-"), sys.argv[2:], flush=True)
 """
 
-# Takes and gives back 90 MB, as a step does; prints how many pages it was handed the second time.
+# Takes and gives back 300 MB, as a step does; prints how many pages it was handed once more.
 _TAKES_AGAIN = """
-import resource, threading
+import resource, sys, threading
 import numpy as np
 from covid_flax import host_memory
-host_memory.restart_with_kept_memory()
 
-def take_in_a_thread():
-    thread = threading.Thread(target=lambda: [np.ones(3_000_000, np.uint8) for _ in range(30)])
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread = threading.Thread(target=lambda: [np.ones(6_000_000, np.uint8) for _ in range(50)])
     thread.start()
     thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-take_in_a_thread()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-take_in_a_thread()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+host_memory.prepare_allocator()
+counts = [pages(), pages()]
+for room in map(int, sys.argv[1:]):
+    if room:
+        host_memory._room = lambda used: room * used
+    host_memory.keep_memory()
+    pages()
+    counts.append(pages())
+print(*counts)
 """
 
 needs_glibc = pytest.mark.skipif(
@@ -41,36 +49,76 @@ needs_glibc = pytest.mark.skipif(
 )
 
 
-def _run(program, *arguments, **env):
-    command = [sys.executable, "-X", "utf8", "-c", program, *arguments]
+def _run(tmp_path, program, *arguments, **env):
+    (tmp_path / "covid_flax_probe.py").write_text(program)
+    command = [sys.executable, "-X", "utf8", "-m", "covid_flax_probe", *map(str, arguments)]
     clean = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    clean["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.getcwd()])
     done = subprocess.run(command, env=clean | env, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
 
+def _setting(tmp_path, text="always [madvise] never"):
+    path = tmp_path / "enabled"
+    path.write_text(text)
+    return path
+
+
 @needs_glibc
-def test_it_restarts_once_as_the_same_process_with_the_same_arguments():
-    first, second, last = _run(_RESTARTS, "a b", "--c")
+def test_it_restarts_once_as_the_same_process_with_the_same_arguments(tmp_path):
+    first, second, last = _run(tmp_path, _RESTARTS, _setting(tmp_path), "a b", "--c")
     assert first == second
-    assert last.startswith("glibc.malloc.") and last.endswith(" ['a b', '--c']")
+    assert last == "glibc.malloc.hugetlb=1 ['a b', '--c']"
+
+
+@pytest.mark.parametrize("setting", ["[always] madvise never", "always madvise [never]"])
+def test_it_does_not_where_that_would_change_nothing(tmp_path, setting):
+    assert len(_run(tmp_path, _RESTARTS, _setting(tmp_path, setting))) == 2
 
 
 @needs_glibc
-def test_memory_given_back_is_not_asked_of_the_kernel_again():
-    (kept,) = _run(_TAKES_AGAIN)
-    (without,) = _run(_TAKES_AGAIN, GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
-    assert int(kept) < 1_000
-    assert int(without) > 10 * int(kept)
+def test_a_setting_of_the_user_s_stands(tmp_path):
+    tunables = "glibc.malloc.hugetlb=0"
+    lines = _run(tmp_path, _RESTARTS, _setting(tmp_path), "--c", GLIBC_TUNABLES=tunables)
+    assert lines[1:] == [f"{tunables} ['--c']"]
+    (counts,) = _run(tmp_path, _TAKES_AGAIN, 9, GLIBC_TUNABLES=tunables)
+    assert int(counts.split()[2]) > 5_000
 
 
-def test_a_setting_of_the_user_s_stands():
-    lines = _run(_RESTARTS, "--c", GLIBC_TUNABLES="glibc.malloc.arena_max=1")
-    assert lines[1:] == ["glibc.malloc.arena_max=1 ['--c']"]
+def test_another_program_that_runs_a_command_is_not_started_again(tmp_path):
+    """A notebook, say."""
+    program = "import runpy, sys; runpy.run_module('covid_flax_probe', run_name='__main__')"
+    (tmp_path / "covid_flax_probe.py").write_text(_RESTARTS)
+    command = [sys.executable, "-c", program, str(_setting(tmp_path))]
+    env = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.getcwd()])
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert len(done.stdout.splitlines()) == 2
 
 
 @pytest.mark.parametrize("library", ["glibc 2.34", "musl 1.2", None])
-def test_nor_where_the_allocator_has_no_such_settings(monkeypatch, library):
+def test_nor_where_the_allocator_has_no_such_setting(monkeypatch, library):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     monkeypatch.setattr(os, "confstr", lambda name: library)
-    monkeypatch.setattr(os, "execv", lambda *args: pytest.fail("restarted"))
-    host_memory.restart_with_kept_memory()
+    monkeypatch.setattr(os, "execve", lambda *args: pytest.fail("restarted"))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "covid_flax.main"])
+    host_memory.prepare_allocator()
+
+
+@needs_glibc
+def test_memory_is_kept_while_there_is_room_for_it(tmp_path):
+    """Pages are huge ones, where the kernel has them; 0 is the room of this machine."""
+    (counts,) = _run(tmp_path, _TAKES_AGAIN, 0, 9, 2, 9)
+    usual, again, kept, still, given_back, kept_again = map(int, counts.split())
+    assert min(usual, again, given_back) > 10 * max(kept, still, kept_again, 1)
+
+
+def test_the_room_is_the_machine_s_or_the_container_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(host_memory, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(host_memory, "_CGROUP_LIMIT", tmp_path / "memory.max")
+    assert host_memory._room(5) == 0
+    (tmp_path / "meminfo").write_text("MemTotal:  9 kB\nMemAvailable:  4 kB\n")
+    assert host_memory._room(1_000) == 5_096
+    for limit, room in (("max\n", 5_096), ("3000\n", 3_000), ("9000\n", 5_096)):
+        (tmp_path / "memory.max").write_text(limit)
+        assert host_memory._room(1_000) == room
