@@ -309,8 +309,7 @@ def make_train_step(
         average = state.average
         if config.ema_decay or config.swa_after:
             new = {"params": params, "batch_stats": batch_stats}
-            made = updates_made(opt_state) if config.skip_non_finite else state.step + 1
-            share = _share_of_average(config, made)
+            share = _share_of_average(config, updates_made(opt_state))
             average = jax.tree.map(lambda a, x: a + share * (x - a), average, new)
         new_state = dataclasses.replace(
             state,

@@ -226,10 +226,9 @@ def _loop(
                 row = int(sums.get("skipped_in_a_row", 0))
                 if row >= min(MOST_SKIPPED, job.steps_per_epoch):
                     refuse(f"{row:,} updates in a row were skipped, none finite", step - row)
-                # A skipped update leaves the schedule where it was.
-                updates = step
-                if skipping:  # under pmap a count of each device
-                    updates = int(np.ravel(updates_made(state.opt_state))[0])
+                # A skipped update, of a run that skips or did so once, leaves the schedule where it
+                # was. Under pmap each device has a count.
+                updates = int(np.ravel(updates_made(state.opt_state))[0])
                 learning_rate = float(job.schedule(max(0, updates - 1)))
                 figures = meter.interval(step, count, loss, accuracy, learning_rate)
                 log.interval(step, **figures)
