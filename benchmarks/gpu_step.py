@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 4
 LEARNING_RATE = 1e-5
+TURN_LIMIT_S = 240  # compiling takes minutes
 CONTESTANTS = {"covid_flax": "jax", "plain Flax": "jax", "pytorch": "torch"}
 Step = Callable[[int], None]
 
@@ -263,15 +265,22 @@ def training(args: argparse.Namespace, size: int, directory: Path, env: dict[str
 
 
 def turn(process: subprocess.Popen[str], what: str) -> tuple[float, float]:
-    """Seconds that a contestant takes, and its peak memory so far."""
+    """Seconds that a contestant takes, and its peak memory so far; RuntimeError of a lost one."""
     assert process.stdin is not None and process.stdout is not None
-    process.stdin.write(f"{what}\n")
-    process.stdin.flush()
-    for line in process.stdout:  # libraries print too
-        if line.startswith("["):
-            seconds, peak = json.loads(line)
-            return seconds, peak
-    raise RuntimeError("ended early; its error stands above")
+    limit = threading.Timer(TURN_LIMIT_S, process.kill)
+    limit.start()
+    try:
+        process.stdin.write(f"{what}\n")
+        process.stdin.flush()
+        for line in process.stdout:  # libraries print too
+            if line.startswith("["):
+                seconds, peak = json.loads(line)
+                return seconds, peak
+    except OSError:
+        pass
+    finally:
+        limit.cancel()
+    raise RuntimeError(f"it ended (its error stands above), or took more than {TURN_LIMIT_S} s")
 
 
 def time_steps(
@@ -290,16 +299,21 @@ def time_steps(
             processes[name] = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
             )
-            try:
-                turn(processes[name], "3")  # compiles, and warms the allocator
-                results[name] = []
-            except (RuntimeError, OSError) as e:
-                print(f"{name}: left out, {e}")
-        for _ in range(args.rounds):
-            for name, turns in results.items():
-                turns.append(turn(processes[name], str(args.steps)))
-        trace = directory / f"trace-{size}"
-        turn(processes["covid_flax"], str(trace))
+            results[name] = []
+        # The first turn compiles, and warms the allocator; the last is traced.
+        trace = str(directory / f"trace-{size}")
+        for i in range(args.rounds + 2):
+            traced = i == args.rounds + 1
+            for name in [n for n in results if n == "covid_flax" or not traced]:
+                what = "3" if i == 0 else trace if traced else str(args.steps)
+                try:
+                    figures = turn(processes[name], what)
+                    if i and not traced:
+                        results[name].append(figures)
+                except RuntimeError as e:
+                    print(f"{name}: {'no trace' if traced else 'left out'}, {e}")
+                    if not traced:
+                        del results[name]
     finally:
         for process in processes.values():
             process.kill()
@@ -314,6 +328,7 @@ def time_steps(
             "peak_memory_gb": turns[-1][1],
         }
         for name, turns in results.items()
+        if turns
     ]
 
 
@@ -347,10 +362,11 @@ def main() -> None:
     command = [sys.executable, __file__, "--parity"] + ["--smoke"] * args.smoke
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     same = json.loads(done.stdout.splitlines()[-1])
-    print(f"parity on {same.pop('device')}, distance to the CPU's float32:")
+    device = same.pop("device")
+    print(f"parity on {device}, distance to the CPU's float32:")
     for what, distance in same.items():
         print(f"  {what:20} {distance:.1e}")
-    if same["float32 logits"] > 1e-3:
+    if not same["float32 logits"] <= 1e-3:  # NaN is not the CPU's either
         sys.exit("the network on this device is not the CPU's: no figure below would mean anything")
 
     if not args.data_dir:
@@ -359,10 +375,23 @@ def main() -> None:
         command += [f"--output={directory / 'phantoms'}", f"--size={max(args.sizes)}"]
         subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
     rows: list[dict[str, Any]] = []
+    file = args.json or directory / "gpu.json"
+    settings = {"device": device, "batch": args.batch, "steps": args.steps, "smoke": args.smoke}
+
+    def save() -> None:  # as it goes: what is measured is not lost with what comes after
+        # NaN is no JSON: what was not measured is null.
+        known = [{k: None if v != v else v for k, v in row.items()} for row in rows]
+        file.write_text(json.dumps({**settings, "parity": same, "results": known}, indent=2) + "\n")
+
     for size in args.sizes:
         rows += time_steps(args, size, directory, env)
-        rate = training(args, size, directory, env)
-        rows.append({"name": "covid_flax training", "size": size, "images_per_second": rate})
+        save()
+        try:
+            rate = training(args, size, directory, env)
+            rows.append({"name": "covid_flax training", "size": size, "images_per_second": rate})
+            save()
+        except (subprocess.SubprocessError, OSError) as e:
+            print(f"covid_flax training at {size} px: left out, {e}")
 
     print("\nsmoke: small networks, the figures mean nothing" if args.smoke else "")
     print(f"{'':22}{'px':>5}{'images/s':>11}{'peak GB':>9}{'to PyTorch':>12}")
@@ -373,11 +402,6 @@ def main() -> None:
             f"{row['name']:22}{row['size']:5}{row['images_per_second']:11,.0f}"
             f"{row.get('peak_memory_gb', np.nan):9.2f}{ratio:12.2f}"
         )
-    file = args.json or directory / "gpu.json"
-    settings = {"batch": args.batch, "steps": args.steps, "smoke": args.smoke}
-    # NaN is no JSON: what was not measured is null.
-    rows = [{k: None if v != v else v for k, v in row.items()} for row in rows]
-    file.write_text(json.dumps({**settings, "parity": same, "results": rows}, indent=2) + "\n")
     print(f"\n{time.monotonic() - start:.0f} s; written: {file}; traces: {directory}/trace-*")
 
 
