@@ -39,7 +39,7 @@ from typing import Any
 
 import numpy as np
 
-from covid_flax.host_memory import keep_memory, prepare_allocator
+from covid_flax.host_memory import KeptMemory, prepare_allocator
 
 CLASSES = 4
 LEARNING_RATE = 1e-5
@@ -231,6 +231,7 @@ def serve(name: str, mode: str, batch: int, size: int) -> None:
     if name in KEEP_MEMORY:
         prepare_allocator()
     step = make_step(name, mode, batch, size)
+    memory = KeptMemory()
     for line in sys.stdin:
         start = time.perf_counter()
         for _ in range(int(line)):
@@ -238,7 +239,7 @@ def serve(name: str, mode: str, batch: int, size: int) -> None:
         seconds = time.perf_counter() - start
         assert np.isfinite(result)
         if name in KEEP_MEMORY:
-            keep_memory()
+            memory.keep_if_room()
         print("seconds", seconds, flush=True)
 
 

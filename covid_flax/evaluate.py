@@ -116,8 +116,8 @@ def evaluate(
     from covid_flax.evaluation.members import members_report
     from covid_flax.report.write import write_evaluation
 
-    # Without patience, an epoch that is named by its step was chosen by nobody here.
-    chosen_by_val = checkpoint == "best" or bool(run.config.train.patience)
+    # Without patience the last epoch was fixed before; who names a step has looked at val's curve.
+    chosen_by_val = checkpoint != "latest" or bool(run.config.train.patience)
     report, predictions = assess(
         predictions,
         split=split,

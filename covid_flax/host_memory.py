@@ -11,14 +11,16 @@ import ctypes
 import os
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_MEMORY = Path("/proc/meminfo")
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # glibc's malloc.h
-_USUAL = {_M_MMAP_MAX: 65_536, _M_TRIM_THRESHOLD: 128 << 10}
+_TUNABLES = "glibc.malloc.hugetlb=1"
+# glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -3, -4, -8
 _KEPT = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1}
+# The ends of the range in which glibc sets its thresholds itself, until a call sets one.
+_USUAL = {_M_MMAP_MAX: 65_536, _M_MMAP_THRESHOLD: 32 << 20, _M_TRIM_THRESHOLD: 64 << 20}
 
 
 def prepare_allocator() -> None:
@@ -26,53 +28,86 @@ def prepare_allocator() -> None:
 
     glibc (2.35 and newer) asks for huge pages only where it is told so before a process starts;
     in pages of 4 KiB the kernel spends a tenth of a step on handing them out. It does not start
-    again where `GLIBC_TUNABLES` is set already, the kernel gives huge pages to all or to none, or
-    the process is no command of this package's (but a notebook that runs one). To be called
-    before there are other threads, and before JAX is imported.
+    again where the kernel gives huge pages to all or to none, or the process is no command of this
+    package's (but a notebook that runs one). Nothing happens where `GLIBC_TUNABLES` is the user's.
+    To be called before there are other threads, and before JAX is imported.
     """
-    version = _glibc()
-    if version:
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-    if not version or "GLIBC_TUNABLES" in os.environ:
+    version, tunables = _glibc(), os.environ.get("GLIBC_TUNABLES")
+    if not version or tunables not in (None, _TUNABLES):
+        return
+    ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+    if tunables is not None:
         return
     with contextlib.suppress(OSError):
         unasked = "[madvise]" in _HUGE_PAGES.read_text()
         module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
         if unasked and module.startswith("covid_flax") and version >= (2, 35):
-            tunables = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | tunables)
+            environment = os.environ | {"GLIBC_TUNABLES": _TUNABLES}
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def keep_memory() -> None:
-    """Has glibc keep what is given back from now on, while there is room for three times the peak.
+class KeptMemory:
+    """A context in which glibc can be told to keep what is given back to it.
 
-    It saves a sixth of a step of EfficientNet-Lite0 (docs/performance.md). The room is for arrays
-    that do not fit the gaps which others leave. Where there is no longer enough all is given
-    back, as before the first call. Nothing happens without glibc, or where `GLIBC_TUNABLES` says
-    something else of it.
+    That saves a sixth of a step of EfficientNet-Lite0 (docs/performance.md), and takes room: an
+    array that does not fit the gaps which others leave is put behind them. Nothing happens without
+    glibc, or where `GLIBC_TUNABLES` is the user's.
     """
-    asked = os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    if not _glibc() or asked != "glibc.malloc.hugetlb=1":
-        return
-    libc = ctypes.CDLL(None)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    enough = 3 * peak < _room(peak)
-    for option, value in (_KEPT if enough else _USUAL).items():
-        libc.mallopt(option, value)
-    if not enough:
-        libc.malloc_trim(0)
+
+    def __init__(self) -> None:
+        ours = os.environ.get("GLIBC_TUNABLES") in (None, _TUNABLES)
+        self._libc = ctypes.CDLL(None) if _glibc() and ours else None
+        self._kept = False
+
+    def __enter__(self) -> KeptMemory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._keep(False)
+
+    def keep_if_room(self) -> None:
+        """From now on, where three times the process's peak would fit the machine; else no more."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self._keep(3 * peak < _room())
+
+    def _keep(self, wanted: bool) -> None:
+        if self._libc is None or wanted == self._kept:
+            return
+        for option, value in (_KEPT if wanted else _USUAL).items():
+            self._libc.mallopt(option, value)
+        if not wanted:
+            self._libc.malloc_trim(0)
+        self._kept = wanted
 
 
-def _room(used: int) -> int:
-    """Bytes that this process, which uses `used` of them, can have; 0 where that is unknown."""
+def _room(root: Path = Path("/")) -> int:
+    """Bytes that this process can have, those it uses among them; 0 where that is unknown."""
     try:
-        lines = dict(line.split(":") for line in _MEMORY.read_text().splitlines())
-        room = used + int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, ValueError, KeyError):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        (free,) = (int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
+        used = int((root / "proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, ValueError):
         return 0
-    with contextlib.suppress(OSError, ValueError):  # "max" where there is none
-        room = min(room, int(_CGROUP_LIMIT.read_text()))
-    return room
+    return min([free + used, *_limits(root)])
+
+
+def _limits(root: Path) -> Iterator[int]:
+    """Of the control groups that the process is in (a container's, a batch job's), in bytes."""
+    groups = root / "sys/fs/cgroup"
+    with contextlib.suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            top, name = groups, "memory.max"
+            if controllers:  # of version 1
+                top, name = groups / "memory", "memory.limit_in_bytes"
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            folder = top / path.lstrip("/")
+            for place in [folder, *folder.parents]:
+                with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+                    yield int((place / name).read_text())
+                if place == top:
+                    break
 
 
 def _glibc() -> tuple[int, ...]:

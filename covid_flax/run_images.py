@@ -63,7 +63,8 @@ def open_data(
         folder = open_folder(root, require_two_classes=False, classes=known)
         label = _labels_of(folder, class_names, class_map or {})
         # What is left out need not be readable.
-        folder = folder.of_classes([name for name, ours in label.items() if ours != LEFT_OUT])
+        left_out = [name for name, ours in (class_map or {}).items() if ours == LEFT_OUT]
+        folder = folder.without_classes(left_out)
         if not folder.files:
             raise UserError(f"--class_map leaves no image of {root}: name a class of the run")
         if folder.ignored:
@@ -150,7 +151,7 @@ def what_they_chose(workdir: Path, split: str, data: Dataset) -> str | None:
     """What scores of a split are not, in a sentence; None of images that nothing was chosen by."""
     if all(not row.split for row in data.rows):  # another folder's
         files = [row.file for row in data.rows]
-        alike = named_alike(files, read_split_csv(workdir / "split.csv"))
+        alike = named_alike(files, _own_rows(workdir))
         if alike < len(files) / 2:
             return None
         return (
@@ -199,12 +200,20 @@ def parse_class_map(text: list[str]) -> dict[str, str]:
 
 def own_images(workdir: Path, saved: Mapping[str, Any]) -> tuple[DataFolder | None, list[Row]]:
     """The folder a run was trained on, None where the images are gone, and its split."""
-    rows = read_split_csv(workdir / "split.csv")
+    rows = _own_rows(workdir)
     config = config_lib.from_json(saved["config"])
     try:
         return _reopen(str(images_root(workdir, saved)), config, saved["class_names"]), rows
     except UserError:
         return None, rows
+
+
+def _own_rows(workdir: Path) -> list[Row]:
+    """A run's split; none where it came without, as a model that is passed on may."""
+    try:
+        return read_split_csv(workdir / "split.csv")
+    except UserError:
+        return []
 
 
 def _reopen(root: str, config: ml_collections.ConfigDict, classes: Collection[str]) -> DataFolder:

@@ -20,7 +20,7 @@ from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.feature_cache import cached_sources
 from covid_flax.feed import make_feed
-from covid_flax.host_memory import keep_memory
+from covid_flax.host_memory import KeptMemory
 from covid_flax.job import Job, make_job, peak_rate
 from covid_flax.numerics import MOST_SKIPPED, all_finite, divergence, non_finite_error
 from covid_flax.optimizer import updates_made
@@ -196,6 +196,7 @@ def _loop(
         contextlib.closing(feed.batches),
         RunLog(run.workdir, loop["metrics_bytes"], step) as log,
         profile,
+        KeptMemory() as memory,
         preemption.deferred(),
     ):
         meter = Meter(config.train.epochs, job.steps_per_epoch, step, loop, peak_rate(run, job))
@@ -284,7 +285,7 @@ def _loop(
             save(copy, best=improved)
             del copy
             if jax.default_backend() == "cpu":
-                keep_memory()
+                memory.keep_if_room()
             # Where epochs are short no other step is looked at.
             if preemption.noticed(together=True) and step < total_steps:
                 terminate()

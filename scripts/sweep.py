@@ -488,7 +488,9 @@ def _open(plan: Plan, workdir: Path) -> dict[str, dict[str, Any]]:
     # Keys that came after the sweep was begun had their defaults.
     defaults = {"config": config_lib.to_json(base.get_config())}
     now = json.loads(_json(plan.spec))
-    free = {f"config.{key}" for key in FREE_ON_RESUME}
+    # A run that goes on compares its images and its teacher; new trials have nothing to compare.
+    compared = ("data.dir", "data.groups_file", "data.on_bad_image", "train.teacher")
+    free = {f"config.{key}" for key in FREE_ON_RESUME if key not in compared}
     changed = {k: v for k, v in config_lib.changes(spec, now, defaults).items() if k not in free}
     if not changed and list(spec["set"]) != list(now["set"]):  # trials are named by that order
         changed = {"set": f"its --set were in the order {', '.join(spec['set'])}"}

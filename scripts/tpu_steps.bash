@@ -56,8 +56,10 @@ for step in "${steps[@]}"; do
       # Images with Ubuntu 22.04 have Python 3.10, and 3.11 among their packages.
       on_workers "python=python3; \
 python3 -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-{ python=python3.11; sudo apt-get -qq update && sudo apt-get -qqy install python3.11-venv; } || \
-{ echo 'error: Python 3.11 or newer is needed: create the VM with another --version' >&2; exit 2; }; \
+{ python=python3.11; apt='sudo apt-get -qqy -o DPkg::Lock::Timeout=300'; \
+\$apt update && \$apt install python3.11-venv; } || \
+{ echo 'error: no Python 3.11 (see above): run install again, or create the VM with another \
+--version' >&2; exit 2; }; \
 tar xzf covid_flax.tar.gz && cd covid_flax && \$python -m venv .venv && \
 .venv/bin/python -m pip install --quiet --editable '.[tpu,lite0]'"
       ;;

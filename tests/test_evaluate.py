@@ -235,12 +235,14 @@ def test_what_is_unknown_of_another_folder_is_said(trained, phantom_dir, tmp_pat
     other = tmp_path / "data"
     shutil.copytree(phantom_dir, other)
     (other / "Normal" / "images" / "scan.dcm").touch()
+    (other / "Flu").mkdir()
+    (other / "Flu" / "scan.dcm").touch()
     report = evaluate(trained, split="all", data_dir=str(other), output=tmp_path / "out")
     alarm = {alarm["name"]: alarm for alarm in report["alarms"]}["groups-unknown"]
     assert alarm["level"] == "caution" and "intervals are too narrow" in alarm["text"]
     assert "groups-unknown" in report["alarms_checked"]
-    assert "1 .dcm in the class folders, no images: not scored" in capsys.readouterr().out
-    assert report["not_images"] == {".dcm": 1}
+    assert "2 .dcm in the class folders, no images: not scored" in capsys.readouterr().out
+    assert report["not_images"] == {".dcm": 2}
     assert "Images of data, scored by run" in (tmp_path / "out/report.html").read_text()
     groups = [f"{row['file']},p{i // 2}" for i, row in enumerate(_predictions(tmp_path / "out"))]
     (other / "groups.csv").write_text("\n".join(["file,group", *groups]) + "\n")
@@ -264,6 +266,10 @@ def test_training_images_that_have_moved_are_doubted_by_their_names(trained, pha
     assert "duplicate-leak" not in report["alarms_checked"]  # contents could not be compared
     data = open_data(run, saved_run(run), "all", str(other))
     assert what_they_chose(run, "all", data) is None
+    (run / "split.csv").rename(tmp_path / "split.csv")  # a model that was passed on
+    assert evaluate(run, split="all", data_dir=str(other), output=tmp_path / "out")["accuracy"]
+    assert what_they_chose(run, "all", data) is None
+    (tmp_path / "split.csv").rename(run / "split.csv")
     data = open_data(run, saved_run(run), "all", str(phantom_dir))
     assert "bear the name of one that was trained" in what_they_chose(run, "all", data)
 
@@ -278,6 +284,7 @@ def test_an_epoch_that_val_did_not_choose_is_not_called_optimistic(trained, tmp_
         report = evaluate(run, checkpoint="latest", output=tmp_path / "out")
         raised = {alarm["name"] for alarm in report["alarms"]}
         assert ("stopping-split-scored" in raised) == optimistic == ("note" in report)
+        assert ("stopping-split-scored" in report["alarms_checked"]) == optimistic
 
 
 def test_a_class_that_is_left_out_need_not_be_readable(trained, phantom_dir, tmp_path):

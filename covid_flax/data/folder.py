@@ -124,11 +124,11 @@ class DataFolder:
                 )
         return self._with_files(left)
 
-    def of_classes(self, labels: Collection[str]) -> DataFolder:
-        """The folder as if it had these classes only."""
-        names = tuple(name for name in self.class_names if name in labels)
-        left = [f for f in self.files if f.label in labels]
-        ignored = {name: self.ignored_of[name] for name in names}
+    def without_classes(self, labels: Collection[str]) -> DataFolder:
+        """The folder as if it had not these classes."""
+        names = tuple(name for name in self.class_names if name not in labels)
+        left = [f for f in self.files if f.label not in labels]
+        ignored = {name: n for name, n in self.ignored_of.items() if name not in labels}
         return dataclasses.replace(self._with_files(left), class_names=names, ignored_of=ignored)
 
     def not_images(self) -> str:
@@ -680,16 +680,14 @@ def _groups(
         for column in columns
     ]
     ungrouped = frozenset(f.file for f in files if not any(names[f.file] for names in told))
-    if len(told) > 1:
-        return joined({f.file: f.file for f in files}, *told), ungrouped
-    groups = told[0]
+    groups = dict(told[0])
     taken = set(groups.values())
-    for file in ungrouped:
+    for file in [f for f, name in groups.items() if not name]:
         own = file
         while own in taken:
             own = f"{own} (own)"
         groups[file] = own
-    return groups, ungrouped
+    return joined(groups, *told[1:]), ungrouped
 
 
 def _sources(

@@ -60,8 +60,8 @@ def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> 
     """The masks of the images `rows`; those that have none are left out.
 
     Args:
-      folder: the images. A mask lies in `masks` beside their `images` folder, or in `masks` in
-        the folder of the images, under the image's name with any suffix replaced by .png.
+      folder: the images. A mask lies in `masks` or `lung masks` beside their `images` folder, or
+        in the folder of the images, under the image's name with any suffix replaced by .png.
       rows: of those images.
       directory: another folder of `<Class>/masks/*.png` or `<Class>/*.png`.
 
@@ -81,10 +81,10 @@ def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> 
         name = f"{image.stem}.png"
         if directory:
             near = PurePosixPath(label.get(row.file, row.label))
-            places = [near / "masks", near, PurePosixPath(KAGGLE_FOLDER) / near / "masks"]
+            places = [*_masks(near), near, *_masks(PurePosixPath(KAGGLE_FOLDER) / near)]
         else:
             above = image.parent.parent if image.parent.name.lower() == "images" else image.parent
-            places = [above / "masks"]
+            places = _masks(above)
         for place in places:
             if has(str(place / name)):
                 found[row.file] = str(place / name)
@@ -95,6 +95,10 @@ def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> 
             "give the folder that holds the classes"
         )
     return LungMasks(found, read)
+
+
+def _masks(folder: PurePosixPath) -> list[PurePosixPath]:
+    return [folder / "masks", folder / "lung masks"]
 
 
 def _read_from(top: Path) -> Callable[[str], bytes]:

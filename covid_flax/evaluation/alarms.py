@@ -146,7 +146,8 @@ def _check_all(e: Evidence) -> dict[str, Alarm | None]:
             made["scored-counts"] = scored_files(e.files, [row.file for row in scored_rows])
     if e.scored is not None:
         n = int(matrix.sum())
-        made["stopping-split-scored"] = stopping_split_scored(e.scored, e.stopped_on, n)
+        if e.stopped_on is not None:
+            made["stopping-split-scored"] = stopping_split_scored(e.scored, e.stopped_on, n)
         made["training-images-scored"] = training_images_scored(e.scored, n)
     if scored_rows and e.scored not in ("train", "all"):
         fitted_rows = [row for row in e.rows if row.split in ("train", e.stopped_on)]

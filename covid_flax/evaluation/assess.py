@@ -105,7 +105,7 @@ def assess(
     found: Alarm | None = None
     if trained_on is not None and folder is not None:
         found = _trained_on_these(folder, predictions, *trained_on)
-        if found is not None or trained_on[0] is not None:
+        if found is not None or (trained_on[0] is not None and trained_on[1]):
             checked.append("duplicate-leak")
     elif split not in ("train", "all") and "group-leak" not in [alarm.name for alarm in alarms]:
         found = _leak_by_the_folder_s_groups(folder, rows, split)

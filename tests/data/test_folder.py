@@ -91,7 +91,7 @@ def test_plain_layout_and_what_is_ignored(tmp_path):
         (tmp_path / name).touch()
     folder = open_folder(str(tmp_path))
     assert folder.ignored == {"hidden": 1, ".db": 1, ".txt": 1, "other": 3}
-    assert folder.of_classes(["b"]).ignored == {"other": 1}
+    assert folder.without_classes(["a"]).ignored == {"other": 1}
 
 
 def test_links_are_followed(tmp_path):
@@ -229,6 +229,8 @@ def test_what_any_of_several_columns_puts_together_stays_together(tmp_path):
         frozenset(FOUR[:3]), frozenset({FOUR[3]}), frozenset({"b/5.png"}), frozenset({"b/6.png"}),
     }  # fmt: skip
     assert folder.ungrouped == {"b/6.png"} and not folder.without(["b/6.png"]).ungrouped
+    # A name is the first column's, so that a column which joins nothing changes no split.
+    assert folder.groups[FOUR[0]] == "n1" and folder.groups[FOUR[3]] == "n2"
     one = open_folder(root, group_column="patient_id").groups
     assert one[FOUR[0]] == one[FOUR[1]] == "p1" and one[FOUR[2]] == FOUR[2]
 

@@ -412,7 +412,7 @@ def test_a_grid_of_two_real_runs(tmp_path, phantom_dir, cache_dir):
 
 
 def test_a_sweep_goes_on_where_its_trials_could(tmp_path):
-    """The data have moved, fewer threads decode; but trials are named by the order of --set."""
+    """Fewer threads decode; but trials are of one folder, and named by the order of --set."""
     sets = ("train.label_smoothing=0,0.1", "model.dropout=0,0.5")
 
     def opened(sets, **data):
@@ -420,7 +420,9 @@ def test_a_sweep_goes_on_where_its_trials_could(tmp_path):
         return sweep._open(plan("grid", sets, fixed), tmp_path)
 
     assert opened(sets, dir="here", num_threads=8) == {}
-    assert opened(sets, dir="there", num_threads=2) == {}
+    assert opened(sets, dir="here", num_threads=2) == {}
+    with pytest.raises(UserError, match=r"another sweep .*data\.dir was 'here', now 'there'"):
+        opened(sets, dir="there")
     with pytest.raises(UserError, match=r"in the order train\.label_smoothing, model\.dropout"):
         opened(sets[::-1], dir="here")
     with pytest.raises(UserError, match=r"another sweep .*image_size was 128, now 64"):
