@@ -18,6 +18,19 @@ from covid_flax.data import phantoms
 from ml_collections_configs import base
 
 
+# Files that take long, first: else one worker is at the last of them when the others are done.
+_LONGEST = (
+    "test_train.py test_resnet.py test_members.py test_distributed.py test_main.py test_mobilenet.py "
+    "test_recalibrate.py test_evaluate.py test_efficientnet.py test_job.py test_densenet.py "
+    "test_mesh.py test_numerics.py test_step.py test_augment.py"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: i for i, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(_LONGEST)))
+
+
 def pytest_collection_finish():
     """What is imported stays: the collector need not go through it again and again."""
     gc.collect()

@@ -169,13 +169,13 @@ def test_kaggle_s_masks_are_found_read_and_never_taken_for_images(tmp_path):
     assert not find_masks(bare, rows).files
     elsewhere = find_masks(bare, rows, str(tmp_path / "data"))
     np.testing.assert_array_equal(elsewhere.mask("COVID/images/COVID-1.png", SIZE), expected)
-    (tmp_path / "data/COVID/masks").rename(tmp_path / "data/COVID/lung masks")
-    assert len(find_masks(folder, rows).files) == 12
     # Scored as other classes (--class_map), images keep the masks of their own folders.
     mapped = [dataclasses.replace(row, label="theirs") for row in rows]
     assert find_masks(bare, mapped, str(tmp_path / "data")).files == elsewhere.files
     with pytest.raises(UserError, match="holds no mask"):
         find_masks(bare, rows, str(tmp_path / "bare"))
+    (tmp_path / "data/COVID/masks").rename(tmp_path / "data/COVID/lung masks")
+    assert len(find_masks(folder, rows).files) == 12
 
 
 def test_a_mask_is_read_in_any_colour_and_none_where_it_shows_no_lung(tmp_path):

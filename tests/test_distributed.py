@@ -255,6 +255,7 @@ def test_two_processes_train_and_evaluate_as_one(config, one_device, tmp_path):
     _assert_same_report(report, alone)
 
 
+@pytest.mark.slow
 def test_two_processes_recalibrate_batch_norm_and_ask_a_teacher(config, tmp_path):
     """Each opens the teacher's checkpoint, and what is saved is what one process computes."""
     with_batch_norm(config)

@@ -107,7 +107,7 @@ def keras_s(kind, size):
         ("efficientnet_b0", "B0", keras_s),
         pytest.param("efficientnet_b1", "B1", keras_s, marks=pytest.mark.slow),
         pytest.param("efficientnet_b2", "B2", keras_s, marks=pytest.mark.slow),
-        ("efficientnet_b3", "B3", keras_s),
+        pytest.param("efficientnet_b3", "B3", keras_s, marks=pytest.mark.slow),
         ("efficientnet_lite0", "Lite0", lite),
         pytest.param("efficientnet_lite2", "Lite2", lite, marks=pytest.mark.slow),
     ],

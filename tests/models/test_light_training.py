@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from covid_flax.models import MODELS, create_model
+from covid_flax.models.efficientnet import EfficientNetSpec
 from covid_flax.step import StepConfig, create_state, make_train_step
 from ml_collections_configs import base
 
@@ -22,11 +23,26 @@ def _slow(name):
     return pytest.param(name, marks=pytest.mark.slow)
 
 
+# The first four of Lite0's blocks: all its kinds of layers, compiled in seconds.
+SHORT = EfficientNetSpec(1.0, 1.0, True, "lite", 224, (1, 1, 2), False)
+
+
 @pytest.fixture(
     scope="module",
-    params=["efficientnet_lite0_small", _slow("mobilenet_v3_small"), _slow("densenet121")],
+    params=[
+        "short",
+        _slow("efficientnet_lite0_small"),
+        _slow("mobilenet_v3_small"),
+        _slow("densenet121"),
+    ],
 )
 def network(request):
+    MODELS["short"] = SHORT
+    yield _network(request)
+    del MODELS["short"]
+
+
+def _network(request):
     config = base.get_config().model
     config.name, config.hidden_units, config.dropout = request.param, 0, 0.0
     return request.param, *create_model(config, 4, seed=0)
@@ -50,12 +66,12 @@ def _step(network, **config):
 
 
 def _close(got, want):
-    """To one part in a hundred of each array's norm: rounding is large where gradients cancel."""
+    """To some parts in a hundred of each array's norm: rounding is large where gradients cancel."""
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
     ):
         error, norm = np.linalg.norm(a - b), np.linalg.norm(b)
-        assert error <= 0.01 * norm + 1e-5, (jax.tree_util.keystr(path), error, norm)
+        assert error <= 0.03 * norm + 1e-5, (jax.tree_util.keystr(path), error, norm)
 
 
 def test_the_gradient_is_that_of_the_loss(network, batch):
