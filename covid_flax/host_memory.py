@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,8 +66,7 @@ class KeptMemory:
 
     def keep_if_room(self) -> None:
         """From now on, where three times the process's peak would fit the machine; else no more."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self._keep(3 * peak < _room())
+        self._keep(0 < 3 * _peak() < _room())
 
     def _keep(self, wanted: bool) -> None:
         if self._libc is None or wanted == self._kept:
@@ -80,15 +78,27 @@ class KeptMemory:
         self._kept = wanted
 
 
+def _peak(root: Path = Path("/")) -> int:
+    """Bytes that this process had at most; 0 where that is unknown.
+
+    `getrusage` would count what the process was copied from.
+    """
+    return _kilobytes(root / "proc/self/status", "VmHWM:")
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    try:
+        lines = path.read_text().splitlines()
+        return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(name))
+    except (OSError, ValueError, StopIteration):
+        return 0
+
+
 def _room(root: Path = Path("/")) -> int:
     """Bytes that this process can have, those it uses among them; 0 where that is unknown."""
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        (free,) = (int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable:"))
-        used = int((root / "proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except (OSError, ValueError):
-        return 0
-    return min([free + used, *_limits(root)])
+    free = _kilobytes(root / "proc/meminfo", "MemAvailable:")
+    used = _kilobytes(root / "proc/self/status", "VmRSS:")
+    return min([free + used, *_limits(root)]) if free else 0
 
 
 def _limits(root: Path) -> Iterator[int]:

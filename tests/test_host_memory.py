@@ -38,8 +38,7 @@ counts = [pages()]
 with host_memory.KeptMemory() as memory:
     for room in map(int, sys.argv[1:]):
         if room:
-            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            host_memory._room = lambda: room * peak
+            host_memory._room = lambda: room * host_memory._peak()
         memory.keep_if_room()
         pages()
         counts.append(pages())
@@ -132,10 +131,10 @@ def test_the_room_is_the_machine_s_or_a_control_group_s(tmp_path, group, file):
     assert host_memory._room(tmp_path) == 0
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal:  9 kB\nMemAvailable:  4 kB\n")
-    (tmp_path / "proc/self/statm").write_text("9 2 1 1 0 5 0\n")
+    (tmp_path / "proc/self/status").write_text("VmHWM:  3 kB\nVmRSS:\t 2 kB\n")
     (tmp_path / "proc/self/cgroup").write_text(f"{group}\n")
-    machine = 4_096 + 2 * os.sysconf("SC_PAGESIZE")
-    assert host_memory._room(tmp_path) == machine
+    machine = 6 * 1024
+    assert host_memory._room(tmp_path) == machine and host_memory._peak(tmp_path) == 3 * 1024
     limit = tmp_path / "sys/fs/cgroup" / file
     limit.parent.mkdir(parents=True, exist_ok=True)
     for text, room in (("max\n", machine), ("3000\n", 3_000), ("999999999\n", machine)):
