@@ -197,6 +197,7 @@ def test_seeds_share_a_split(tiny_config):
     assert not any(is_repeated(m) for m in members.values())
 
 
+@pytest.mark.slow
 def test_seeds_of_one_fold_are_no_cross_validation(tiny_config, tmp_path):
     tiny_config.data.split, tiny_config.data.folds, tiny_config.data.fold = "grouped", 3, 0
     tiny_config.repeats = 2

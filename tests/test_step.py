@@ -175,7 +175,10 @@ def test_a_conv_bias_under_batch_statistics_stays_exactly_put(model, batch):
     np.testing.assert_array_equal(bias, 0.0)
 
 
-@pytest.mark.parametrize(("trainable", "stop"), [("head", "pool"), ("conv5", "conv4")])
+@pytest.mark.parametrize(
+    ("trainable", "stop"),
+    [pytest.param("head", "pool", marks=pytest.mark.slow), ("conv5", "conv4")],
+)
 def test_cached_inputs_give_the_same_step(model, batch, trainable, stop):
     config = base.get_config().model
     config.trainable = trainable
@@ -344,7 +347,7 @@ def test_steps_on_the_device_are_the_same_steps(batch):
     _assert_close(got.params, want.params, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["micro", "masked"])
+@pytest.mark.parametrize("how", [pytest.param("micro", marks=pytest.mark.slow), "masked"])
 def test_rematerialised_blocks_give_the_same_step(batch, how):
     config = base.get_config().model
     config.name, config.hidden_units, config.dropout = "resnet14_small", 8, 0.0

@@ -122,7 +122,11 @@ def test_killed_and_resumed_equals_undisturbed(kill, resumable, straight, tmp_pa
 # Amid an epoch, at an epoch's last step, and amid one that is over before anything is looked at.
 @pytest.mark.parametrize(
     ("made", "log_every", "saved"),
-    [pytest.param(2, 1, 2, marks=pytest.mark.slow), (8, 1, 8), (7, 20, 8)],
+    [
+        pytest.param(2, 1, 2, marks=pytest.mark.slow),
+        pytest.param(8, 1, 8, marks=pytest.mark.slow),
+        (7, 20, 8),
+    ],
 )
 def test_sigterm_saves_and_the_run_goes_on(
     made, log_every, saved, resumable, straight, tmp_path, monkeypatch

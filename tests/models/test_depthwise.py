@@ -28,7 +28,16 @@ def _by_loops(x, kernel, stride):
 
 @pytest.mark.parametrize("size", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", [(8, 8), (7, 9), (2, 3), (1, 1), (15, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((8, 8), marks=pytest.mark.slow),
+        (7, 9),
+        (2, 3),
+        (1, 1),
+        pytest.param((15, 16), marks=pytest.mark.slow),
+    ],
+)
 def test_it_is_the_sum_and_its_gradients_are_exact(size, stride, shape):
     rng = np.random.default_rng(size * 10 + stride)
     x = rng.normal(size=(3, *shape, 5))

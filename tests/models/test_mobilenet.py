@@ -85,7 +85,7 @@ def by_stage(graph_state, x):
     [
         "mobilenet_v2",
         "mobilenet_v3_small",
-        "mobilenet_v3_large",
+        pytest.param("mobilenet_v3_large", marks=pytest.mark.slow),
     ],
 )
 def test_every_stage_is_keras_s(name):

@@ -44,7 +44,10 @@ def test_lenet_s_row_is_what_a_hand_counts():
     assert "alexnet                    takes images of 63 pixels or more" in out.stdout
 
 
-@pytest.mark.parametrize(("name", "billions"), [("resnet50", 3.86), ("resnet50_v1_5", 4.09)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [pytest.param("resnet50", 3.86, marks=pytest.mark.slow), ("resnet50_v1_5", 4.09)],
+)
 def test_arithmetic_is_of_plain_convolutions(name, billions):
     """Multiply-adds of a 224 px image as torchvision and others count them: fvcore, thop."""
     out = run(f"--names={name}", "--nospeed", "--notraffic")
