@@ -48,7 +48,7 @@ def prepare_allocator() -> None:
 class KeptMemory:
     """A context in which glibc can be told to keep what is given back to it.
 
-    That saves a sixth of a step of EfficientNet-Lite0 (docs/performance.md), and takes room: an
+    That saves an eighth of a step of EfficientNet-Lite0 (docs/performance.md), and takes room: an
     array that does not fit the gaps which others leave is put behind them. Nothing happens without
     glibc, or where `GLIBC_TUNABLES` is the user's.
     """
