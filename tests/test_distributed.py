@@ -336,6 +336,7 @@ def test_all_end_with_the_line_of_the_first_that_fails(what, status, who, tmp_pa
     assert f"this one {what}" in done.the_error(1 - who)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_others(config, tmp_path):
     """Within --peer_timeout: on TPU and GPU a collective would wait for ever."""
     config.train.epochs, config.train.patience = 10_000, 0

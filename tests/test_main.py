@@ -175,6 +175,7 @@ def test_places_that_cannot_be_written(tmp_path, args):
     _refused(_main("/proc/run", *args), "/proc")
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path, args):
     """A limit on file size stands for the full disk: checkpoints outgrow it."""
     import resource

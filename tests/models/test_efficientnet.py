@@ -140,6 +140,7 @@ def test_every_stage_is_keras_s(name, kind, make):
     np.testing.assert_allclose(whole, got["head"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_training_uses_and_moves_batch_statistics_as_keras_does():
     network = keras.applications.EfficientNetB0(
         weights=None, include_top=False, input_shape=(64, 64, 3)
