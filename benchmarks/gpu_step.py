@@ -289,6 +289,14 @@ def time_steps(
     """Interleaved turns of all that are installed, and a trace of ours."""
     processes: dict[str, subprocess.Popen[str]] = {}
     results: dict[str, list[tuple[float, float]]] = {}
+
+    def ask(name: str, what: str) -> tuple[float, float] | None:
+        try:
+            return turn(processes[name], what)
+        except RuntimeError as e:
+            print(f"{name}: left out at {what}, {e}")
+            return None
+
     try:
         for name, package in CONTESTANTS.items():
             if importlib.util.find_spec(package) is None:
@@ -300,20 +308,15 @@ def time_steps(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
             )
             results[name] = []
-        # The first turn compiles, and warms the allocator; the last is traced.
-        trace = str(directory / f"trace-{size}")
-        for i in range(args.rounds + 2):
-            traced = i == args.rounds + 1
-            for name in [n for n in results if n == "covid_flax" or not traced]:
-                what = "3" if i == 0 else trace if traced else str(args.steps)
-                try:
-                    figures = turn(processes[name], what)
-                    if i and not traced:
-                        results[name].append(figures)
-                except RuntimeError as e:
-                    print(f"{name}: {'no trace' if traced else 'left out'}, {e}")
-                    if not traced:
-                        del results[name]
+        # The first turn compiles, and warms the allocator.
+        for what in ("3", *[str(args.steps)] * args.rounds):
+            for name in list(results):
+                if figures := ask(name, what):
+                    results[name].append(figures)
+                else:
+                    del results[name]
+        if "covid_flax" in results:
+            ask("covid_flax", str(directory / f"trace-{size}"))
     finally:
         for process in processes.values():
             process.kill()
@@ -324,11 +327,10 @@ def time_steps(
             "size": size,
             "images_per_second": args.batch
             * args.steps
-            / statistics.median(seconds for seconds, _ in turns),
+            / statistics.median(seconds for seconds, _ in turns[1:]),
             "peak_memory_gb": turns[-1][1],
         }
         for name, turns in results.items()
-        if turns
     ]
 
 

@@ -439,7 +439,7 @@ def run_controls(
     report = {
         "split": split,
         "warning": what_they_chose(workdir, split, data),
-        "elsewhere": bool(data_dir) and split == "all",
+        "elsewhere": data.elsewhere,
         "checkpoint": {"which": checkpoint, "step": run.step},
         "data_dir": str(Path(data.folder.root).absolute()),
         "pairs_dir": pairs or None,

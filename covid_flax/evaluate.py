@@ -101,7 +101,6 @@ def evaluate(
     if jax.process_index() != 0:
         return {}
     predictions = predictions_of(data, split, probabilities)
-    elsewhere = bool(data_dir) and split == "all"
     # Elsewhere they are the images that training held out only if they were moved there.
     root = images_root(workdir, saved)
     own = not data_dir or not root.exists() or root.samefile(data.folder.root)
@@ -121,10 +120,10 @@ def evaluate(
     report, predictions = assess(
         predictions,
         split=split,
-        rows=() if elsewhere else data.rows,
+        rows=() if data.elsewhere else data.rows,
         stopped_on="val" if chosen_by_val else None,
         folder=data.folder,
-        trained_on=own_images(workdir, saved) if elsewhere else None,
+        trained_on=own_images(workdir, saved) if data.elsewhere else None,
         calibration=calibration,
         calibrated=calibrated,
         fitted_here=fits,

@@ -41,19 +41,14 @@ from covid_flax.pretrained.read import read_weights
 from covid_flax.step import abstract_batch
 from ml_collections_configs import base
 
-# What may differ when a run goes on: nothing here changes a figure. The images used, their split
-# and the teacher's arrays are compared by themselves.
-FREE_ON_RESUME = (
-    "data.dir",
-    "data.groups_file",
+# What changes no figure.
+WITHOUT_EFFECT = (
     "data.cache_dir",
     "data.store_gb",
     "data.num_threads",
     "data.prefetch",
-    "data.on_bad_image",
     "data.on_device",
     "eval.batch_size",
-    "train.teacher",
     "train.feature_cache_gb",
     "train.feature_disk_gb",
     "train.log_every_steps",
@@ -61,6 +56,15 @@ FREE_ON_RESUME = (
     "train.shard_state",
     "train.checkpoint_every_steps",
     "train.on_non_finite",  # where it matters, the run could not go on without the change
+)
+# What may differ when a run goes on: the images used, their split and the teacher's arrays are
+# compared by themselves.
+_FREE_ON_RESUME = (
+    *WITHOUT_EFFECT,
+    "data.dir",
+    "data.groups_file",
+    "data.on_bad_image",
+    "train.teacher",
 )
 _PACKAGES = (
     "jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets ml_collections numpy pillow"
@@ -461,7 +465,7 @@ def refuse_changes(saved: dict[str, Any], now: dict[str, Any], workdir: Path) ->
     # Keys that came after the run was begun had their defaults.
     defaults = config_lib.to_json(base.get_config())
     changed = config_lib.changes(saved, now, defaults)
-    said = [line for key, line in changed.items() if key not in FREE_ON_RESUME]
+    said = [line for key, line in changed.items() if key not in _FREE_ON_RESUME]
     if said:
         raise UserError(
             f"{workdir} holds a run of another configuration ({'; '.join(said)}): "

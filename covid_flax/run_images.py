@@ -134,7 +134,7 @@ def make_output(output: Path, data: Dataset) -> None:
 def title_of(workdir: Path, saved: Mapping[str, Any], split: str, data: Dataset) -> str:
     """Whose images are scored, for titles: a split's of a run, or another folder's."""
     name, folder = workdir.resolve().name, Path(data.folder.root).absolute()
-    if all(not row.split for row in data.rows):
+    if data.elsewhere:
         return f"Images of {folder.name}, scored by {name}"
     moved = os.path.realpath(folder) != os.path.realpath(images_root(workdir, saved))
     return f"{split} images of {name}" + (f", in {folder}" if moved else "")
@@ -149,7 +149,7 @@ def say_what_is_replaced(report: Path, data: Dataset) -> None:
 
 def what_they_chose(workdir: Path, split: str, data: Dataset) -> str | None:
     """What scores of a split are not, in a sentence; None of images that nothing was chosen by."""
-    if all(not row.split for row in data.rows):  # another folder's
+    if data.elsewhere:
         files = [row.file for row in data.rows]
         alike = named_alike(files, _own_rows(workdir))
         if alike < len(files) / 2:

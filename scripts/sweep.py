@@ -48,7 +48,7 @@ from covid_flax.console import duration, say
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import LEVEL, student_interval
 from covid_flax.files import write_atomically
-from covid_flax.run import FREE_ON_RESUME, only_trainer
+from covid_flax.run import WITHOUT_EFFECT, only_trainer
 from ml_collections_configs import base
 
 KINDS = ("grid", "random", "halving")
@@ -488,9 +488,7 @@ def _open(plan: Plan, workdir: Path) -> dict[str, dict[str, Any]]:
     # Keys that came after the sweep was begun had their defaults.
     defaults = {"config": config_lib.to_json(base.get_config())}
     now = json.loads(_json(plan.spec))
-    # A run that goes on compares its images and its teacher; new trials have nothing to compare.
-    compared = ("data.dir", "data.groups_file", "data.on_bad_image", "train.teacher")
-    free = {f"config.{key}" for key in FREE_ON_RESUME if key not in compared}
+    free = {f"config.{key}" for key in WITHOUT_EFFECT}
     changed = {k: v for k, v in config_lib.changes(spec, now, defaults).items() if k not in free}
     if not changed and list(spec["set"]) != list(now["set"]):  # trials are named by that order
         changed = {"set": f"its --set were in the order {', '.join(spec['set'])}"}

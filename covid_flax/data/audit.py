@@ -9,6 +9,7 @@ Never writes into the data folder unless `--output` names it.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -197,8 +198,8 @@ def _refuse_to_lose(output: Path, folder: DataFolder) -> None:
     listed = output / "groups.csv"
     if not listed.exists():
         return
-    before = peek(output / "audit.json").get("data_dir")
-    with listed.open("rb") as f:
+    before, ours = peek(output / "audit.json").get("data_dir"), False
+    with contextlib.suppress(OSError), listed.open("rb") as f:
         ours = f.readline(20).rstrip() == groups_csv((), ()).rstrip()
     if not isinstance(before, str) or not ours:
         raise UserError(f"{listed} is of no audit and would be lost: choose another --output")

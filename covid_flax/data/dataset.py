@@ -45,6 +45,11 @@ class Dataset:
         default_factory=dict, repr=False, compare=False
     )
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether these are images of another folder than the run's, which are of no split."""
+        return all(not row.split for row in self.rows)
+
     def files(self, split: str) -> list[Row]:
         """The rows of `split`, or every row for `all`."""
         return [row for row in self.rows if split in (row.split, "all")]

@@ -235,6 +235,9 @@ def test_the_command_loses_no_groups_that_are_another_s(clean, tmp_path):
     shutil.copy(tmp_path / "audit/audit.json", tmp_path / "data")  # as of an audit before
     done = command("--data_dir=data", "--output=data", cwd=tmp_path)
     assert done.returncode == 2 and "age" in mine.read_text()
+    (tmp_path / "odd/groups.csv").mkdir(parents=True)
+    done = command("--data_dir=data", "--output=odd", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     (tmp_path / "data").rename(tmp_path / "others")
     done = command("--data_dir=others", cwd=tmp_path)
     assert done.returncode == 2 and "choose another --output" in done.stderr
