@@ -19,7 +19,7 @@ from covid_flax.console import Meter, say
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.feature_cache import cached_sources
-from covid_flax.feed import make_feed
+from covid_flax.feed import Feed, make_feed
 from covid_flax.host_memory import KeptMemory
 from covid_flax.job import Job, make_job, peak_rate
 from covid_flax.numerics import MOST_SKIPPED, all_finite, divergence, non_finite_error
@@ -32,6 +32,9 @@ from covid_flax.report.log import RunLog
 from covid_flax.run import Run, has_figures, only_trainer, refuse_changes, saved_run
 from covid_flax.step import TrainState, create_state, make_eval_step, zero_skipped, zero_sums
 from covid_flax.stragglers import find_straggler
+
+# Adam's moments keep a NaN for good: this finds any bad gradient since it last looked.
+_all_finite = jax.jit(all_finite)
 
 
 def train(run: Run, profile: tuple[int, int] | None = None) -> None:
@@ -133,9 +136,6 @@ def _loop(
 ) -> None:
     config, layout, state = run.config, job.layout, held.pop()
     step, total_steps = int(state.step), job.steps_per_epoch * config.train.epochs
-    every = config.train.checkpoint_every_steps
-
-    # ---- what feeds, scores and saves -------------------------------------------------------
     feed = make_feed(run, job)
     if step:
         feed.batches.set_state(loop["iterator"])
@@ -148,45 +148,11 @@ def _loop(
             "note: train.recalibrate=0, but batch norm's statistics are of augmented images or "
             "other weights: expect less on plain images"
         )
-    skipping = job.step_config.skip_non_finite
-    # Adam's moments keep a NaN for good: this finds any bad gradient since it last looked.
-    finite = jax.jit(all_finite)
-    losses: list[float] = loop.get("train_losses", [])
-
-    def refuse(what: str, since: int) -> NoReturn:
-        checkpoints.wait()
-        last = checkpoints.latest_step
-        good = "no checkpoint yet"
-        if last is not None:
-            good = f"last good checkpoint: step {last:,} in {run.workdir / 'checkpoints'}"
-        raise non_finite_error(what, since + 1, step, config, good)
-
-    def terminate() -> NoReturn:
-        checkpoints.wait()
-        raise preemption.Terminated(
-            f"SIGTERM: saved step {step:,}; the same command goes on from there"
-        )
-
-    def save(state: TrainState, *, best: bool) -> None:
-        if not finite(state):
-            refuse("the loss or a gradient is not finite", meter.last_step)
-        state, skipped = _without_skipped(state)
-        loop = {
-            "iterator": feed.batches.get_state(),
-            "early_stopping": stopping.state_dict(),
-            "metrics_bytes": log.metrics_bytes,
-            "train_losses": list(losses),
-            "skipped": skipped,
-            **meter.clocks,
-        }
-        checkpoints.save(step, state, loop, best=best)
-
-    # ---- steps ------------------------------------------------------------------------------
     say(
         f"training: {total_steps:,} steps, {job.steps_per_epoch:,} an epoch, on "
         f"{jax.device_count()} x {jax.devices()[0].device_kind}; compiling the step"
     )
-    if skipping:
+    if job.step_config.skip_non_finite:
         counts = zero_skipped() | jax.tree.map(jnp.float32, loop.get("skipped", {}))
         state = dataclasses.replace(state, sums={**state.sums, **layout.place(counts)})
     sums = _host_sums(state.sums)
@@ -200,96 +166,171 @@ def _loop(
         preemption.deferred(),
     ):
         meter = Meter(config.train.epochs, job.steps_per_epoch, step, loop, peak_rate(run, job))
-        while step < total_steps and not stopping.should_stop:
-            # The next step at which something besides training is due.
-            periods = [config.train.log_every_steps, job.steps_per_epoch, every or total_steps]
-            due = min((step // period + 1) * period for period in periods)
+        at = _Training(
+            run=run,
+            job=job,
+            feed=feed,
+            validate=validate,
+            recalibrate=recalibrate,
+            checkpoints=checkpoints,
+            log=log,
+            meter=meter,
+            stopping=stopping,
+            step=step,
+            state=state,
+            sums=sums,
+            losses=loop.get("train_losses", []),
+        )
+        del state
+        every = config.train.checkpoint_every_steps
+        # Steps after which something besides training is due.
+        periods = [config.train.log_every_steps, job.steps_per_epoch, every or total_steps]
+        while at.step < total_steps and not stopping.should_stop:
+            due = min((at.step // period + 1) * period for period in periods)
             if meter.first:
-                due = min(due, step + feed.first_steps)
+                due = min(due, at.step + feed.first_steps)
             elif alone:
                 rate = meter.rate / config.train.batch_size
-                due = min(due, step + max(1, int(rate * preemption.LOOK_EVERY_S)))
+                due = min(due, at.step + max(1, int(rate * preemption.LOOK_EVERY_S)))
             preemption.heed_interrupt()
-            due = profile.before(step, due)
-            state = feed.advance(state, due - step, meter)
-            step = due
-            profile.after(step, state)
-            epoch_ends = step % job.steps_per_epoch == 0
+            due = profile.before(at.step, due)
+            at.state = feed.advance(at.state, due - at.step, meter)
+            at.step = due
+            profile.after(at.step, at.state)
 
-            if epoch_ends or meter.first or step % config.train.log_every_steps == 0:
-                before, since = sums, meter.last_step
-                sums = _host_sums(layout.get_state(state.sums))
-                count, loss, accuracy = _means(sums, before)
-                if not skipping and not math.isfinite(loss):
-                    refuse(f"the loss is {loss}", since)
-                if not finite(state):
-                    refuse("a gradient or weight is not finite", since)
-                row = int(sums.get("skipped_in_a_row", 0))
-                if row >= min(MOST_SKIPPED, job.steps_per_epoch):
-                    refuse(f"{row:,} updates in a row were skipped, none finite", step - row)
-                # A skipped update, of a run that skips or did so once, leaves the schedule where it
-                # was. Under pmap each device has a count.
-                updates = int(np.ravel(updates_made(state.opt_state))[0])
-                learning_rate = float(job.schedule(max(0, updates - 1)))
-                figures = meter.interval(step, count, loss, accuracy, learning_rate)
-                log.interval(step, **figures)
-            logged = step == meter.last_step
-            stop = not epoch_ends and preemption.noticed(together=logged)
-            if not epoch_ends and (stop or (every and step % every == 0)):
-                save(layout.get_state(state), best=False)
-            if stop:
-                terminate()
-            if not epoch_ends:
-                continue
-
-            # ---- end of an epoch: log, validate, judge, save --------------------------------
-            epoch = step // job.steps_per_epoch
-            _, *train_figures = _means(sums)
-            skipped = {"skipped": int(sums["skipped"])} if skipping else {}
-            log.epoch(
-                step,
-                epoch,
-                "train",
-                loss=train_figures[0],
-                accuracy=train_figures[1],
-                learning_rate=learning_rate,
-                images_per_second=meter.epoch_rate,
-                **skipped,
-            )
-            state = dataclasses.replace(state, sums=layout.put_state(_next_sums(sums)))
-            copy = layout.get_state(state)
-            if recalibrate is not None:
-                # What is validated, saved and trained on is one and the same.
-                copy = recalibrate(copy)
-                state = layout.put_state(copy)
-            sums = _host_sums(copy.sums)
-            val_loss, val_accuracy = validate(copy)
-            if not math.isfinite(val_loss):
-                refuse(f"the validation loss is {val_loss}", step - job.steps_per_epoch)
-            log.epoch(step, epoch, "val", loss=val_loss, accuracy=val_accuracy)
-            improved = stopping.update(
-                val_loss if config.train.monitor == "val_loss" else val_accuracy
-            )
-            patience = f" of {stopping.patience}" if stopping.patience else ""
-            verdict = f"no better for {stopping.wait}{patience}"
-            verdict = "best so far" if improved else verdict
-            if skipping:
-                verdict += f" | {skipped['skipped']:,} updates skipped"
-            held_up = find_straggler(meter.epoch_waiting)
-            meter.end_epoch(epoch, train_figures, (val_loss, val_accuracy), verdict)
-            if held_up:
-                say(f"note: {held_up}")
-            losses.append(train_figures[0])
-            if note := divergence(losses, job.step_config.chance_loss(len(run.data.class_names))):
-                say(f"note: {note}")
-            save(copy, best=improved)
-            del copy
-            if jax.default_backend() == "cpu":
-                memory.keep_if_room()
+            epoch_ends = at.step % job.steps_per_epoch == 0
+            logged = meter.first or epoch_ends or at.step % config.train.log_every_steps == 0
+            if logged:
+                at.look()
+            if epoch_ends:
+                at.end_epoch()
+                if jax.default_backend() == "cpu":
+                    memory.keep_if_room()
             # Where epochs are short no other step is looked at.
-            if preemption.noticed(together=True) and step < total_steps:
-                terminate()
+            stop = preemption.noticed(together=logged) and at.step < total_steps
+            if not epoch_ends and (stop or (every and at.step % every == 0)):
+                at.save(layout.get_state(at.state), best=False)
+            if stop:
+                checkpoints.wait()
+                raise preemption.Terminated(
+                    f"SIGTERM: saved step {at.step:,}; the same command goes on from there"
+                )
         checkpoints.wait()
+
+
+@dataclasses.dataclass
+class _Training:
+    """How far a training is, and what is done to it besides steps.
+
+    Attributes:
+      validate: `state -> (loss, accuracy)`.
+      recalibrate: `state -> state` with batch statistics of plain images, or None.
+      state: after `step` steps, as `job.layout` has it for the next.
+      sums: of that state when it was last looked at, on the host.
+      losses: mean training loss of each epoch so far.
+      learning_rate: of the last step before it was last looked at.
+    """
+
+    run: Run
+    job: Job
+    feed: Feed
+    validate: Callable[[TrainState], tuple[float, float]]
+    recalibrate: Callable[[TrainState], TrainState] | None
+    checkpoints: Checkpoints
+    log: RunLog
+    meter: Meter
+    stopping: EarlyStopping
+    step: int
+    state: TrainState
+    sums: dict[str, float]
+    losses: list[float]
+    learning_rate: float = math.nan
+
+    def look(self) -> None:
+        """Says and logs the steps since the last look. Raises UserError where one went wrong."""
+        job, since, before = self.job, self.meter.last_step, self.sums
+        self.sums = _host_sums(job.layout.get_state(self.state.sums))
+        count, loss, accuracy = _means(self.sums, before)
+        if not job.step_config.skip_non_finite and not math.isfinite(loss):
+            self._refuse(f"the loss is {loss}", since)
+        if not _all_finite(self.state):
+            self._refuse("a gradient or weight is not finite", since)
+        row = int(self.sums.get("skipped_in_a_row", 0))
+        if row >= min(MOST_SKIPPED, job.steps_per_epoch):
+            self._refuse(f"{row:,} updates in a row were skipped, none finite", self.step - row)
+        # A skipped update, of a run that skips or did so once, leaves the schedule where it was.
+        # Under pmap each device has a count.
+        updates = int(np.ravel(updates_made(self.state.opt_state))[0])
+        self.learning_rate = float(job.schedule(max(0, updates - 1)))
+        figures = self.meter.interval(self.step, count, loss, accuracy, self.learning_rate)
+        self.log.interval(self.step, **figures)
+
+    def end_epoch(self) -> None:
+        """Logs the epoch that ends here, validates, judges and saves; looked at it is already."""
+        job, layout = self.job, self.job.layout
+        epoch = self.step // job.steps_per_epoch
+        _, *train_figures = _means(self.sums)
+        skipped = {"skipped": int(self.sums["skipped"])} if "skipped" in self.sums else {}
+        self.log.epoch(
+            self.step,
+            epoch,
+            "train",
+            loss=train_figures[0],
+            accuracy=train_figures[1],
+            learning_rate=self.learning_rate,
+            images_per_second=self.meter.epoch_rate,
+            **skipped,
+        )
+        sums = layout.put_state(_next_sums(self.sums))
+        self.state = dataclasses.replace(self.state, sums=sums)
+        state = layout.get_state(self.state)
+        if self.recalibrate is not None:
+            # What is validated, saved and trained on is one and the same.
+            state = self.recalibrate(state)
+            self.state = layout.put_state(state)
+        self.sums = _host_sums(state.sums)
+        val_loss, val_accuracy = self.validate(state)
+        if not math.isfinite(val_loss):
+            self._refuse(f"the validation loss is {val_loss}", self.step - job.steps_per_epoch)
+        self.log.epoch(self.step, epoch, "val", loss=val_loss, accuracy=val_accuracy)
+        monitored = val_loss if self.run.config.train.monitor == "val_loss" else val_accuracy
+        improved = self.stopping.update(monitored)
+        patience = f" of {self.stopping.patience}" if self.stopping.patience else ""
+        verdict = "best so far" if improved else f"no better for {self.stopping.wait}{patience}"
+        if skipped:
+            verdict += f" | {skipped['skipped']:,} updates skipped"
+        held_up = find_straggler(self.meter.epoch_waiting)
+        self.meter.end_epoch(epoch, train_figures, (val_loss, val_accuracy), verdict)
+        if held_up:
+            say(f"note: {held_up}")
+        self.losses.append(train_figures[0])
+        chance = job.step_config.chance_loss(len(self.run.data.class_names))
+        if note := divergence(self.losses, chance):
+            say(f"note: {note}")
+        self.save(state, best=improved)
+
+    def save(self, state: TrainState, *, best: bool) -> None:
+        """Saves the state, as it is outside of steps, with all that a resumed run needs."""
+        if not _all_finite(state):
+            self._refuse("the loss or a gradient is not finite", self.meter.last_step)
+        state, skipped = _without_skipped(state)
+        loop = {
+            "iterator": self.feed.batches.get_state(),
+            "early_stopping": self.stopping.state_dict(),
+            "metrics_bytes": self.log.metrics_bytes,
+            "train_losses": list(self.losses),
+            "skipped": skipped,
+            **self.meter.clocks,
+        }
+        self.checkpoints.save(self.step, state, loop, best=best)
+
+    def _refuse(self, what: str, since: int) -> NoReturn:
+        self.checkpoints.wait()
+        last = self.checkpoints.latest_step
+        good = "no checkpoint yet"
+        if last is not None:
+            good = f"last good checkpoint: step {last:,} in {self.run.workdir / 'checkpoints'}"
+        raise non_finite_error(what, since + 1, self.step, self.run.config, good)
 
 
 def _make_validation(run: Run, job: Job) -> Callable[[TrainState], tuple[float, float]]:
