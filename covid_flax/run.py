@@ -21,9 +21,10 @@ from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
 from covid_flax.console import say
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.dataset import Dataset
-from covid_flax.data.folder import from_class_on, refuse_inside
+from covid_flax.data.folder import refuse_inside
 from covid_flax.data.pipeline import usable_examples
 from covid_flax.data.splits import read_split_csv, write_split_csv
+from covid_flax.data.tables import from_class_on
 from covid_flax.errors import UserError
 from covid_flax.files import cache_dir, parse_json, write_json
 from covid_flax.models import (

@@ -48,6 +48,11 @@ _one_large = threading.Lock()
 _PNG_END = b"IEND\xaeB`\x82"
 
 
+def is_image(name: str) -> bool:
+    """Whether a file of that name is one of `decode`'s, and is not hidden."""
+    return not name.startswith(".") and PurePosixPath(name).suffix.lower() in FORMATS_BY_SUFFIX
+
+
 def decode(data: bytes, name: str) -> np.ndarray:
     """The pixels of an image file: uint8 `[height, width, 3]`, RGB, 0..255.
 

@@ -1,0 +1,300 @@
+"""What csv tables and workbooks beside images tell of them: groups and sources."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import PurePosixPath
+
+from covid_flax.data.decode import is_image
+from covid_flax.data.file_tree import Disk, FileTree, join
+from covid_flax.data.groups import GROUP_COLUMNS, joined
+from covid_flax.errors import UserError
+
+_MAX_WORKBOOK = 100_000_000  # bytes, unpacked: openpyxl holds the texts in memory
+
+
+def refuse_mislabelled(wrong: list[str]) -> None:
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise UserError(
+            f"{len(wrong)} mislabelled image(s) in the folder of another class: "
+            f"{'; '.join(wrong[:5])}{more}: move or remove them"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A csv of files: its name for messages, columns, and the row of each listed image."""
+
+    name: str
+    columns: list[str]
+    rows: dict[str, dict[str, str]]
+
+
+class Tables:
+    """Finds the tables that tell of some images, and matches their rows to them.
+
+    Args:
+      tree: where the images lie, `path` its name for a person.
+      dataset: the folder of it that holds the class folders.
+      labels: class of every image, by its file.
+      groups_file, group_column: as `open_folder` takes them.
+      tolerant: whether a csv that was not asked for and is unusable is passed over.
+
+    Raises:
+      UserError: a csv cannot be read or lists none of the images, or tells no groups where they
+        are asked for.
+    """
+
+    def __init__(
+        self,
+        tree: FileTree,
+        path: str,
+        dataset: str,
+        labels: Mapping[str, str],
+        groups_file: str,
+        group_column: str,
+        *,
+        tolerant: bool,
+    ) -> None:
+        self._told_in = {*GROUP_COLUMNS, "source_repo"} | ({group_column} - {""})
+        self._tree, self._path, self._dataset, self._labels = tree, path, dataset, labels
+        self._group_column, self._tolerant = group_column, tolerant
+        self._name = os.path.basename(os.path.abspath(path))
+        self._manifest: _Table | None = None
+        try:
+            self._manifest = self._find("manifest.csv")
+        except UserError:
+            if not tolerant:
+                raise
+        self._of_groups = self._explicit(groups_file) if groups_file else self._automatic()
+
+    def groups(self) -> tuple[dict[str, str] | None, frozenset[str]]:
+        """Group of every file, or None where no csv tells groups; and the files it gives none.
+
+        Raises:
+          UserError: an image's row says another class.
+        """
+        table, labels = self._of_groups, self._labels
+        if table is None:
+            return None, frozenset()
+        columns = self._group_columns(table)
+        names = set(labels.values())
+        refuse_mislabelled(
+            [
+                f"{file} is {said} in {table.name}"
+                for file, label in labels.items()
+                if (said := table.rows.get(file, {}).get("label", "")) in names and said != label
+            ]
+        )
+        told = [
+            {file: table.rows.get(file, {}).get(column, "").strip() for file in labels}
+            for column in columns
+        ]
+        ungrouped = frozenset(file for file in labels if not any(of[file] for of in told))
+        groups = dict(told[0])
+        taken = set(groups.values())
+        for file in [f for f, name in groups.items() if not name]:
+            own = file
+            while own in taken:
+                own = f"{own} (own)"
+            groups[file] = own
+        return joined(groups, *told[1:]), ungrouped
+
+    def sources(self) -> tuple[dict[str, str], tuple[str, ...]]:
+        """Source of each file: Kaggle's `<Class>.metadata.xlsx`, else a csv's `source_repo`.
+
+        And the workbooks that could not be read.
+        """
+        unreadable: list[str] = []
+        sources = {
+            file: row["source_repo"]
+            for table in (self._of_groups, self._manifest)
+            if table is not None
+            for file, row in table.rows.items()
+            if row.get("source_repo")
+        }
+        beside = {n.casefold(): n for n in self._tree.children(self._dataset)[1]}
+        for label in dict.fromkeys(self._labels.values()):
+            name = beside.get(f"{label}.metadata.xlsx".casefold())
+            if name is None:
+                continue
+            try:
+                urls = _read_metadata(self._tree.read(join(self._dataset, name)))
+            except UserError:
+                urls = None
+            if urls is None:
+                unreadable.append(join(self._dataset, name))
+                continue
+            for file, of in self._labels.items():
+                url = urls.get(PurePosixPath(file).stem.casefold())
+                if of == label and url:
+                    sources[file] = url
+        return sources, tuple(unreadable)
+
+    def _explicit(self, groups_file: str) -> _Table:
+        groups_file = os.path.expanduser(groups_file)
+        if not os.path.isabs(groups_file) and self._tree.has(groups_file):
+            content = self._tree.read(groups_file)
+        elif os.path.isfile(groups_file):
+            content = Disk(os.path.dirname(groups_file)).read(os.path.basename(groups_file))
+        else:
+            raise UserError(
+                f"data.groups_file={groups_file} is neither in {self._path} nor in the working "
+                "directory"
+            )
+        columns, rows = _read_csv(groups_file, content)
+        found = [self._matched(rows, prefix) for prefix in ("", self._dataset, f"../{self._name}")]
+        from_class_on = _from_class_on(rows, set(self._labels.values()))
+        found.append(self._matched(from_class_on, self._dataset))
+        return self._usable(_Table(groups_file, columns, max(found, key=len)))
+
+    def _automatic(self) -> _Table | None:
+        asked, table = self._group_column, None
+        try:
+            table = self._groups_csv_or_manifest()
+            if table is not None:
+                self._group_columns(table)
+        except UserError:
+            if not self._tolerant or asked:
+                raise
+            return None
+        if table is None and asked:
+            raise UserError(
+                f"data.group_column={asked}, but {self._path} has no groups.csv or manifest.csv "
+                "with that column: name the csv with data.groups_file"
+            )
+        return table
+
+    def _groups_csv_or_manifest(self) -> _Table | None:
+        groups = self._find("groups.csv")
+        if groups is not None:
+            return self._usable(groups)
+        if self._manifest is None or not self._manifest.rows:
+            return None
+        columns = (self._group_column,) if self._group_column else GROUP_COLUMNS
+        return self._manifest if any(c in self._manifest.columns for c in columns) else None
+
+    def _find(self, name: str) -> _Table | None:
+        for folder in dict.fromkeys(("", self._dataset)):
+            file = join(folder, name)
+            if self._tree.has(file):
+                columns, rows = _read_csv(file, self._tree.read(file))
+                found = [self._matched(rows, prefix) for prefix in ("", self._dataset)]
+                return _Table(file, columns, max(found, key=len))
+        above = os.path.dirname(os.path.abspath(self._path))
+        if isinstance(self._tree, Disk) and os.path.isfile(os.path.join(above, name)):
+            # A csv up there may well be about something else.
+            try:
+                columns, rows = _read_csv(name, Disk(above).read(name))
+            except UserError:
+                return None
+            matched = self._matched(rows, f"../{self._name}")
+            # A groups.csv about these very images is meant, however it names its column.
+            told = matched and (name == "groups.csv" or self._told_in & set(columns))
+            return _Table(os.path.join(above, name), columns, matched) if told else None
+        return None
+
+    def _matched(
+        self, rows: dict[str, dict[str, str]], relative_to: str
+    ) -> dict[str, dict[str, str]]:
+        """Row of each image, the rows' files being relative to the dataset's folder,
+        the data folder ("") or the one above it (which adds the data folder's name)."""
+        if relative_to.startswith("../"):
+            names = {f: join(relative_to[3:], f) for f in self._labels}
+        else:
+            names = {f: f.removeprefix(f"{relative_to}/") for f in self._labels}
+        return {file: rows[name] for file, name in names.items() if name in rows}
+
+    def _group_columns(self, table: _Table) -> list[str]:
+        asked = self._group_column
+        columns = [c for c in ((asked,) if asked else GROUP_COLUMNS) if c in table.columns]
+        if not columns:
+            raise UserError(
+                f"{table.name} has no column {asked or ' or '.join(GROUP_COLUMNS)} "
+                f"(it has {', '.join(table.columns)}): rename its column of groups, or in training "
+                "name it with config.data.group_column"
+            )
+        return columns
+
+    def _usable(self, table: _Table) -> _Table:
+        if "file" not in table.columns:
+            raise UserError(
+                f"{table.name} has no column `file` (it has {', '.join(table.columns)})"
+            )
+        if not table.rows:
+            raise UserError(
+                f"{table.name} lists none of the images of {self._path}: its `file` column must be "
+                "relative to that folder"
+            )
+        return table
+
+
+def _read_csv(name: str, content: bytes) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Columns, and rows by their `file`; no rows where there is no such column."""
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
+        columns = list(reader.fieldnames or [])
+        listed = [{k: v or "" for k, v in row.items() if k} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{name} is not a readable UTF-8 csv: {e}") from e
+    rows: dict[str, dict[str, str]] = {}
+    for row in listed if "file" in columns else []:
+        file = row["file"] if "/" in row["file"] else row["file"].replace("\\", "/")
+        key = str(PurePosixPath(file))
+        if rows.setdefault(key, row) != row:
+            raise UserError(f"{name} lists {key} twice with different values: remove one row")
+    return columns, rows
+
+
+def from_class_on(file: str, labels: Collection[str]) -> str | None:
+    """The part of a path that begins with a class; None where none does."""
+    parts = file.split("/")
+    start = next((i for i, part in enumerate(parts) if part in labels), None)
+    return None if start is None else "/".join(parts[start:])
+
+
+def _from_class_on(rows: dict[str, dict[str, str]], labels: set[str]) -> dict[str, dict[str, str]]:
+    """Rows by the part of their path that begins with a class; ambiguous ones left out."""
+    short: dict[str, dict[str, str]] = {}
+    ambiguous = set()
+    for file, row in rows.items():
+        key = from_class_on(file, labels)
+        if key is not None:
+            if short.setdefault(key, row) is not row:
+                ambiguous.add(key)
+    return {k: v for k, v in short.items() if k not in ambiguous}
+
+
+def _read_metadata(content: bytes) -> dict[str, str] | None:
+    """URL by image name without suffix, case folded (the workbooks write NORMAL-1).
+
+    None for a workbook that cannot be read: the images do not need it.
+    """
+    import openpyxl  # slow to import, and rarely needed
+
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as parts:
+            if sum(part.file_size for part in parts.infolist()) > _MAX_WORKBOOK:
+                return None
+        book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()  # some writers store wrong ones
+        rows = sheet.iter_rows(values_only=True)
+        header = [str(cell or "").strip().casefold() for cell in next(rows, ())]
+        file_at, url_at = header.index("file name"), header.index("url")
+        urls = {}
+        for row in rows:
+            if len(row) > max(file_at, url_at) and row[file_at] is not None and row[url_at]:
+                image = str(row[file_at]).strip()
+                stem = PurePosixPath(image).stem if is_image(image) else image
+                urls[stem.casefold()] = str(row[url_at]).strip()
+        book.close()
+    except Exception:  # a damaged workbook raises anything
+        return None
+    return urls
