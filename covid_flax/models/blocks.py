@@ -69,16 +69,14 @@ def batch_norm(
     """Batch norm of `[N, H, W, C]`, in its dtype; the statistics in float32.
 
     The arguments after `momentum` are those of `ConvBN`. With batch statistics the running ones
-    move, by the biased variance as in Keras 3.
+    move.
     """
     mean, var = bn.mean[...], bn.var[...]
     if use_batch_stats:
         shift = lax.stop_gradient(mean)
         mean, var = batch_statistics(y, shift, example_weights, axis_name)
-        bn.mean[...] = momentum * bn.mean[...] + (1 - momentum) * lax.stop_gradient(mean)
-        bn.var[...] = momentum * bn.var[...] + (1 - momentum) * lax.stop_gradient(var)
-    scale = bn.scale[...] * lax.rsqrt(var + epsilon)
-    return (y * scale + (bn.bias[...] - mean * scale)).astype(y.dtype)
+        bn.follow(mean, var, momentum)
+    return bn.normalise(y, mean, var, epsilon).astype(y.dtype)
 
 
 def global_average(x: Array) -> Array:

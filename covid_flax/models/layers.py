@@ -76,6 +76,17 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(_filled(0, features))
         self.var = nnx.BatchStat(_filled(1, features))
 
+    def normalise(self, y: Array, mean: Array, var: Array, epsilon: float) -> Array:
+        """`[N, H, W, C]` by these statistics, scaled and shifted, in float32."""
+        scale = self.scale[...] * lax.rsqrt(var + epsilon)
+        return y * scale + (self.bias[...] - mean * scale)
+
+    def follow(self, mean: Array, var: Array, momentum: float) -> None:
+        """Moves the running statistics; with the biased variance, as Keras 3."""
+        for running, new in ((self.mean, mean), (self.var, var)):
+            kept = momentum * running[...]
+            running[...] = kept + (1 - momentum) * lax.stop_gradient(new)
+
 
 def batch_statistics(
     y: Array,
@@ -176,8 +187,7 @@ class ConvBN(nnx.Module):
             y = y[:, ::every, ::every]
         else:
             mean, var = bn.mean[...] - bias, bn.var[...]
-        scale = bn.scale[...] * lax.rsqrt(var + self.epsilon)
-        return (y * scale + (bn.bias[...] - mean * scale)).astype(self.dtype)
+        return bn.normalise(y, mean, var, self.epsilon).astype(self.dtype)
 
     def max_pooled(
         self, x: Array, *, example_weights: Array | None = None, axis_name: str | None = None
@@ -220,12 +230,8 @@ class ConvBN(nnx.Module):
         return self.dtype == jnp.bfloat16
 
     def _follow(self, mean: Array, var: Array) -> None:
-        """Moves the running statistics; with the biased variance, as Keras 3."""
-        bn, keep = self.bn, self.momentum
-        if self.conv.bias is not None:
-            mean = mean + self.conv.bias[...]
-        bn.mean[...] = keep * bn.mean[...] + (1 - keep) * lax.stop_gradient(mean)
-        bn.var[...] = keep * bn.var[...] + (1 - keep) * lax.stop_gradient(var)
+        bias = 0.0 if self.conv.bias is None else self.conv.bias[...]
+        self.bn.follow(mean + bias, var, self.momentum)
 
 
 @jax.custom_vjp
