@@ -14,6 +14,7 @@ import errno
 import hashlib
 import importlib.metadata
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -299,6 +300,7 @@ class Checkpoints:
             self._orbax.reload()
 
     def _damaged(self, step: int, why: str) -> DamagedError:
+        _refuse_unreadable(self._directory / str(step))
         others = ", ".join(str(s) for s in self.steps if s != step) or "none"
         return DamagedError(
             f"checkpoint {self._directory}/{step} is damaged ({why}): restore it, or take another "
@@ -354,6 +356,14 @@ def _is_no_damage(e: BaseException) -> bool:
     if isinstance(e, OSError) and e.errno in of_machine:
         return True
     return isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)
+
+
+def _refuse_unreadable(folder: Path) -> None:
+    """Raises UserError of a checkpoint that this user may not read: no error of Orbax tells."""
+    for path in (folder, *folder.rglob("*")):
+        wanted = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
+        if path.exists() and not os.access(path, wanted):
+            raise UserError(f"no permission to read {path}: let this user read the checkpoint")
 
 
 @contextlib.contextmanager

@@ -113,7 +113,8 @@ class Meter:
             return figures
         self.epoch_seconds += seconds
         steps, self.untimed_steps = steps - self.untimed_steps, 0
-        count, self.untimed_examples = count - self.untimed_examples, 0
+        # Not below 0: examples whose update was skipped are in no count.
+        count, self.untimed_examples = max(0.0, count - self.untimed_examples), 0
         self.epoch_examples += count
         self.step_seconds += seconds
         self.timed_steps += steps

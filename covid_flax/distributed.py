@@ -306,7 +306,7 @@ def _time_limit(seconds: int, cluster: Cluster) -> Iterator[None]:
 
 
 def barrier(name: str) -> None:
-    """Waits until every process has come here; nothing in a run of one. Once for each name."""
+    """Waits until every process has come here; nothing in a run of one."""
     if _watch is not None:
         _watch.client.wait_at_barrier(f"covid_flax/{name}", _DAY_MS)
 

@@ -89,6 +89,8 @@ class DeviceFeed:
       short_step: compiled `step(state, data, batch)` for batches with a mask.
       put: moves indices `[S, N]` or `[N]` to the devices, their last axis spread.
       chunk: most steps a dispatch.
+      batch_size: examples of a batch, over all processes; `batches` has this one's.
+      rest: those of an epoch's short last batch.
     """
 
     def __init__(
@@ -99,8 +101,11 @@ class DeviceFeed:
         short_step: Step,
         put: Callable[[Any], Any],
         chunk: int,
+        batch_size: int,
+        rest: int,
     ):
         self.batches, self._data, self._put, self._chunk = batches, data, put, chunk
+        self._batch_size, self._rest = batch_size, rest
         self._steps, self._short_step = _Compiling(steps), _Compiling(short_step)
         self.first_steps = chunk
 
@@ -119,10 +124,9 @@ class DeviceFeed:
                 # As many rows whatever their number, so that one program does for all.
                 indices = np.zeros((self._chunk, len(rows[0])), np.int32)
                 indices[: len(rows)] = rows
-                examples = sum(map(len, rows))
                 state, _ = self._steps(
                     meter,
-                    examples,
+                    len(rows) * self._batch_size,
                     len(rows),
                     state,
                     self._data,
@@ -130,9 +134,8 @@ class DeviceFeed:
                     np.int32(len(rows)),
                 )
             if short is not None:
-                examples = int(short["mask"].sum())
                 short = self._put(short)
-                state, _ = self._short_step(meter, examples, 1, state, self._data, short)
+                state, _ = self._short_step(meter, self._rest, 1, state, self._data, short)
             steps -= len(rows) + (short is not None)
         return state
 
@@ -168,6 +171,7 @@ def make_feed(run: Run, job: Job) -> Feed:
         "process_count": jax.process_count(),
     }
     step = make_train_step(run.graphdef, job.tx, job.step_config)
+    rest = job.usable % config.train.batch_size
     images = _images_for_device(run, job)
     # All processes must run one program, however much memory each has.
     if distributed.anywhere(images is None):
@@ -178,7 +182,6 @@ def make_feed(run: Run, job: Job) -> Feed:
             put=layout.put_batch,
             **order,
         )
-        rest = job.usable % config.train.batch_size
         return HostFeed(batches, layout.compile_step(step), config.train.batch_size, rest)
 
     assert images is not None
@@ -199,6 +202,8 @@ def make_feed(run: Run, job: Job) -> Feed:
         layout.compile_step(short_step),
         lambda indices: put_indices(indices, mesh),
         chunk=min(config.train.log_every_steps, job.steps_per_epoch),
+        batch_size=config.train.batch_size,
+        rest=rest,
     )
 
 

@@ -28,7 +28,7 @@ class TrainState:
     """Everything a step reads and writes.
 
     Attributes:
-      step: int32, updates made.
+      step: int32, batches seen; of some the update may have been skipped.
       params: trained parameters, by stage.
       frozen: parameters that stay as they are, by stage.
       batch_stats: batch norm's running statistics.

@@ -312,7 +312,9 @@ class _Training:
     def save(self, state: TrainState, *, best: bool) -> None:
         """Saves the state, as it is outside of steps, with all that a resumed run needs."""
         if not _all_finite(state):
-            self._refuse("the loss or a gradient is not finite", self.meter.last_step)
+            # At an epoch's end it was when it was looked at: statistics were taken anew since.
+            since = min(self.meter.last_step, self.step - 1)
+            self._refuse("the loss, a gradient or a batch statistic is not finite", since)
         state, skipped = _without_skipped(state)
         loop = {
             "iterator": self.feed.batches.get_state(),

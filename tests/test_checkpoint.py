@@ -219,6 +219,23 @@ def test_a_flipped_bit_is_found_and_the_best_taken_instead(seed, tmp_path, capsy
         assert (c.best_step, c.steps) == (3, [3, 8])
 
 
+@pytest.mark.parametrize("name", ["2", "2/state", "_CHECKPOINT_METADATA"])
+def test_what_may_not_be_read_is_not_damaged(name, tmp_path, monkeypatch):
+    """Orbax and TensorStore tell of it as of files that are missing."""
+    with Checkpoints(tmp_path, writing=True) as c:
+        for step in (1, 2):
+            c.save(step, _tree(step), {"step": step}, best=True)
+    locked = next(p for p in tmp_path.rglob("*") if str(p).endswith(name) and "2" in p.parts)
+    # As another user finds it: whoever runs the tests may be allowed everything.
+    monkeypatch.setattr(os, "access", lambda path, mode: path != locked)
+    (tmp_path / "2" / "_CHECKPOINT_METADATA").rename(tmp_path / "hidden")
+    (tmp_path / "2" / "_CHECKPOINT_METADATA").touch()
+    with pytest.raises(UserError, match=f"no permission to read {locked}: let") as e:
+        with Checkpoints(tmp_path, writing=True) as c:
+            c.resume(_tree(0))
+    assert not isinstance(e.value, DamagedError) and (tmp_path / "2").is_dir()
+
+
 def test_a_damaged_best_is_never_replaced_in_silence(tmp_path, capsys):
     trees = _two(tmp_path, best=[3])
     _flip_a_bit_of_the_arrays(tmp_path / "c/3", 0)

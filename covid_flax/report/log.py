@@ -24,7 +24,7 @@ from tensorboardX.record_writer import RecordWriter
 if _hide_torch:
     del sys.modules["torch"]
 
-# How long TensorBoard may not see what happens within an epoch.
+# Within an epoch, figures go to the disk with the first that comes so much after the last that did.
 FLUSH_EVERY_S = 30.0
 
 
@@ -43,15 +43,15 @@ class RunLog:
     """
 
     def __init__(self, workdir: Path, metrics_bytes: int = 0, step: int = 0):
-        self._first = jax.process_index() == 0
-        path = workdir / "metrics.jsonl" if self._first else Path(os.devnull)
-        if self._first:
+        first = jax.process_index() == 0
+        path = workdir / "metrics.jsonl" if first else Path(os.devnull)
+        if first:
             path.touch()
             os.truncate(path, min(metrics_bytes, path.stat().st_size))
         with contextlib.ExitStack() as opened:
             self._file = opened.enter_context(open(path, "a", encoding="utf-8"))
             # Without tensorboardX's own writer, whose thread and queue outlive a disk that fails.
-            self._events = _Events(workdir / "tensorboard", step + 1) if self._first else None
+            self._events = _Events(workdir / "tensorboard", step + 1) if first else None
             if self._events is not None:
                 opened.callback(self._events.close)
             self._opened = opened.pop_all()
@@ -82,9 +82,10 @@ class RunLog:
 
     @property
     def metrics_bytes(self) -> int:
-        """Length of `metrics.jsonl`, all of it on disk; 0 in other processes."""
-        if self._first:
+        """Length of `metrics.jsonl`, all of it on disk as are the events; 0 in other processes."""
+        if self._events is not None:
             os.fsync(self._file.fileno())
+            self._events.flush()
         return self._file.tell()
 
 
@@ -92,13 +93,14 @@ class _Events:
     """A file of TensorBoard's events; of an older file's, those from `first_step` on are void."""
 
     def __init__(self, folder: Path, first_step: int):
-        folder.mkdir(exist_ok=True)
+        if not folder.exists():
+            folder.mkdir()
         when = f"{time.time():.0f}"
         name = f"events.out.tfevents.{when}.{socket.gethostname()}.{os.getpid()}.{first_step}"
         self._records = RecordWriter(str(folder / name))
-        self._flushed = time.monotonic()
         self._write(file_version="brain.Event:2")
         self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+        self.flush()
 
     def _write(self, **what: Any) -> None:
         self._records.write(Event(wall_time=time.time(), **what).SerializeToString())

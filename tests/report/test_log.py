@@ -143,6 +143,21 @@ def test_figures_within_an_epoch_can_be_seen(tmp_path, monkeypatch):
         assert set(_events(tmp_path / "tensorboard")) == {("steps/loss", 2, 0.75)}
 
 
+def test_a_checkpoint_loses_no_figures_before_it(tmp_path):
+    """Those of steps that a killed run has saved are not written again."""
+    with RunLog(tmp_path) as log:
+        log.interval(2, loss=0.75)
+        assert log.metrics_bytes == 0
+        assert set(_events(tmp_path / "tensorboard")) == {("steps/loss", 2, 0.75)}
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path):
+    (tmp_path / "tensorboard").write_text("mine")
+    with pytest.raises(NotADirectoryError):
+        RunLog(tmp_path)
+    assert (tmp_path / "tensorboard").read_text() == "mine"
+
+
 def test_one_second_holds_two_logs(tmp_path):
     """A run that is interrupted and goes on at once."""
     for step in (0, 2):
