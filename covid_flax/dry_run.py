@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from covid_flax.config import keeps_averages
 from covid_flax.console import say
 from covid_flax.job import make_job
+from covid_flax.mesh import as_placed, jit_layout, make_mesh
 from covid_flax.models import MODELS
 from covid_flax.run import Run
 from covid_flax.step import create_state, make_train_step
@@ -31,12 +34,27 @@ def dry_run(run: Run) -> None:
             say(f"{stage:<8}{params:>14,}{stats:>12,}  {'yes' if trained else 'no':<7}  {mode}")
     say(f"{'total':<8}{totals[0]:>14,}{totals[1]:>12,}  trained {totals[2]:,}")
 
-    config = run.config
-    average = keeps_averages(config)
-    stages = frozenset(run.trained)
-    state = create_state(run.params, run.batch_stats, stages, job.tx, config.seed, average=average)
-    state_bytes = sum(x.nbytes for x in jax.tree.leaves(state))
-    batch = config.train.batch_size
+    config, mesh = run.config, make_mesh()
+    batch, shard_state = config.train.batch_size, config.train.shard_state
+    state, examples = as_placed(
+        jax.eval_shape(
+            lambda: create_state(
+                run.params,
+                run.batch_stats,
+                frozenset(run.trained),
+                job.tx,
+                config.seed,
+                average=keeps_averages(config),
+            )
+        ),
+        run.batch_shapes(job.start, batch),
+        mesh,
+        shard_state=shard_state,
+    )
+    state_bytes = sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state)
+    )
     # A cost that skipping does not change.
     step_config = dataclasses.replace(
         job.step_config,
@@ -44,19 +62,21 @@ def dry_run(run: Run) -> None:
         skip_non_finite=False,
         micro_batch=config.train.micro_batch,  # under pmap the job's is a device's
     )
-    step = jax.jit(make_train_step(run.graphdef, job.tx, step_config), donate_argnums=0)
-    compiled = step.lower(state, run.batch_shapes(job.start, batch)).compile()
-    cost = compiled.cost_analysis() or {}
+    layout = jit_layout(mesh, shard_state=shard_state)  # under pmap a step costs as much
+    step: Any = layout.compile_step(make_train_step(run.graphdef, job.tx, step_config))
+    compiled = step.lower(state, examples).compile()
+    flops = (compiled.cost_analysis() or {}).get("flops", math.nan) * mesh.size
     if config.train.micro_batch:  # a loop's body is counted once
         whole = dataclasses.replace(step_config, micro_batch=0)
         plain = jax.jit(make_train_step(run.graphdef, job.tx, whole))
-        cost = plain.lower(state, run.batch_shapes(job.start, batch)).cost_analysis() or {}
+        flops = (plain.lower(state, examples).cost_analysis() or {}).get("flops", math.nan)
     memory = compiled.memory_analysis()
+    each = f" on each of {mesh.size} devices" if mesh.size > 1 else ""
     say("")
     say(
-        f"a step: {batch} images, {cost.get('flops', float('nan')) / 1e9:,.1f} GFLOP, "
+        f"a step: {batch} images, {flops / 1e9:,.1f} GFLOP, "
         f"{getattr(memory, 'temp_size_in_bytes', 0) / 1e9:.2f} GB temporary, "
-        f"{state_bytes / 1e9:.2f} GB state; {job.steps_per_epoch:,} steps an epoch, "
+        f"{state_bytes / 1e9:.2f} GB state{each}; {job.steps_per_epoch:,} steps an epoch, "
         f"at most {config.train.epochs} epochs"
     )
     say("dry run: nothing was trained")

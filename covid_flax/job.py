@@ -61,6 +61,11 @@ def make_job(run: Run) -> Job:
     usable = usable_examples(len(labels), batch_size, config.train.last_batch)
     steps_per_epoch = math.ceil(usable / batch_size)
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
+    if config.optimizer.warmup_epochs >= config.train.epochs:
+        say(
+            f"note: optimizer.warmup_epochs={config.optimizer.warmup_epochs:g} is all of "
+            f"train.epochs={config.train.epochs}: the learning rate never comes down from its peak"
+        )
     start = features_from(run)
     weights = None
     if config.train.class_weights == "balanced":

@@ -56,6 +56,7 @@ def check_members(
     config: ml_collections.ConfigDict, workdir: Path
 ) -> dict[str, ml_collections.ConfigDict]:
     """`member_configs`, if the runs can be made in that folder. Raises UserError."""
+    config_lib.check(config)
     if config.repeats > 1 and config_lib.is_cross_validation(config.data):
         raise UserError("repeats and data.folds: set one, or data.fold to one of the folds")
     if has_checkpoints(workdir / "checkpoints"):

@@ -86,6 +86,21 @@ def sharded(x: Any, mesh: Mesh) -> NamedSharding:
     )
 
 
+def as_placed(state: Any, batch: Any, mesh: Mesh, *, shard_state: bool = False) -> tuple[Any, Any]:
+    """Shapes of a state and a batch that need not be there, placed as `jit_layout` places them."""
+
+    def like(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    split = NamedSharding(mesh, PartitionSpec(AXIS))
+    return (
+        jax.tree.map(
+            lambda x: like(x, sharded(x, mesh) if shard_state else replicated(mesh)), state
+        ),
+        jax.tree.map(lambda x: like(x, split), batch),
+    )
+
+
 def jit_layout(mesh: Mesh, *, shard_state: bool = False) -> Layout:
     """Data parallelism by sharding: batch norm sees the global batch, XLA adds the sums.
 

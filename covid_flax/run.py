@@ -37,7 +37,7 @@ from covid_flax.models import (
     trained_stages,
 )
 from covid_flax.pretrained.fetch import resolve, sha256
-from covid_flax.pretrained.load import array_names, load_weights
+from covid_flax.pretrained.load import array_names, load_weights, stage_of
 from covid_flax.pretrained.read import read_weights
 from covid_flax.step import abstract_batch
 from ml_collections_configs import base
@@ -215,6 +215,7 @@ def _initial_weights(
     path = resolve(config.model.weights, config.model.name, cache)
     if path is None:
         say("weights: none, everything starts at random")
+        _note_frozen_norms(config, set(batch_stats))
         return params, batch_stats, about
     params, batch_stats, report = load_weights(
         read_weights(path),
@@ -225,6 +226,7 @@ def _initial_weights(
         may_spare=_of_the_whole(config.model),
     )
     say(f"weights: {path.name}: {report.summary()}")
+    _note_frozen_norms(config, {stage_of(name) for name in report.initialised} & set(batch_stats))
     gets, expects = preprocessing_of(config.model), MODELS[config.model.name].preprocessing
     if gets != expects:
         still = config.model.trainable == "head" or config.model.batch_norm == "frozen"
@@ -237,6 +239,17 @@ def _initial_weights(
         batch_stats,
         about | {"file": str(path), "sha256": sha256(path), "report": report.summary()},
     )
+
+
+def _note_frozen_norms(config: ml_collections.ConfigDict, at_random: set[str]) -> None:
+    """Speaks of stages whose kernels are drawn and whose batch norm never follows them."""
+    stages = sorted(at_random - batch_stats_stages(config.model))
+    if stages:
+        say(
+            f"note: {', '.join(stages)} begin at random, and their batch norm keeps statistics "
+            "that are not theirs: little can be learned from them; train them with "
+            "model.batch_norm=train, or load their weights"
+        )
 
 
 def _write_run(

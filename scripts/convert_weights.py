@@ -9,6 +9,7 @@ network is written; OUT is never written over.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -67,7 +68,8 @@ def convert(source: Path, output: Path, *, model: str, may_miss: Sequence[str]) 
             np.savez(file, **members)
         os.replace(part, output)
     except OSError as e:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise UserError(f"cannot write {output}: {e.strerror}") from None
     print_table(arrays, report)
     print(report.summary())

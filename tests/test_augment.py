@@ -10,6 +10,8 @@ from skimage import data, exposure, transform
 
 from covid_flax.augment import (
     Augment,
+    _appearance,
+    _geometry,
     _looked_up,
     _match_detail,
     _match_greys,
@@ -74,7 +76,7 @@ def test_warps_are_affine_resamplings(images, how):
     height, width = images.shape[1:3]
     for before, after in zip(images[:3, ..., 0], out[..., 0], strict=True):
         error = _best_affine_error(before, after, how, height, width)
-        assert error < 2.0, error
+        assert error < 0.15, error  # a centre off by half a pixel costs 0.26 and more
         assert np.abs(before - after).mean() > 3 * error or np.abs(before - after).max() < 2
 
 
@@ -442,3 +444,37 @@ def test_not_a_bit_of_what_fills_up_is_mixed_in(how):
     x = np.random.default_rng(2).uniform(0, 255, (8, 6, 6, 3)).astype(np.float32) ** 3 / 255**2
     mixed, _ = _mix(x, real=np.arange(8) < 5, **how)
     np.testing.assert_array_equal(mixed[0], x[0])
+
+
+def test_no_key_is_drawn_from_twice(monkeypatch):
+    used = []
+
+    def noting(draw):
+        def draw_and_note(key, *args, **kwargs):
+            used.append(tuple(np.asarray(jax.random.key_data(key)).tolist()))
+            return draw(key, *args, **kwargs)
+
+        return draw_and_note
+
+    for name in ("uniform", "normal", "bernoulli"):
+        monkeypatch.setattr(jax.random, name, noting(getattr(jax.random, name)))
+    how = Augment(
+        flip=True, shift=0.1, rotate=5.0, scale=0.1, aspect=0.1, brightness=0.1, contrast=0.1,
+        gamma=0.1, blur=0.5, noise=0.1, border=0.1, erase=0.1,
+    )  # fmt: skip
+    image = jnp.full((12, 10, 1), 100.0)
+    _geometry(jax.random.key(0), image, how)
+    _appearance(jax.random.key(0), image, how)
+    assert len(used) >= 15 and len(set(used)) == len(used)
+
+
+def test_rows_and_columns_are_drawn_apart():
+    y, x = np.mgrid[:61, :61]
+    blob = 255 * np.exp(-((y - 30) ** 2 + (x - 30) ** 2) / 18)
+    out = _apply(np.repeat(np.float32(blob)[None, :, :, None], 200, 0), shift=0.2)[..., 0]
+    at = np.stack([(out * y).sum((1, 2)), (out * x).sum((1, 2))]) / out.sum((1, 2))
+    assert abs(np.corrcoef(at)[0, 1]) < 0.3
+    boxes = _apply(np.full((400, 60, 60, 1), 255, np.float32), erase=0.5)[..., 0] != 255
+    on_edge = boxes[:, [0, -1]].any((1, 2)) | boxes[..., [0, -1]].any((1, 2))
+    whole = boxes[boxes.any((1, 2)) & ~on_edge]
+    assert abs(np.corrcoef(whole.any(2).sum(1), whole.any(1).sum(1))[0, 1]) < 0.5

@@ -525,3 +525,23 @@ def test_the_command_takes_folders_and_flags_in_any_order(tmp_path):
         found["runs"][1]["figures"]["macro_auroc"]["interval"]
         == report["intervals"]["bootstrap"]["macro"]["auroc"]
     )
+
+
+def test_groups_of_one_run_follow_another_s_order_of_files(tmp_path):
+    labels, groups = images(60)
+    order = np.random.default_rng(0).permutation(60)
+    a = write_run(tmp_path / "a", labels, predict(labels, 1, 1))
+    b = write_run(tmp_path / "b", labels, predict(labels, 1, 2), groups, order=order)
+    first = read_evaluations([a, b])[0].predictions
+    wanted = [groups[int(Path(file).stem)] for file in first.files]
+    assert list(first.groups) == wanted
+
+
+def test_a_recall_s_interval_is_of_the_class_s_own_images():
+    labels = np.repeat([0, 1], 30)
+    answers = labels.copy()
+    answers[30:33] = 0  # of class 0 the recall is 30 of 30, the precision 30 of 33
+    files = tuple(map(str, range(60)))
+    runs = [evaluation(name, labels, np.eye(3)[answers] * 0.7 + 0.1, files) for name in "ab"]
+    figures = compare(runs, resamples=50)["runs"][0]["figures"]
+    assert figures["recall"]["COVID"]["interval"] == pytest.approx(wilson_by_roots(30, 30))

@@ -703,6 +703,29 @@ def test_the_source_alone():
     assert source_probe.source_only(scored, [])["learned_from"] == "the same images"
 
 
+def test_what_the_source_tells_is_learned_from_images_that_are_not_scored():
+    """Source and class go together the other way round there: every answer is wrong."""
+    told = [("A", "y"), ("A", "y"), ("B", "x"), ("B", "x")] + [("A", "x")] * 4 + [("B", "y")] * 4
+    files = [SimpleNamespace(file=str(i), label=c, source=s) for i, (c, s) in enumerate(told)]
+    rows = [Row(str(i), told[i][0], "test", "") for i in range(4, 12)]
+    folder, answers = SimpleNamespace(files=files), np.full((8, 2), 0.5)
+    found = controls._sources(folder, rows, rows, np.arange(8), answers, None)
+    assert found["alone"]["accuracy"] == 0 and found["alone"]["learned_from"] == "other images"
+
+
+def test_of_some_images_groups_and_chances_are_their_own():
+    rng = np.random.default_rng(0)
+    rows = [Row(f"{n}/{i}.png", n, "test", f"{n}{i // 2}") for n in NAMES for i in range(10)]
+    images = {row.file: rng.integers(0, 256, (40, 40, 1), np.uint8) for row in rows}
+    files = [SimpleNamespace(file=row.file, label=row.label, source="") for row in rows]
+    data = _dataset(SimpleNamespace(files=files, root="x"), rows, images)
+    report, _ = controls.score_conditions(_reading(_border), data, limit=12)
+    assert report["support"] == dict.fromkeys(NAMES, 3)
+    at = stratified_sample(np.repeat(np.arange(4), 10), 12)
+    assert report["intervals"]["clusters"] == len({rows[i].group for i in at}) < 12
+    assert report["references"]["guessing"]["accuracy"] == 0.25
+
+
 # The command over a real, tiny run.
 
 
@@ -722,6 +745,8 @@ def test_a_run_s_controls_are_written_and_agree_with_its_evaluation(make_tiny_co
     report = controls.run_controls(workdir, pairs=str(tmp_path / "pairs"))
     written = json.loads((workdir / "controls/test/controls.json").read_text())
     assert written == json.loads(json.dumps(report))
+    learned = [row for row in read_split_csv(workdir / "split.csv") if row.split == "train"]
+    assert report["conditions"][0]["simple_model"]["num_training"] == len(learned)
     again = controls.run_controls(workdir, pairs=str(tmp_path / "pairs"), output=tmp_path / "again")
     assert again == report  # to the last digit
     # The twins are the same pixels, so nothing may move.

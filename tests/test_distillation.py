@@ -21,6 +21,7 @@ from covid_flax.trained_run import open_run
 @pytest.fixture(scope="module")
 def teacher(make_tiny_config, tmp_path_factory):
     config = make_tiny_config()
+    config.train.epochs = 10  # so that it answers one thing rather than another
     workdir = tmp_path_factory.mktemp("teacher")
     train(setup(config, workdir))
     return workdir
@@ -52,13 +53,14 @@ def test_a_student_comes_to_answer_as_its_teacher_does(tiny_config, teacher, tmp
         setup(config, tmp_path / "leaks")
     config = config.copy_and_resolve_references()
     config.data.split = "paper-random"
-    config.seed = 0
+    config.data.split_seed = 0  # the teacher's
     run = setup(config, tmp_path / "student")
     job = make_job(run)
     train(run)
     student, taught = open_run(tmp_path / "student", "latest"), open_run(teacher)
     p, q = (net.probabilities(job.train_source) for net in (student, taught))
-    assert np.abs(p - q).mean() < 0.12
+    # A teacher that always answered alike would teach to do so: 1 on the right.
+    assert np.abs(p - q).mean() < 0.5 * np.abs(q - 0.25).mean()
     capsys.readouterr()
     train(setup(config, tmp_path / "student"))  # the same teacher, so it is complete
     assert "training is complete" in capsys.readouterr().out

@@ -10,8 +10,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from scipy import special
 from sklearn.utils.class_weight import compute_class_weight
 
+from covid_flax import feature_cache
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.job import make_job
@@ -197,3 +199,76 @@ def test_batches_that_cannot_be_made_are_refused_before_anything_is_written(tiny
     with pytest.raises(UserError, match="micro_batch=7 does not divide"):
         setup(tiny_config, tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_of_a_batch_that_is_filled_up_only_real_examples_are_right():
+    batch = _batch(8)
+    step, state = _linear_step(batch)
+    logits = np.asarray(batch["image"]).mean((1, 2)) @ np.asarray(state.params["head"]["kernel"])
+    all_right = {"label": jnp.asarray(logits.argmax(-1), jnp.int32)}
+    sums = step(state, {**batch, **all_right, "mask": jnp.arange(8) < 3})[0].sums
+    assert (float(sums["correct"]), float(sums["count"])) == (3, 3)
+
+
+def test_the_teacher_sees_the_same_augmented_images(monkeypatch):
+    monkeypatch.setattr("covid_flax.step.augment", lambda key, x, how: x * 0.5)
+    batch, weights = _batch(6), np.random.default_rng(3).normal(size=(3, 4)) / 30
+    answer = lambda x: x.mean((1, 2)) @ jnp.asarray(weights, jnp.float32)  # noqa: E731
+    step, state = _linear_step(batch, teacher=Teacher(answer, 1.0, 1.0))
+    _, loss = step(state, batch)
+    half = np.asarray(batch["image"], np.float64).mean((1, 2)) * 0.5
+    q, p = half @ weights, half / 255 @ np.asarray(state.params["head"]["kernel"], np.float64)
+    want = -(special.softmax(q, -1) * special.log_softmax(p, -1)).sum(-1).mean()
+    assert float(loss) == pytest.approx(want, rel=1e-5)
+
+
+class Noise(nnx.Module):
+    """Logits are its dropout's draw."""
+
+    def __init__(self):
+        self.head = nnx.Dict(kernel=nnx.Param(jnp.zeros(4)))
+
+    def __call__(self, x, dropout_key=None, **_):
+        return self.head["kernel"][...] + jax.random.normal(dropout_key, (len(x), 4))
+
+
+def _noise_step(**config):
+    graphdef, params, _ = nnx.split(Noise(), nnx.Param, nnx.BatchStat)
+    tx = optax.sgd(1.0)
+    state = create_state(nnx.to_pure_dict(params), {}, frozenset({"head"}), tx, 0)
+    return make_train_step(graphdef, tx, StepConfig("unit", **config)), state
+
+
+def test_parts_and_devices_draw_apart():
+    """Of equal examples: as many again would change no mean where they drew alike."""
+    one = {"image": jnp.zeros((1, 2, 2, 3)), "label": jnp.zeros(1, jnp.int32)}
+
+    def parts(n):
+        step, state = _noise_step(micro_batch=1)
+        return float(jax.jit(step)(state, jax.tree.map(lambda x: jnp.repeat(x, n, 0), one))[1])
+
+    def devices(n):
+        step, state = _noise_step(axis_name="data")
+        each = jax.tree.map(lambda x: jnp.repeat(x[None], n, 0), one)
+        over_devices = jax.vmap(step, axis_name="data", in_axes=(None, 0))
+        return float(jax.jit(over_devices)(state, each)[1][0])
+
+    assert abs(parts(8) - parts(4)) > 1e-3
+    assert abs(devices(2) - devices(1)) > 1e-3
+
+
+def test_what_frozen_stages_make_of_images_is_cached_where_it_is_always_the_same(tiny_config):
+    tiny_config.model.trainable = "head"
+    assert feature_cache.cacheable(tiny_config)
+    for section, key, value in (
+        ("eval", "mirror", True),
+        ("eval", "aspect", 0.1),
+        ("augment", "gamma", 0.1),
+        ("train", "teacher", "x"),
+    ):
+        other = tiny_config.copy_and_resolve_references()
+        other[section][key] = value
+        assert feature_cache.cacheable(other) is None, key
+    tiny_config.train.feature_cache_gb, tiny_config.train.feature_disk_gb = 1.0, 2.0
+    kept = [feature_cache._in_memory(tiny_config, gb) for gb in (1.0, 2.0, 2.1)]
+    assert kept == [True, False, None]

@@ -17,7 +17,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.members import mean_interval
 from covid_flax.evaluation.predictions import read_predictions
-from covid_flax.members import member_configs, train_members
+from covid_flax.members import check_members, member_configs, train_members
 from covid_flax.report.artefacts import read_artefacts
 from covid_flax.report.statements import statements
 from covid_flax.robustness import robustness
@@ -169,6 +169,12 @@ def test_what_a_card_says_of_several_runs(folds):
     assert "3 folds, number 1 (from 0) val, test share 0.2." in said["partition"]
     assert said["ensemble"] == "None: one network answers."
     assert "One training with one seed" in said["limits"]
+
+
+def test_more_runs_than_anyone_makes_are_refused_at_once(tiny_config, tmp_path):
+    tiny_config.repeats = 10**8
+    with pytest.raises(UserError, match="config.repeats=100000000: set a value from 1 to 1000"):
+        check_members(tiny_config, tmp_path / "run")
 
 
 def test_folds_that_cannot_all_be_made_are_refused_before_the_first(tiny_config, tmp_path):

@@ -107,3 +107,23 @@ def test_a_stage_learns_at_a_share_of_the_next_one_s_rate():
         whole = np.asarray(plain[stage]["kernel"]) - 1
         assert abs(whole).min() > 0.02
         np.testing.assert_allclose(moved, factor * whole, rtol=1e-4)
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_arrays_together():
+    start = {"a": {"kernel": jnp.zeros(4)}, "b": {"kernel": jnp.zeros(2)}}
+    large = {"a": {"kernel": jnp.full(4, 3.0)}, "b": {"kernel": jnp.full(2, 4.0)}}
+    unit = jax.tree.map(lambda g: g / np.sqrt(4 * 9 + 2 * 16), large)
+    clipping, plain = (
+        make_optimizer(_config(clip_norm=clip, epsilon=1.0), lambda _: 1.0) for clip in (1.0, 0.0)
+    )
+    for x, y in zip(
+        jax.tree.leaves(_run(clipping, start, [large])),
+        jax.tree.leaves(_run(plain, start, [unit])),
+        strict=True,
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-5)
+
+
+def test_a_warm_up_of_half_an_epoch():
+    schedule = learning_rate_schedule(_config(learning_rate=1.0, warmup_epochs=0.5), 10, 5)
+    np.testing.assert_allclose([schedule(0), schedule(2), schedule(5)], [0, 0.4, 1], atol=1e-6)

@@ -15,13 +15,14 @@ from small_resnet import with_batch_norm
 from covid_flax import preemption
 from covid_flax.data.pipeline import ArraySource
 from covid_flax.job import make_job
-from covid_flax.models import MODELS, create_model
+from covid_flax.models import MODELS, create_model, preprocessing_of
 from covid_flax.models.preprocess import preprocess
 from covid_flax.recalibrate import is_due, make_recalibration
 from covid_flax.run import setup
-from covid_flax.step import create_state
+from covid_flax.step import create_state, make_eval_step
 from covid_flax.train import train
 from covid_flax.trained_run import open_run
+from ml_collections_configs import base
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -150,3 +151,23 @@ def _assert_statistics_of_plain_images(config, run, trained):
     anew = make_recalibration(config, run.graphdef, job.train_source)(state).batch_stats
     for a, b in zip(jax.tree.leaves(anew), jax.tree.leaves(trained._batch_stats), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
+
+
+def test_from_cached_features_it_is_as_from_the_images():
+    config = with_batch_norm(base.get_config())
+    config.train.batch_size = config.train.recalibrate = 8
+    graphdef, params, stats = create_model(config.model, 4, 0)
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    prefix = make_eval_step(graphdef, preprocessing_of(config.model), stop="conv4")
+    features = np.asarray(prefix(params, stats, images))
+    state = create_state(params, stats, frozenset(("conv5", "pool", "head")), optax.sgd(0.1), 0)
+    of_images, of_features = (
+        make_recalibration(config, graphdef, ArraySource(x, np.zeros(8, np.int32)), start)(state)
+        for x, start in ((images, None), (features, "conv5"))
+    )
+    for x, y in zip(
+        jax.tree.leaves(of_images.batch_stats["conv5"]),
+        jax.tree.leaves(of_features.batch_stats["conv5"]),
+        strict=True,
+    ):
+        np.testing.assert_allclose(y, x, rtol=1e-3, atol=1e-5)

@@ -13,6 +13,7 @@ from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS
 from covid_flax.data.pipeline import ArraySource
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
+from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.report import robustness_plot
 from covid_flax.robustness import CorruptedSource, robustness, score_corruptions
 from covid_flax.run import setup
@@ -116,3 +117,22 @@ def test_a_run_s_table_and_plot(tiny_config, tmp_path, monkeypatch, capsys):
     shutil.rmtree(workdir / "checkpoints")
     with pytest.raises(UserError, match="no checkpoint"):
         robustness(workdir)
+
+
+def test_of_some_images_the_figures_are_of_their_own_labels_and_groups():
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat([0, 1], [48, 16]))
+    answers = np.where(rng.random(64) < 0.75, labels, 1 - labels)
+    greys = (answers * 200 + 20).astype(np.uint8)
+    images = np.broadcast_to(greys[:, None, None, None], (64, 8, 8, 1))
+    groups = np.arange(64) // 4
+    source = ArraySource(images, labels)
+    report = score_corruptions(ByBrightness(), source, labels, limit=20, clusters=groups)
+    at = stratified_sample(labels, 20)
+    right = (answers == labels)[at]
+    assert report["plain"]["accuracy"] == right.mean()
+    assert report["clusters"] == len(np.unique(groups[at]))
+    balanced = np.mean([right[labels[at] == k].mean() for k in (0, 1)])
+    for row in report["corruptions"]:
+        under = np.mean([strength["balanced_accuracy"] for strength in row["strengths"]])
+        assert row["mean_balanced_drop"] == pytest.approx(balanced - under)

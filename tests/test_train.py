@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -533,6 +535,52 @@ def test_a_dry_run_counts_all_micro_batches(tiny_config, tmp_path, capsys):
         (gflop,) = re.findall(r"([0-9.]+) GFLOP", capsys.readouterr().out)
         counted.append(float(gflop))
     assert counted[0] > 0.1 and counted[1] == pytest.approx(counted[0], rel=0.2)
+
+
+_DRY = """
+import sys
+from pathlib import Path
+import jax
+from covid_flax import config as config_lib
+from covid_flax.dry_run import dry_run
+from covid_flax.files import parse_json
+from covid_flax.run import setup
+dry_run(setup(config_lib.from_json(parse_json(sys.argv[1])), Path(sys.argv[2])))
+"""
+
+
+def test_a_dry_run_tells_of_each_device(tiny_config, tmp_path, capsys):
+    """Of eight, each has an eighth of the batch: together they compute what one alone does."""
+    tiny_config.train.batch_size = 40
+    tiny_config.data.image_size = 224
+    dry_run(setup(tiny_config, tmp_path / "one"))
+    done = subprocess.run(
+        [sys.executable, "-c", _DRY, tiny_config.to_json(), tmp_path / "eight"],
+        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = []
+    for said, where in ((capsys.readouterr().out, ""), (done.stdout, " on each of 8 devices")):
+        line = re.search(r"([0-9.]+) GFLOP, ([0-9.]+) GB temporary, .* GB state(.*);", said)
+        assert line[3] == where
+        found.append((float(line[1]), float(line[2])))
+    (flops, temporary), (flops_of_8, temporary_of_8) = found
+    assert flops_of_8 == pytest.approx(flops, rel=0.1) and temporary_of_8 < temporary / 3
+
+
+def test_notes_of_what_cannot_come_to_anything(tiny_config, tmp_path, capsys):
+    with_batch_norm(tiny_config)
+    tiny_config.optimizer.warmup_epochs = 3.0
+    dry_run(setup(tiny_config, tmp_path / "a"))
+    out = capsys.readouterr().out
+    assert "conv1, conv2, conv3, conv4 begin at random" in out
+    assert "warmup_epochs=3 is all of train.epochs=3" in out
+    tiny_config.model.trainable = "all"
+    tiny_config.optimizer.warmup_epochs = 2.0
+    setup(tiny_config, tmp_path / "b")
+    assert "begin at random" not in capsys.readouterr().out
 
 
 def test_a_folder_below_the_classes_is_no_workdir(tiny_config, phantom_dir, tmp_path):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax._src.lib import xla_client
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from covid_flax.compiler import hlo
 from covid_flax.compiler.chips import PEAKS
@@ -19,7 +19,7 @@ from covid_flax.config import keeps_averages
 from covid_flax.errors import UserError
 from covid_flax.feature_cache import cacheable
 from covid_flax.job import step_config_of
-from covid_flax.mesh import AXIS, jit_layout, replicated, sharded
+from covid_flax.mesh import AXIS, as_placed, jit_layout
 from covid_flax.models import (
     MODELS,
     create_model,
@@ -110,10 +110,11 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
     if config.train.parallel != "jit":
         raise UserError("a topology is compiled for train.parallel=jit only: set that")
     batch = config.train.batch_size
-    if (config.train.micro_batch or batch) % mesh.size:
+    micro = config.train.micro_batch or batch
+    if batch % micro or micro % mesh.size:
         raise UserError(
             f"config.train.batch_size={batch} (micro_batch={config.train.micro_batch}) does not "
-            f"divide among {mesh.size} devices: choose multiples of {mesh.size}"
+            f"divide among {mesh.size} devices: choose multiples of {mesh.size}, the batch of both"
         )
     if config.train.teacher:
         raise UserError("a teacher's part of the step is not compiled: set train.teacher=''")
@@ -136,20 +137,9 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
 
     size = config.data.image_size
     examples: Any = abstract_batch(graphdef, params, batch_stats, batch, size, cached)
-
-    split = NamedSharding(mesh, PartitionSpec(AXIS))
-    shard_state = config.train.shard_state
-
-    def like(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    state = jax.tree.map(
-        lambda x: like(x, sharded(x, mesh) if shard_state else replicated(mesh)), state
-    )
-    examples = jax.tree.map(lambda x: like(x, split), examples)
-    layout = jit_layout(mesh, shard_state=shard_state)
+    layout = jit_layout(mesh, shard_state=config.train.shard_state)
     step: Any = layout.compile_step(make_train_step(graphdef, tx, step_config))
-    return step.lower(state, examples)
+    return step.lower(*as_placed(state, examples, mesh, shard_state=config.train.shard_state))
 
 
 def cost(
@@ -193,8 +183,7 @@ def cost(
     bounds = {
         "flops": analysis["flops"] / peak.flops,
         "hbm": hbm / peak.hbm,
-        # A ring sends what it sums twice, less each device's own part (Patarasuk and Yuan 2009).
-        "collectives": 2 * (devices - 1) / devices * exchanged / peak.links,
+        "collectives": _sent(collectives, devices) / peak.links,
     }
     return {
         "devices": devices,
@@ -215,6 +204,14 @@ def cost(
         "bound_seconds": bounds,
         "bound_images_per_second": batch / max(bounds.values()),
     }
+
+
+def _sent(collectives: dict[str, tuple[int, int]], devices: int) -> float:
+    """Bytes that a device sends in a ring (Patarasuk and Yuan 2009), by those of the outputs."""
+    part = (devices - 1) / devices  # all but the device's own
+    shares = {"all-reduce": 2 * part, "all-gather": part, "all-to-all": part}
+    shares["reduce-scatter"] = devices - 1.0  # whose output is one of as many parts
+    return sum(shares.get(kind, 1.0) * size for kind, (_, size) in collectives.items())
 
 
 def of_micro_batches(parts: dict[str, Any], whole: dict[str, Any]) -> dict[str, Any]:

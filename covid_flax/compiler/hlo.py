@@ -200,6 +200,8 @@ def traffic(module: Module) -> list[Traffic]:
                 there = i.outputs[1 if len(i.outputs) < 3 else -2]
                 whole = i.outputs[0]
                 moved = [there, Buffer(there.size, whole.space)]
+            elif _is_start(i, module):
+                moved = _results(i) + [b for o in i.operands for b in outputs.get(o, ())]
             hbm = sum(b.size for b in moved if b.space == 0)
             on_chip = sum(b.size for b in moved if b.space not in (0, _HOST))
             found.append(Traffic(i, kind(i, module), hbm, on_chip))
@@ -249,6 +251,18 @@ def kind(instruction: Instruction, module: Module) -> str:
     return f"{opcode} fusion" + (", gradient" if "transpose(" in instruction.op_name else "")
 
 
+def _is_start(instruction: Instruction, module: Module) -> bool:
+    """Whether it begins a collective, and its outputs have the operands among them."""
+    starts = instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start"
+    return starts and kind(instruction, module) in COLLECTIVES
+
+
+def _results(start: Instruction) -> list[Buffer]:
+    """What such a beginning writes: the operands come first, as many results, a context last."""
+    count = len(start.operands)
+    return list(start.outputs[count : 2 * count])
+
+
 def collectives(module: Module) -> dict[str, tuple[int, int]]:
     """`{kind: (how many, bytes of their outputs)}` in a run of the program."""
     found: dict[str, tuple[int, int]] = {}
@@ -256,9 +270,7 @@ def collectives(module: Module) -> dict[str, tuple[int, int]]:
         for i in module.computations[name]:
             opcode = kind(i, module)
             if opcode in COLLECTIVES and not i.opcode.endswith(("-done", "-update")):
-                outputs = i.outputs
-                if i.opcode.endswith("-start") and i.opcode != "all-reduce-start":
-                    outputs = outputs[1:2]  # the operand comes first, the context last
+                outputs = _results(i) if _is_start(i, module) else i.outputs
                 count, size = found.get(opcode, (0, 0))
                 found[opcode] = (count + 1, size + sum(b.size for b in outputs))
     return found

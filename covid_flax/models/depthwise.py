@@ -48,9 +48,11 @@ def _padded(x: Array, size: int, stride: int) -> Array:
 
 
 def _shifted_products(x: Array, kernel: Array, stride: int, height: int, width: int) -> Array:
-    taps = _taps(x, kernel.shape[0], stride, height, width)
-    weights = kernel.reshape(-1, kernel.shape[2])
-    return functools.reduce(jnp.add, [tap * w for tap, w in zip(taps, weights, strict=True)])
+    # Sums of so many products, rounded to half precision one by one, would be far off.
+    taps = _taps(x.astype(jnp.float32), kernel.shape[0], stride, height, width)
+    weights = kernel.astype(jnp.float32).reshape(-1, kernel.shape[2])
+    products = [tap * w for tap, w in zip(taps, weights, strict=True)]
+    return functools.reduce(jnp.add, products).astype(x.dtype)
 
 
 def _forward_cpu(x: Array, kernel: Array, stride: int) -> Array:

@@ -47,8 +47,8 @@ class LoadReport:
         """One line for people: how many were loaded, what was initialised, what left out."""
         parts = [f"loaded {len(self.loaded)} arrays"]
         for stage in (*_BACKBONE, "head"):
-            mine = [n for n in self.initialised if _stage(n) == stage]
-            whole = not any(_stage(n) == stage for n in self.loaded)
+            mine = [n for n in self.initialised if stage_of(n) == stage]
+            whole = not any(stage_of(n) == stage for n in self.loaded)
             if mine and whole:
                 parts.append(f"initialised all of {stage} ({len(mine)})")
             elif mine:
@@ -89,8 +89,8 @@ def load_weights(
     for stage in may_miss:
         if stage not in _BACKBONE:
             raise UserError(
-                f"weights_may_miss: {stage!r} is no stage; one of {', '.join(_BACKBONE)} "
-                "(the head needs no leave)"
+                f"model.weights_may_miss: {stage!r} is no stage; one of {', '.join(_BACKBONE)}, or "
+                "several as ('conv4','conv5') (the head needs no leave)"
             )
     flat = {("params", *p): v for p, v in _leaves(params)}
     flat |= {("batch_stats", *p): v for p, v in _leaves(batch_stats)}
@@ -105,14 +105,14 @@ def load_weights(
     have = {name: tuple(value.shape) for name, value in arrays.items()}
 
     set_aside: list[str] = []
-    head = {n: s for n, s in have.items() if _stage(n) == "head"}
-    if head != {n: s for n, s in want.items() if _stage(n) == "head"}:
+    head = {n: s for n, s in have.items() if stage_of(n) == "head"}
+    if head != {n: s for n, s in want.items() if stage_of(n) == "head"}:
         set_aside = list(head)
     set_aside += [n for n in have if n in may_spare and n not in want]
     have = {n: s for n, s in have.items() if n not in set_aside}
 
     absent = [n for n in want if n not in have]
-    initialised = [n for n in absent if _stage(n) in (*may_miss, "head")]
+    initialised = [n for n in absent if stage_of(n) in (*may_miss, "head")]
     missing = [n for n in absent if n not in initialised]
     spare = [n for n in have if n not in want]
     misshapen = [
@@ -152,7 +152,9 @@ def _as_named_today(
         if name in arrays and not np.allclose(arrays[name], values, atol=1e-4):
             raise UserError(
                 f"{source}: {name} is {arrays[name]}, not ImageNet's {values}: these weights "
-                "expect another preprocessing than this network's"
+                "expect another preprocessing than this network's: export the others alone to an "
+                ".npz with Keras's names, and set model.preprocessing to what they expect (unit, "
+                "if these are 0 and 1)"
             )
     named: dict[str, np.ndarray] = {}
     for name, value in arrays.items():
@@ -173,7 +175,7 @@ def array_names(params: Tree, batch_stats: Tree) -> list[str]:
     return [keras_name(path) for tree in (params, batch_stats) for path, _ in _leaves(tree)]
 
 
-def _stage(name: str) -> str:
+def stage_of(name: str) -> str:
     """`conv2` of `conv2_block1_0_conv/kernel`, `head` of the head's layers."""
     layer = name.split("/")[0]
     return "head" if layer in _HEAD_LAYERS else layer.split("_")[0]
@@ -219,7 +221,7 @@ def _hint(
     given, needed = _looks_like(have), _looks_like(want)
     if given is not None and given != needed:
         return f"these look like {given} weights, for model.name={given}"
-    stages = sorted({_stage(n) for n in missing})
+    stages = sorted({stage_of(n) for n in missing})
     if missing and not spare and not misshapen and set(stages) < set(_BACKBONE):
         return (
             "to initialise what is missing, name its stage in model.weights_may_miss "

@@ -111,6 +111,10 @@ def from_lite_pytorch(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
       KeyError: a name, or a number of blocks, that these networks have not.
     """
     numbers = {m[1] for name in arrays if (m := _LITE_NUMBER.match(name))}
+    if foreign := [name for name in arrays if "." not in name or name.startswith("module.")]:
+        raise KeyError(foreign[0])
+    if len(numbers) not in _LITE_REPEATS:
+        raise KeyError(f"{len(numbers)} blocks")
     prefixes = [
         f"block{i}{chr(ord('a') + j)}_"
         for i, repeats in enumerate(_LITE_REPEATS[len(numbers)], 1)

@@ -17,7 +17,7 @@ import numpy as np
 
 from covid_flax.errors import UserError, printable
 from covid_flax.pretrained.names import from_lite_pytorch
-from covid_flax.pretrained.torch_file import MAGIC, read_torch
+from covid_flax.pretrained.torch_file import MAGIC, NoStateDictError, read_torch
 
 # Of what a file says it unpacks to: bytes, and times its own size, which deflate cannot exceed.
 _MAX_BYTES = 4_000_000_000
@@ -103,10 +103,10 @@ def _as_float32(path: Path, name: str, value: Any) -> np.ndarray:
 def _read_lite(path: Path) -> dict[str, Any]:
     try:
         return dict(from_lite_pytorch(read_torch(path)))
-    except KeyError as e:
+    except (KeyError, NoStateDictError) as e:
         raise UserError(
-            f"{path} is a PyTorch file of another network than EfficientNet-Lite0 to Lite2 "
-            f"({e.args[0]}): convert it to an .npz with Keras's names"
+            f"{path} is a PyTorch file, but no state dict of EfficientNet-Lite0 to Lite2 as their "
+            f"packages have it ({e.args[0]}): convert it to an .npz with Keras's names"
         ) from None
 
 

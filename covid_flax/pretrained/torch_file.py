@@ -27,6 +27,10 @@ _MARK = object()
 _LARGEST = 1 << 30  # elements of one storage
 
 
+class NoStateDictError(ValueError):
+    """A sound file of something else."""
+
+
 class _Call(tuple):
     """What a pickle would call: function and arguments, not called."""
 
@@ -42,6 +46,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
       Arrays by the names PyTorch gives them, in their own dtypes.
 
     Raises:
+      NoStateDictError: it holds more than tensors.
       ValueError: another layout, instructions that no state dict needs, or a truncated file.
     """
     try:
@@ -123,7 +128,7 @@ def _follow(file: io.BytesIO) -> Any:
 def _tensor(value: Any) -> tuple[_Storage, int, tuple[int, ...], tuple[int, ...]]:
     """Storage, offset, shape and strides in elements."""
     if not isinstance(value, _Call) or value[0] != "torch._utils _rebuild_tensor_v2":
-        raise ValueError("it holds more than tensors")
+        raise NoStateDictError("it holds more than tensors")
     storage, offset, shape, strides = value[1][:4]
     whole = all(isinstance(n, int) and n >= 0 for n in (offset, *shape, *strides))
     if not isinstance(storage, _Storage) or not whole or len(shape) != len(strides):

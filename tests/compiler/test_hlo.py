@@ -78,6 +78,26 @@ def test_collectives_also_asynchronous_ones(module):
     assert hlo.collectives(module) == {"all-reduce": (1, 36), "all-gather": (1, 256)}
 
 
+@pytest.mark.parametrize(
+    "gather",
+    [
+        "(f32[8]{0}, bf16[64]{0}) all-gather(%x, %y), dimensions={0}",
+        "((f32[2]{0}, bf16[16]{0}), (f32[8]{0}, bf16[64]{0})) all-gather-start(%x, %y), "
+        "dimensions={0}",
+    ],
+)
+def test_several_arrays_in_one_collective(gather):
+    """On its way or not, it writes what it gathers, and reads its operands once."""
+    module = hlo.parse(
+        "ENTRY %main (x: f32[2], y: bf16[16]) -> f32[8] {\n"
+        "  %x = f32[2]{0} parameter(0)\n  %y = bf16[16]{0} parameter(1)\n"
+        f"  %g = {gather}\n  ROOT %r = f32[8]{{0}} get-tuple-element(%g), index=0\n}}\n"
+    )
+    assert hlo.collectives(module) == {"all-gather": (1, 32 + 128)}
+    (moved,) = [t for t in hlo.traffic(module) if t.kind == "all-gather"]
+    assert moved.hbm == 8 + 32 + 32 + 128
+
+
 def test_host_transfers(module):
     assert hlo.host_transfers(module) == ["callback"]
 

@@ -278,6 +278,14 @@ def test_manifest_above_the_folder_is_matched_by_its_paths(tmp_path):
     assert list(named.groups.values()) == list("012345")
 
 
+def test_groups_as_a_spreadsheet_on_windows_writes_them(tmp_path):
+    """Two names of a patient, apart by a blank, would put his images on both sides of a split."""
+    root = make(tmp_path, "a/1.png", "a/2.png", "b/1.png")
+    text = "\ufefffile,group\r\na\\1.png,p1 \r\na\\2.png, p1\r\nb\\1.png,p2\r\n"
+    (tmp_path / "groups.csv").write_bytes(text.encode())
+    assert open_folder(root).groups == {"a/1.png": "p1", "a/2.png": "p1", "b/1.png": "p2"}
+
+
 def test_unusable_groups(tmp_path):
     root = make(tmp_path, *FOUR)
     cases = [

@@ -8,7 +8,11 @@ import pytest
 
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import cluster_weights
-from covid_flax.evaluation.metrics import classification_report, resampled_figures
+from covid_flax.evaluation.metrics import (
+    classification_report,
+    log_loss,
+    resampled_figures,
+)
 
 sklearn = pytest.importorskip("sklearn.metrics")
 
@@ -339,3 +343,9 @@ def test_bad_input_is_refused(labels, probabilities, names, message):
 def test_bad_clusters_are_refused(clusters):
     with pytest.raises(ValueError, match=r"clusters must be integers \[2\]"):
         classification_report(np.array([0, 1]), np.eye(2), ["a", "b"], clusters=clusters)
+
+
+def test_the_loss_of_an_answer_that_is_certain_and_wrong_is_finite():
+    p = np.array([[0.0, 1.0], [1e-12, 1.0]])
+    want = -np.log([np.finfo(np.float64).tiny, 1e-12]).mean()
+    assert log_loss(np.array([0, 0]), p) == pytest.approx(want)

@@ -77,3 +77,17 @@ def test_what_accelerators_compute_is_the_same(stride):
     np.testing.assert_allclose(ours, xla, atol=1e-5)
     for a, b in zip(back(ours), xla_back(ours), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_rounds_once():
+    """Sums are taken in float32: as near to the exact ones as XLA's own convolution."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 9, 9, 8)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.normal(size=(5, 5, 8, 1)), jnp.bfloat16)
+    exact = _by_loops(np.asarray(x, np.float64), np.asarray(kernel, np.float64), 1)
+    ours = np.asarray(jax.jit(depthwise_conv2d)(x, kernel), np.float64)
+    np.testing.assert_allclose(ours, exact, rtol=2**-8, atol=1e-4)
+    gradient = jax.grad(lambda x: jnp.sum(depthwise_conv2d(x, kernel).astype(jnp.float32)))(x)
+    turned = np.asarray(kernel, np.float64)[::-1, ::-1]
+    exact = _by_loops(np.ones(x.shape), turned, 1)
+    np.testing.assert_allclose(np.asarray(gradient, np.float64), exact, rtol=2**-8, atol=1e-4)

@@ -70,6 +70,7 @@ def test_refusals_are_one_line_and_write_nothing(arrays, tmp_path, capsys, monke
         (("none.h5", "out.npz"), "no such"),
         (("in.npz", "there.npz", "--model", "resnet14_small"), "exists"),
         (("in.npz", "no/folder/out.npz", "--model", "resnet14_small"), "cannot write"),
+        (("in.npz", "there.npz/out.npz", "--model", "resnet14_small"), "cannot write"),
         (("in.npz", "out.npz", "--may_miss", "conv9"), "conv9"),
     ]:
         paths = [str(tmp_path / a) if ".npz" in a or ".h5" in a else a for a in args]

@@ -134,7 +134,7 @@ def test_what_a_pickle_would_call_is_not_called(tmp_path, wrap):
     ran = tmp_path / "ran"
     path = tmp_path / "weights.pth"
     path.write_bytes(_old_checkpoint(wrap(_Runs(ran))))
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="damaged|no state dict"):
         read_weights(path)
     assert not ran.exists()
     pickle.loads(pickle.dumps(_Runs(ran)))  # it would have run
@@ -157,6 +157,22 @@ def test_a_file_cut_short_or_changed_is_refused(weight_file, tmp_path):
             read_weights(path)
         except UserError as e:
             assert "\n" not in str(e)
+
+
+def test_a_sound_file_of_something_else_is_not_called_damaged(tmp_path):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(_old_checkpoint({"epoch": 3, "state_dict": {}}))
+    with pytest.raises(UserError, match="no state dict of EfficientNet-Lite0 .*more than tensors"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("name", ["weight", "module._conv_stem.weight", "layer1.0.conv1.weight"])
+def test_a_name_that_is_foreign_is_named(name):
+    from covid_flax.pretrained.names import from_lite_pytorch
+
+    blocks = {f"_blocks.{i}._bn0.weight": np.zeros(1, np.float32) for i in range(16)}
+    with pytest.raises(KeyError, match=name):
+        from_lite_pytorch(blocks | {name: np.zeros((1, 1, 1, 1), np.float32)})
 
 
 def test_names_of_another_network_are_refused():
