@@ -129,6 +129,18 @@ def _flag_line(e: Exception) -> str:
         return "that configuration file has no variants: leave out what follows the colon"
     if missing := re.search(r"Flag --(\w+) must have a value", text):
         return f"--{missing[1]} is missing (--help lists the flags)"
+    if lost := re.search(r"Failed loading config file.*No such file or directory: '(.*)'", text):
+        return (
+            f"--config={lost[1]}: no such file here, where names begin at the working folder; "
+            "configs/ has paper.py, finetune.py, ..."
+        )
+    if strange := re.match(r"Unknown command line flag '(config\.)?([\w.]+)", text):
+        if strange[1]:
+            return f"--config.{strange[2]}=... needs --config=FILE too, a file of configs/"
+        keys = [k for k in flatten(base.get_config()) if k.rpartition(".")[2] == strange[2]]
+        near = {"data_dir": "data.dir"}.get(strange[2], keys[0] if len(keys) == 1 else "")
+        if near and "config" in flags.FLAGS:
+            return f"unknown flag --{strange[2]}: here it is --config.{near}"
     text = re.sub(r"\('([^']*)', '([^']*)'\)", r"\1: \2", text)
     if "Traceback" in text:
         text = text.rstrip().splitlines()[-1]

@@ -62,6 +62,7 @@ def dry_run(run: Run) -> None:
         skip_non_finite=False,
         micro_batch=config.train.micro_batch,  # under pmap the job's is a device's
     )
+    say("compiling the step, for what it computes and holds")
     layout = jit_layout(mesh, shard_state=shard_state)  # under pmap a step costs as much
     step: Any = layout.compile_step(make_train_step(run.graphdef, job.tx, step_config))
     compiled = step.lower(state, examples).compile()

@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 def printable(text: str) -> str:
@@ -34,3 +35,9 @@ def run_script(main: Callable[[], None]) -> None:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+
+
+def no_command(module: str, instead: str) -> NoReturn:
+    """Ends a module that is run as if it were a command, which would else do nothing, with 2."""
+    print(f"error: covid_flax.{module} is no command: {instead}", file=sys.stderr)
+    sys.exit(2)

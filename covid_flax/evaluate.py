@@ -132,17 +132,21 @@ def evaluate(
     if answers is not None:
         report["members"] = members_report(predictions.labels, predictions.class_names, answers)
     report["checkpoint"] = {"which": checkpoint, "step": run.step}
+    if isinstance(run, Ensemble):
+        report["checkpoint"]["runs"] = {m.workdir.name: m.step for m in run.members}
     report["data_dir"] = str(Path(data.folder.root).absolute())
     report["bad_images"] = dict(data.bad_images)
     report["not_images"] = dict(data.folder.ignored)
     if class_map:
         report["class_map"] = dict(class_map)
     if split == "val" and chosen_by_val:
-        report["note"] = (
-            "These images chose the epoch, so the figures are optimistic; "
-            "a test split (data.nested_test, or grouped with data.test_fraction) is not."
+        kept = sum(saved["data"]["images"].get("test", {}).values())
+        report["note"] = "These images chose the epoch, so the figures are optimistic; " + (
+            f"the run's {kept:,} test images chose nothing (--split=test, once, at the end)."
+            if kept
+            else "a test split (data.nested_test, or grouped with data.test_fraction) is not."
         )
-    say_what_is_replaced(output / "report.json", data)
+    say_what_is_replaced(output / "report.json", data, report["checkpoint"])
     title = title_of(workdir, saved, split, data)
     about = saved | {"name": workdir.resolve().name}
     write_evaluation(output, report, predictions, title=title, run=about)

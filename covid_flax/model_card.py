@@ -40,6 +40,7 @@ from covid_flax.report.statements import (
     split_counts,
     statements,
 )
+from covid_flax.report.summary import checkpoint_of
 
 GUIDELINES = {"claim": ("CLAIM 2024", CLAIM), "tripod": ("TRIPOD+AI", TRIPOD_AI)}
 _SCALED = "temperature applied"
@@ -328,13 +329,8 @@ def _evaluation(a: Artefacts, name: str) -> Section:
         for c, row in zip(report["class_names"], report["confusion_matrix"], strict=True)
     ]
     paragraphs = [str(report["note"])] if report.get("note") else []
-    checkpoint = report.get("checkpoint") or {}
-    if checkpoint:
-        step = count(checkpoint.get("step"))
-        paragraphs.append(
-            f"{checkpoint.get('which')} checkpoint, step {step}, images of "
-            f"{report.get('data_dir') or NOT_KNOWN}."
-        )
+    if scored := checkpoint_of(report):
+        paragraphs.append(f"{scored}, images of {report.get('data_dir') or NOT_KNOWN}.")
     if _scaled(report):
         paragraphs.append("The probabilities are scaled by the temperature.")
     alarms = report.get("alarms")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from covid_flax.compiler.xla import compiler_options
 from covid_flax.data.pipeline import Source, eval_batches
+from covid_flax.errors import no_command
 from covid_flax.mesh import make_mesh, put_batch, replicated
 
 
@@ -102,3 +103,7 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
     """Mean categorical cross-entropy over the examples, unweighted, unsmoothed."""
     return float(-np.mean(log_softmax(logits)[np.arange(len(labels)), labels]))
+
+
+if __name__ == "__main__":
+    no_command("predict", "python -m covid_flax.evaluate writes predictions.csv")

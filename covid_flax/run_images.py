@@ -140,11 +140,19 @@ def title_of(workdir: Path, saved: Mapping[str, Any], split: str, data: Dataset)
     return f"{split} images of {name}" + (f", in {folder}" if moved else "")
 
 
-def say_what_is_replaced(report: Path, data: Dataset) -> None:
-    """A note where `report`, a JSON file to be written, is one of another folder's images."""
-    before = peek(report).get("data_dir")
+def say_what_is_replaced(
+    report: Path, data: Dataset, checkpoint: Mapping[str, Any] | None = None
+) -> None:
+    """A note where `report`, a JSON file to be written, is of another folder or checkpoint."""
+    was = peek(report)
+    before, scored = was.get("data_dir"), was.get("checkpoint")
     if isinstance(before, str) and before != str(Path(data.folder.root).absolute()):
         say(f"note: this replaces {report.name} of {before} in {report.parent}: give --output")
+    elif checkpoint and isinstance(scored, dict) and scored.get("step") != checkpoint["step"]:
+        say(
+            f"note: this replaces {report.name} of step {scored.get('step')} "
+            f"({scored.get('which')}) in {report.parent}: give --output"
+        )
 
 
 def what_they_chose(workdir: Path, split: str, data: Dataset) -> str | None:

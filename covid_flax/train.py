@@ -17,7 +17,7 @@ from covid_flax.checkpoint import Checkpoints
 from covid_flax.config import keeps_averages, to_json
 from covid_flax.console import Meter, say
 from covid_flax.early_stopping import EarlyStopping
-from covid_flax.errors import UserError
+from covid_flax.errors import UserError, no_command
 from covid_flax.feature_cache import cached_sources
 from covid_flax.feed import Feed, make_feed
 from covid_flax.host_memory import KeptMemory
@@ -387,3 +387,7 @@ def _without_skipped(state: TrainState) -> tuple[TrainState, dict[str, float]]:
     sums = dict(state.sums)
     skipped = {name: float(sums.pop(name)) for name in zero_skipped() if name in sums}
     return dataclasses.replace(state, sums=sums), skipped
+
+
+if __name__ == "__main__":
+    no_command("train", "python -m covid_flax.main --config=configs/FILE trains")

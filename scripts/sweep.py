@@ -730,7 +730,8 @@ def _write(plan: Plan, workdir: Path, saved: Mapping[str, Any]) -> None:
     if len(saved["ranking"]) > 1:
         say(
             "note: the best of many on the validation images is partly luck: its figure is too "
-            "good; score images that chose nothing (data.nested_test)"
+            "good; score images that chose nothing, once: --split=test (data.test_fraction of "
+            "grouped splits, data.nested_test of the paper's)"
         )
     say(f"sweep: {workdir} (sweep.csv, sweep.json, sweep.png, logs/)")
 

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate, parse_prevalence
 from covid_flax.evaluation.metrics import check_prevalence
 from covid_flax.run import saved_run, setup
-from covid_flax.run_images import open_data, parse_class_map, what_they_chose
+from covid_flax.run_images import open_data, parse_class_map, say_what_is_replaced, what_they_chose
 from covid_flax.train import train
 from covid_flax.trained_run import open_run
 
@@ -518,3 +519,13 @@ def test_a_split_the_run_has_not(trained, tmp_path):
     (copy / "split.csv").write_text(text)
     with pytest.raises(UserError, match="no test split.*train, val"):
         evaluate(copy, split="test")
+
+
+def test_that_another_checkpoint_s_figures_are_replaced_is_said(tmp_path, capsys):
+    data = SimpleNamespace(folder=SimpleNamespace(root=tmp_path))
+    before = {"data_dir": str(tmp_path.absolute()), "checkpoint": {"which": "best", "step": 55}}
+    (tmp_path / "report.json").write_text(json.dumps(before))
+    say_what_is_replaced(tmp_path / "report.json", data, before["checkpoint"])
+    assert capsys.readouterr().out == ""
+    say_what_is_replaced(tmp_path / "report.json", data, {"which": "latest", "step": 66})
+    assert "this replaces report.json of step 55 (best) in" in capsys.readouterr().out

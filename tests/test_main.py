@@ -85,6 +85,8 @@ def test_train_evaluate_and_no_tensorflow(tmp_path, args):
         (["--config.data.dir=/nowhere"], ["/nowhere"]),
         (["--config.model.weights=/nowhere.h5"], ["/nowhere.h5"]),
         (["--splat=1"], ["splat"]),
+        (["--epochs=3"], ["unknown flag --epochs: here it is --config.train.epochs"]),
+        (["--data_dir=x"], ["unknown flag --data_dir: here it is --config.data.dir"]),
         (["stray"], ["stray"]),
     ],
 )
@@ -95,6 +97,9 @@ def test_bad_arguments(bad, words, tmp_path, args):
 
 def test_bad_config_files(tmp_path, args):
     _refused(_main(tmp_path / "run", config="nowhere.py"), "nowhere.py")
+    lost = forked.main("--config=configs/papr.py", "--config.seed=1", cwd=ROOT)
+    _refused(lost, "--config=configs/papr.py: no such file")
+    _refused(forked.main("--config.data.dir=x", cwd=ROOT), "--config.data.dir=... needs --config=")
     _refused(_main(tmp_path / "run", *args, config="paper.py:frozzen"), "frozzen", "frozen")
     _refused(forked.main(cwd=ROOT), "config")
     bad = tmp_path / "bad.py"
@@ -217,3 +222,8 @@ def test_the_same_command_twice_gives_the_same_bits(tmp_path, args):
         predictions.append((run / "eval" / "val" / "predictions.csv").read_bytes())
     assert arrays[0] == arrays[1] and len(arrays[0][0]) == 64
     assert predictions[0] == predictions[1]
+
+
+@pytest.mark.parametrize(("module", "instead"), [("train", "main"), ("predict", "evaluate")])
+def test_what_is_no_command_says_so(module, instead):
+    _refused(_command(module), f"covid_flax.{module} is no command: python -m covid_flax.{instead}")

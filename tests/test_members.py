@@ -53,6 +53,11 @@ def test_every_image_is_held_out_once_and_test_is_the_same(folds):
 
 def test_the_whole_is_its_members_together(folds):
     _, workdir, summary = folds
+    report = json.loads((workdir / "eval/test/report.json").read_text())
+    assert set(report["checkpoint"]["runs"]) == {"fold0", "fold1", "fold2"}
+    assert (
+        "best checkpoints of 3 runs: fold0 step " in (workdir / "eval/test/report.html").read_text()
+    )
     one = [read_predictions(workdir / f"fold{i}" / "eval/test/predictions.csv") for i in range(3)]
     whole = read_predictions(workdir / "eval/test/predictions.csv")
     np.testing.assert_allclose(

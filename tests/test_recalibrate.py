@@ -153,6 +153,7 @@ def _assert_statistics_of_plain_images(config, run, trained):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_from_cached_features_it_is_as_from_the_images():
     config = with_batch_norm(base.get_config())
     config.train.batch_size = config.train.recalibrate = 8

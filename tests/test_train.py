@@ -549,6 +549,7 @@ dry_run(setup(config_lib.from_json(parse_json(sys.argv[1])), Path(sys.argv[2])))
 """
 
 
+@pytest.mark.slow
 def test_a_dry_run_tells_of_each_device(tiny_config, tmp_path, capsys):
     """Of eight, each has an eighth of the batch: together they compute what one alone does."""
     tiny_config.train.batch_size = 40

@@ -300,6 +300,8 @@ def _list_images(
     if not any(images.values()):
         kinds = sum(ignored.values(), Counter[str]())
         others = f"; {_by_suffix(kinds)} are not read: save them as PNG" if kinds else ""
+        if loose := sum(map(is_image, tree.children(dataset)[1])):
+            others += f"; {loose:,} lie in no class folder: move them into <Class>"
         raise UserError(f"no image found in {where}: it must hold {LAYOUTS}{others}")
     empty = [label for label in names if not images[label]]
     if skip_empty:

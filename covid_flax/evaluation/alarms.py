@@ -248,7 +248,7 @@ def independent_predictions(matrix: Any, class_names: Sequence[str] = ()) -> Ala
     else:
         enough = _power(n, matrix, test.df) >= _POWER
         said = (
-            "Predictions are independent of the labels"
+            "No dependence of the predictions on the labels is shown"
             if enough
             else f"{n:,} images are too few to tell these predictions from chance"
         )

@@ -278,7 +278,9 @@ def write_controls_page(
       UserError: the file cannot be written.
     """
     whole, *changed = report["conditions"]
-    hidden = [c for c in changed if c["shows"] in ("no lung", "little lung")]
+    # What shows a little lung is beside the point where something shows none.
+    hidden = [c for c in changed if c["shows"] == "no lung"]
+    hidden = hidden or [c for c in changed if c["shows"] == "little lung"]
     strongest = max(hidden, key=lambda c: c["balanced_accuracy"] - c["chance"])
     text = render(
         "controls.html.j2",

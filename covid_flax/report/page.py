@@ -24,6 +24,7 @@ from covid_flax.evaluation.predictions import Predictions
 from covid_flax.files import write_atomically
 from covid_flax.report import pictures
 from covid_flax.report.pictures import picture as picture  # the other pages' way in
+from covid_flax.report.summary import checkpoint_of
 
 _UNDEFINED = Markup('<span class="undefined" title="undefined on these images">–</span>')
 _SPACE = "\N{NO-BREAK SPACE}"
@@ -323,18 +324,16 @@ def _facts(report: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[tup
     """Name and value of what was scored."""
     run = run or {}
     config = run.get("config") or {}
-    checkpoint = report.get("checkpoint") or {}
     weights = run.get("weights") or {}
     data, model = config.get("data") or {}, config.get("model") or {}
     train, optimizer = config.get("train") or {}, config.get("optimizer") or {}
-    step = checkpoint.get("step")
     bad = report.get("bad_images")
     pairs = [
         ("Run", run.get("name")),
         ("Baseline", run.get("baseline")),
         ("Images", f"{report.get('split') or ''} split of {report.get('data_dir') or 'unknown'}"),
         ("Not scored", bad and f"{left_out(bad)} (all in report.json)"),
-        ("Checkpoint", checkpoint and f"{checkpoint.get('which')}, step {_plain(step)}"),
+        ("Checkpoint", checkpoint_of(report)),
         ("Network", model.get("name")),
         ("Trained part", model.get("trainable")),
         ("Input", f"{data['image_size']} px" if "image_size" in data else None),

@@ -16,6 +16,7 @@ from covid_flax.evaluation.intervals import (
     whole_interval,
 )
 from covid_flax.report.artefacts import Artefacts
+from covid_flax.report.summary import checkpoint_of
 
 NOT_KNOWN = "not known"
 ECE_NOTE = (
@@ -503,10 +504,8 @@ def _recalibration(a: Artefacts) -> str | None:
 
 
 def _prediction(a: Artefacts) -> str | None:
-    found = (a.reports.get(a.headline) or {}).get("checkpoint")
-    if not found:
-        return None
-    return f"By the {found.get('which')} checkpoint, step {count(found.get('step'))}."
+    found = checkpoint_of(a.reports.get(a.headline) or {})
+    return f"By the {found}." if found else None
 
 
 def _imbalance(a: Artefacts) -> str | None:

@@ -15,18 +15,12 @@ def print_report(report: Mapping[str, Any], output: Path) -> None:
     """The figures a person looks for first, on the console."""
     names, matrix = report["class_names"], report["confusion_matrix"]
     width = max(map(len, names))
-    checkpoint = report.get("checkpoint")
     say("")
     say(
         f"{report['split']}: {report['num_examples']:,} images, accuracy "
         f"{_with_interval(report, 'accuracy')}, balanced "
         f"{_with_interval(report, 'balanced_accuracy')}, "
-        f"loss {report['loss']:.4f}"
-        + (
-            f" ({checkpoint['which']} checkpoint, step {checkpoint['step']:,})"
-            if checkpoint
-            else ""
-        )
+        f"loss {report['loss']:.4f}" + (f" ({said})" if (said := checkpoint_of(report)) else "")
     )
     say("confusion matrix, rows true, columns predicted:")
     # Numbered where the beginnings of two are alike.
@@ -47,6 +41,18 @@ def print_report(report: Mapping[str, Any], output: Path) -> None:
     if "note" in report:
         say(report["note"])
     say(f"written: {output}/report.html, report.json, predictions.csv, confusion_matrix.png")
+
+
+def checkpoint_of(report: Mapping[str, Any]) -> str:
+    """`best checkpoint, step 44`, of a repeated run its members'; "" where none was scored."""
+    found = report.get("checkpoint") or {}
+    if not found:
+        return ""
+    runs, step = found.get("runs"), found.get("step")
+    if runs:
+        steps = ", ".join(f"{name} step {step:,}" for name, step in runs.items())
+        return f"{found.get('which')} checkpoints of {len(runs)} runs: {steps}"
+    return f"{found.get('which')} checkpoint, step {f'{step:,}' if step else 'unknown'}"
 
 
 def _with_interval(report: Mapping[str, Any], key: str) -> str:

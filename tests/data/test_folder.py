@@ -112,6 +112,7 @@ def test_links_are_followed(tmp_path):
         (("COVID/images/1.png",), r"one class only \(COVID\)"),
         (("images/1.png", "masks/1.png"), "folder of one class"),
         (("loose.png",), r"<Class>/images/\*\.png \(Kaggle's\) or <Class>/\*\.png"),
+        (("1.png", "2.png"), "no image found.*; 2 lie in no class folder: move them into <Class>"),
         (("a/1.dcm", "b/2.DCM", "b/x"), "no image found.*; 2 .dcm, 1 other are not read"),
         (("a/1.png", "b/2\r.png"), r"b/2\\r\.png' holds a carriage return: rename"),
         (("COVID/COVID-1.png", "Normal/covid-2.png"), "Normal/covid-2.png names COVID"),

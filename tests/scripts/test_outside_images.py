@@ -113,6 +113,7 @@ def test_the_score_is_scikit_learn_s_of_the_odds(tmp_path):
     assert lines[1] == f"  A COVID called COVID {n[0]}, Lung_Opacity {n[1]}, Normal {n[2]}"
 
 
+@pytest.mark.slow
 def test_what_a_user_can_get_wrong_is_one_line(tmp_path):
     write_dataset(tmp_path / "known", 2, size=64)
     done = _run(f"--clones={tmp_path}", f"--data_dir={tmp_path / 'known'}")
