@@ -129,7 +129,9 @@ def _flag_line(e: Exception) -> str:
         return "that configuration file has no variants: leave out what follows the colon"
     if missing := re.search(r"Flag --(\w+) must have a value", text):
         return f"--{missing[1]} is missing (--help lists the flags)"
-    if lost := re.search(r"Failed loading config file.*No such file or directory: '(.*)'", text):
+    if lost := re.search(
+        r"Failed loading config file.*No such file or directory: '(.*)'", text, re.S
+    ):
         return (
             f"--config={lost[1]}: no such file here, where names begin at the working folder; "
             "configs/ has paper.py, finetune.py, ..."

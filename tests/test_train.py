@@ -183,6 +183,7 @@ def test_a_kill_between_metrics_and_checkpoint_leaves_no_double_line(
     _assert_same_run(workdir, whole)
 
 
+@pytest.mark.slow
 def test_a_damaged_latest_checkpoint_costs_time_alone(
     resumable, straight, tmp_path, monkeypatch, capsys
 ):
@@ -287,7 +288,9 @@ def test_images_on_the_device_change_no_result(tiny_config, tmp_path):
     _assert_same_run(tmp_path / "one by one", tmp_path / "device")
 
 
-@pytest.mark.parametrize(("key", "value"), [("ema_decay", 0.5), ("swa_start", 1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [pytest.param("ema_decay", 0.5, marks=pytest.mark.slow), ("swa_start", 1)]
+)
 def test_averaged_weights_are_what_is_evaluated(tiny_config, tmp_path, key, value):
     tiny_config.model.trainable = "head"
     tiny_config.train.feature_cache_gb = 1.0

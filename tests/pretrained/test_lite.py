@@ -58,7 +58,7 @@ def weight_file():
     [
         "efficientnet_lite0",
         pytest.param("efficientnet_lite1", marks=pytest.mark.slow),
-        "efficientnet_lite2",
+        pytest.param("efficientnet_lite2", marks=pytest.mark.slow),
     ],
 )
 def test_it_is_the_package_s_own_network(name):

@@ -275,7 +275,14 @@ def test_calibration_abstention_and_what_was_scored(tmp_path):
         in (sections["pictures"])
     )
     assert "A planted note." in sections["weakens"]
-    for text in ("finetune", "/data/xrays", "best, step 1,926", "128 px", "ab12", "jax 0.10.2"):
+    for text in (
+        "finetune",
+        "/data/xrays",
+        "best checkpoint, step 1,926",
+        "128 px",
+        "ab12",
+        "jax 0.10.2",
+    ):
         assert text in sections["scored"]
     # It is one of scaled probabilities, whichever the page shows.
     report["calibration"] = calibration | {"applied": False}

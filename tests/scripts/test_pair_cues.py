@@ -60,6 +60,7 @@ def test_a_cue_of_grey_is_found_in_coarse_detail_and_in_the_mean():
         assert counts == (12 if "coarser" in name else originals), name
 
 
+@pytest.mark.slow
 def test_a_run_is_asked_about_what_it_was_not_trained_on(tiny_config, tmp_path):
     tiny_config.data.split, tiny_config.data.test_fraction = "grouped", 0.25
     tiny_config.train.epochs = 1
