@@ -348,7 +348,7 @@ def test_processes_that_want_it_at_once_decode_it_once(tmp_path):
     ]
     for p in processes:
         p.start()
-    made = [results.get(timeout=60) for _ in processes]
+    made = [results.get(timeout=300) for _ in processes]
     for p in processes:
         p.join()
     assert sorted(count for count, _ in made) == [0, 10]
