@@ -111,6 +111,14 @@ def _parse(argv: list[str], positional: bool) -> list[str]:
     return extra
 
 
+def no_such_config(name: str) -> str:
+    """The line for a `--config` that is not there."""
+    return (
+        f"--config={name}: no such file here, where names begin at the working folder; "
+        "configs/ has paper.py, finetune.py, ..."
+    )
+
+
 def _flag_line(e: Exception) -> str:
     """What ml_collections and absl raise, as a line: the key, file or value, and the mend."""
     # Here, for they bring the networks and the input pipeline with them.
@@ -132,10 +140,7 @@ def _flag_line(e: Exception) -> str:
     if lost := re.search(
         r"Failed loading config file.*No such file or directory: '(.*)'", text, re.S
     ):
-        return (
-            f"--config={lost[1]}: no such file here, where names begin at the working folder; "
-            "configs/ has paper.py, finetune.py, ..."
-        )
+        return no_such_config(lost[1])
     if strange := re.match(r"Unknown command line flag '(config\.)?([\w.]+)", text):
         if strange[1]:
             return f"--config.{strange[2]}=... needs --config=FILE too, a file of configs/"

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from covid_flax.command import run_command
+from covid_flax.command import no_such_config, run_command
 from covid_flax.config import check_keys, is_repeated
 from covid_flax.console import say
 from covid_flax.dry_run import dry_run
@@ -36,7 +36,7 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "do all but train, and say what a
 def _main() -> None:
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     if not Path(name.partition(":")[0]).is_file():
-        raise UserError(f"--config={name}: no such file; configs/ has paper.py, finetune.py, ...")
+        raise UserError(no_such_config(name))
     check_keys(_CONFIG.value, name)
     profiled = _profiled_steps(_PROFILE.value)
     workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(name)

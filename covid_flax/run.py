@@ -284,7 +284,21 @@ def _write_run(
 
 def check_batches(config: ml_collections.ConfigDict, num_train: int) -> None:
     """Refuses batches that cannot be made of these images on these devices. Raises UserError."""
-    train, devices = config.train, jax.device_count()
+    train = config.train
+    check_division(train, jax.device_count())
+    if train.parallel == "pmap" and (train.shard_state or config.data.on_device == "always"):
+        raise UserError(
+            "train.shard_state and data.on_device=always need train.parallel=jit: set that"
+        )
+    if not usable_examples(num_train, train.batch_size, train.last_batch):
+        raise UserError(
+            f"{num_train} training images do not fill a batch of {train.batch_size}: "
+            "lower config.train.batch_size"
+        )
+
+
+def check_division(train: ml_collections.ConfigDict, devices: int) -> None:
+    """Refuses a batch that micro-batches or so many devices cannot share. Raises UserError."""
     micro = train.micro_batch or train.batch_size
     if train.batch_size % micro:
         raise UserError(
@@ -296,15 +310,6 @@ def check_batches(config: ml_collections.ConfigDict, num_train: int) -> None:
         raise UserError(
             f"config.train.{key}={micro} does not divide among {devices} devices: "
             f"choose a multiple of {devices}"
-        )
-    if train.parallel == "pmap" and (train.shard_state or config.data.on_device == "always"):
-        raise UserError(
-            "train.shard_state and data.on_device=always need train.parallel=jit: set that"
-        )
-    if not usable_examples(num_train, train.batch_size, train.last_batch):
-        raise UserError(
-            f"{num_train} training images do not fill a batch of {train.batch_size}: "
-            "lower config.train.batch_size"
         )
 
 

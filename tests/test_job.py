@@ -128,12 +128,16 @@ class Linear(nnx.Module):
         return x.mean((1, 2)) @ self.head["kernel"][...]
 
 
-def _linear_step(batch, **config):
-    graphdef, params, _ = nnx.split(Linear(), nnx.Param, nnx.BatchStat)
+def _step_of(module, **config):
+    graphdef, params, _ = nnx.split(module, nnx.Param, nnx.BatchStat)
     tx = optax.sgd(1.0)
     step = make_train_step(graphdef, tx, StepConfig("unit", **config))
     state = create_state(nnx.to_pure_dict(params), {}, frozenset({"head"}), tx, 0)
     return step, state
+
+
+def _linear_step(batch, **config):
+    return _step_of(Linear(), **config)
 
 
 def _batch(size):
@@ -232,23 +236,16 @@ class Noise(nnx.Module):
         return self.head["kernel"][...] + jax.random.normal(dropout_key, (len(x), 4))
 
 
-def _noise_step(**config):
-    graphdef, params, _ = nnx.split(Noise(), nnx.Param, nnx.BatchStat)
-    tx = optax.sgd(1.0)
-    state = create_state(nnx.to_pure_dict(params), {}, frozenset({"head"}), tx, 0)
-    return make_train_step(graphdef, tx, StepConfig("unit", **config)), state
-
-
 def test_parts_and_devices_draw_apart():
     """Of equal examples: as many again would change no mean where they drew alike."""
     one = {"image": jnp.zeros((1, 2, 2, 3)), "label": jnp.zeros(1, jnp.int32)}
 
     def parts(n):
-        step, state = _noise_step(micro_batch=1)
+        step, state = _step_of(Noise(), micro_batch=1)
         return float(jax.jit(step)(state, jax.tree.map(lambda x: jnp.repeat(x, n, 0), one))[1])
 
     def devices(n):
-        step, state = _noise_step(axis_name="data")
+        step, state = _step_of(Noise(), axis_name="data")
         each = jax.tree.map(lambda x: jnp.repeat(x[None], n, 0), one)
         over_devices = jax.vmap(step, axis_name="data", in_axes=(None, 0))
         return float(jax.jit(over_devices)(state, each)[1][0])

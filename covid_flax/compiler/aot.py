@@ -26,6 +26,7 @@ from covid_flax.models import (
     trained_stages,
 )
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
+from covid_flax.run import check_division
 from covid_flax.step import abstract_batch, create_state, make_train_step
 
 _GENERATIONS = ("v4", "v5e", "v5p", "v6e", "h100")
@@ -109,13 +110,7 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
     """
     if config.train.parallel != "jit":
         raise UserError("a topology is compiled for train.parallel=jit only: set that")
-    batch = config.train.batch_size
-    micro = config.train.micro_batch or batch
-    if batch % micro or micro % mesh.size:
-        raise UserError(
-            f"config.train.batch_size={batch} (micro_batch={config.train.micro_batch}) does not "
-            f"divide among {mesh.size} devices: choose multiples of {mesh.size}, the batch of both"
-        )
+    check_division(config.train, mesh.size)
     if config.train.teacher:
         raise UserError("a teacher's part of the step is not compiled: set train.teacher=''")
     graphdef, params, batch_stats = create_model(config.model, num_classes, config.seed)
@@ -135,7 +130,7 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
     average = keeps_averages(config)
     state = create_state(params, batch_stats, frozenset(trained), tx, config.seed, average=average)
 
-    size = config.data.image_size
+    batch, size = config.train.batch_size, config.data.image_size
     examples: Any = abstract_batch(graphdef, params, batch_stats, batch, size, cached)
     layout = jit_layout(mesh, shard_state=config.train.shard_state)
     step: Any = layout.compile_step(make_train_step(graphdef, tx, step_config))

@@ -193,15 +193,13 @@ def traffic(module: Module) -> list[Traffic]:
                 continue
             if _target(i) == "ConcatBitcast":  # a name for neighbouring buffers
                 continue
-            moved = list(i.outputs) + [b for o in i.operands for b in outputs.get(o, ())]
+            moved = _written(i, module) + [b for o in i.operands for b in outputs.get(o, ())]
             if i.opcode == "copy-start":
                 moved = list(i.outputs[:2])  # destination, source, and a semaphore
             elif i.opcode == "slice-start":
                 there = i.outputs[1 if len(i.outputs) < 3 else -2]
                 whole = i.outputs[0]
                 moved = [there, Buffer(there.size, whole.space)]
-            elif _is_start(i, module):
-                moved = _results(i) + [b for o in i.operands for b in outputs.get(o, ())]
             hbm = sum(b.size for b in moved if b.space == 0)
             on_chip = sum(b.size for b in moved if b.space not in (0, _HOST))
             found.append(Traffic(i, kind(i, module), hbm, on_chip))
@@ -251,16 +249,13 @@ def kind(instruction: Instruction, module: Module) -> str:
     return f"{opcode} fusion" + (", gradient" if "transpose(" in instruction.op_name else "")
 
 
-def _is_start(instruction: Instruction, module: Module) -> bool:
-    """Whether it begins a collective, and its outputs have the operands among them."""
-    starts = instruction.opcode.endswith("-start") and instruction.opcode != "all-reduce-start"
-    return starts and kind(instruction, module) in COLLECTIVES
-
-
-def _results(start: Instruction) -> list[Buffer]:
-    """What such a beginning writes: the operands come first, as many results, a context last."""
-    count = len(start.operands)
-    return list(start.outputs[count : 2 * count])
+def _written(i: Instruction, module: Module) -> list[Buffer]:
+    """An instruction's outputs; of a collective that it begins, what that will write."""
+    starts = i.opcode.endswith("-start") and i.opcode != "all-reduce-start"
+    if not starts or kind(i, module) not in COLLECTIVES:
+        return list(i.outputs)
+    count = len(i.operands)  # they come first, then as many results, a context last
+    return list(i.outputs[count : 2 * count])
 
 
 def collectives(module: Module) -> dict[str, tuple[int, int]]:
@@ -270,9 +265,8 @@ def collectives(module: Module) -> dict[str, tuple[int, int]]:
         for i in module.computations[name]:
             opcode = kind(i, module)
             if opcode in COLLECTIVES and not i.opcode.endswith(("-done", "-update")):
-                outputs = _results(i) if _is_start(i, module) else i.outputs
                 count, size = found.get(opcode, (0, 0))
-                found[opcode] = (count + 1, size + sum(b.size for b in outputs))
+                found[opcode] = (count + 1, size + sum(b.size for b in _written(i, module)))
     return found
 
 

@@ -178,8 +178,7 @@ class ConvBN(nnx.Module):
             return y
         stride = self.stride if use_batch_stats else self.stride * every
         y = conv2d(x.astype(self.dtype), self.conv.kernel[...].astype(self.dtype), stride)
-        bn = self.bn
-        bias = 0.0 if self.conv.bias is None else self.conv.bias[...]
+        bn, bias = self.bn, self._bias
         if use_batch_stats:
             shift = lax.stop_gradient(bn.mean[...] - bias)
             mean, var = batch_statistics(y, shift, example_weights, axis_name)
@@ -198,8 +197,7 @@ class ConvBN(nnx.Module):
         channels where it is are turned round. A quarter of the pixels is then left to
         normalise, and the convolution is computed again for the gradient, not kept.
         """
-        bn = self.bn
-        bias = 0.0 if self.conv.bias is None else self.conv.bias[...]
+        bn, bias = self.bn, self._bias
         sign = jnp.where(bn.scale[...] < 0, -1.0, 1.0)
 
         @partial(
@@ -230,8 +228,11 @@ class ConvBN(nnx.Module):
         return self.dtype == jnp.bfloat16
 
     def _follow(self, mean: Array, var: Array) -> None:
-        bias = 0.0 if self.conv.bias is None else self.conv.bias[...]
-        self.bn.follow(mean + bias, var, self.momentum)
+        self.bn.follow(mean + self._bias, var, self.momentum)
+
+    @property
+    def _bias(self) -> Array | float:
+        return 0.0 if self.conv.bias is None else self.conv.bias[...]
 
 
 @jax.custom_vjp

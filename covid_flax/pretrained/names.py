@@ -60,7 +60,7 @@ _LITE_OUTER = {
 # By the number of blocks, those of each stage: Lite0, and Lite1 and Lite2.
 _LITE_REPEATS = {16: (1, 2, 2, 3, 3, 4, 1), 21: (1, 3, 3, 4, 4, 5, 1)}
 
-_LITE_NUMBER = re.compile(r"_blocks\.(\d+)\.")
+_LITE_NAME = re.compile(r"(?:_blocks\.([0-9]+)\.)?(\w+)\.(\w+)")
 
 _HEAD_NAME = re.compile(r"(hidden|predictions)/(kernel|bias)")
 _STEM_NAME = re.compile(r"(conv1)_(conv|bn)/([a-z_]+)")
@@ -110,9 +110,13 @@ def from_lite_pytorch(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     Raises:
       KeyError: a name, or a number of blocks, that these networks have not.
     """
-    numbers = {m[1] for name in arrays if (m := _LITE_NUMBER.match(name))}
-    if foreign := [name for name in arrays if "." not in name or name.startswith("module.")]:
-        raise KeyError(foreign[0])
+    parts = {}
+    for name in arrays:
+        found = _LITE_NAME.fullmatch(name)
+        if found is None:
+            raise KeyError(name)
+        parts[name] = found.groups()
+    numbers = {number for number, _, _ in parts.values()} - {None}
     if len(numbers) not in _LITE_REPEATS:
         raise KeyError(f"{len(numbers)} blocks")
     prefixes = [
@@ -122,16 +126,15 @@ def from_lite_pytorch(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]
     ]
     named = {}
     for name, value in arrays.items():
-        *place, layer, array = name.split(".")
+        number, layer, array = parts[name]
         if array == "num_batches_tracked":
             continue
-        if place:
-            blocks, number = place
-            if blocks != "_blocks" or not number.isdigit() or int(number) >= len(prefixes):
-                raise KeyError(name)
+        if number is None:
+            keras = _LITE_OUTER[layer]
+        elif int(number) < len(prefixes):
             keras = prefixes[int(number)] + _LITE_BLOCK[layer]
         else:
-            keras = _LITE_OUTER[layer]
+            raise KeyError(name)
         if _IS_BATCH_NORM.fullmatch(keras):
             ours = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean"}
             named[f"{keras}/{(ours | {'running_var': 'moving_variance'})[array]}"] = value

@@ -64,7 +64,7 @@ EVALUATION: dict[str, Any] = {
     "split": str,
     "data_dir": str,
     "bad_images": {"*": str},
-    "checkpoint": {},
+    "checkpoint": {"runs": {"*": int}},
     "calibration": {"ece": {"before!": float, "after!": float}},
     "alarms": [{"name!": str, "level!": str, "text!": str}],
     "alarms_checked": [str],

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from covid_flax.report.page import count, figure3, percent, render, with_interval
 from covid_flax.report.pictures import STYLE, picture, short_names
+from covid_flax.report.summary import checkpoint_of
 
 _COLUMNS = (
     ("accuracy", "Accuracy", percent),
@@ -81,9 +82,8 @@ def _cell(figure: Mapping[str, Any], form: Any) -> Markup:
 def _origin(run: Mapping[str, Any]) -> str:
     """Where the figures of a run come from."""
     parts = [run["folder"]]
-    if run["checkpoint"]:
-        parts.append(f"{run['checkpoint'].get('which')} checkpoint")
-        parts.append(f"step {run['checkpoint'].get('step')}")
+    if scored := checkpoint_of(run):
+        parts.append(scored)
     if run["calibrated"]:
         parts.append("probabilities scaled by the temperature fitted on val")
     return ", ".join(parts)

@@ -73,7 +73,6 @@ class RunLog:
         self._file.flush()
         if self._events is not None:
             self._events.scalars(split, step, figures)
-            self._events.flush()
 
     def interval(self, step: int, **figures: float) -> None:
         """Figures of some steps, to TensorBoard alone."""

@@ -48,11 +48,11 @@ def checkpoint_of(report: Mapping[str, Any]) -> str:
     found = report.get("checkpoint") or {}
     if not found:
         return ""
-    runs, step = found.get("runs"), found.get("step")
+    which, step, runs = found.get("which"), found.get("step"), found.get("runs")
     if runs:
         steps = ", ".join(f"{name} step {step:,}" for name, step in runs.items())
-        return f"{found.get('which')} checkpoints of {len(runs)} runs: {steps}"
-    return f"{found.get('which')} checkpoint, step {f'{step:,}' if step else 'unknown'}"
+        return f"{which} checkpoints of {len(runs)} runs: {steps}"
+    return f"{which} checkpoint, step {f'{step:,}' if isinstance(step, int) else 'not known'}"
 
 
 def _with_interval(report: Mapping[str, Any], key: str) -> str:
