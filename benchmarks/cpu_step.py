@@ -1,11 +1,14 @@
-"""Times the paper's model on CPU: covid_flax beside PyTorch and Keras 3 on JAX and TensorFlow.
+"""Times a model on CPU: covid_flax beside PyTorch and Keras 3 on JAX and TensorFlow.
 
-    python benchmarks/cpu_step.py [--mode train|inference] [--batch N] [--size 128] [--steps 5]
-        [--rounds 3] [--only NAME ...] [--tensorflow_python FILE] [--json FILE]
+    python benchmarks/cpu_step.py [--network resnet50|efficientnet_lite0]
+        [--mode train|inference] [--batch N] [--size 128] [--steps 5] [--rounds 3]
+        [--only NAME ...] [--tensorflow_python FILE] [--json FILE]
 
-The model is ResNet50 v1, global average pooling, Dense 1024, ReLU, dropout 0.5, Dense 4, in
-float32, on one fixed batch. `train` times a step: everything is trained, batch norm in training
-mode, by Adam. `inference` times the forward pass in evaluation mode.
+The model is the paper's, ResNet50 v1, global average pooling, Dense 1024, ReLU, dropout 0.5,
+Dense 4, or that of `configs/best.py`, EfficientNet-Lite0, dropout 0.2, Dense 4 (beside PyTorch
+alone, by `pip install efficientnet-lite-pytorch`); in float32, on one fixed batch. `train` times a
+step: everything is trained, batch norm in training mode, by Adam. `inference` times the forward
+pass in evaluation mode.
 Each contestant lives in its own process. Their turns are interleaved, so that what else the
 machine does falls on all alike. PyTorch runs in its memory layouts (and compiled, for
 inference); the ratio is to the fastest as it comes.
@@ -55,6 +58,7 @@ CONTESTANTS = {
     "keras tensorflow": "tensorflow",
 }
 KEEP_MEMORY = ("covid_flax", "pytorch kept memory")
+NETWORKS = {"resnet50": (1024, 0.5), "efficientnet_lite0": (0, 0.2)}  # hidden units, dropout
 BATCH = {"train": 32, "inference": 64}
 
 
@@ -65,22 +69,31 @@ def fixed_batch(batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, CLASSES, batch).astype(np.int32)
 
 
-def covid_flax_step(images: np.ndarray, labels: np.ndarray) -> Callable[[], float]:
+def covid_flax_model(network: str) -> Any:
+    """The configuration's `model`."""
+    from ml_collections_configs import base
+
+    model = base.get_config().model
+    model.name = network
+    model.hidden_units, model.dropout = NETWORKS[network]
+    return model
+
+
+def covid_flax_step(network: str, images: np.ndarray, labels: np.ndarray) -> Callable[[], float]:
     """A function that trains one step and returns the loss."""
     from covid_flax.mesh import make_layout
-    from covid_flax.models import create_model
-    from covid_flax.models.resnet import STAGES
+    from covid_flax.models import MODELS, create_model
     from covid_flax.optimizer import make_optimizer
     from covid_flax.step import StepConfig, create_state, make_train_step
     from ml_collections_configs import base
 
-    config = base.get_config()
-    graphdef, params, batch_stats = create_model(config.model, CLASSES, seed=0)
-    tx = make_optimizer(config.optimizer, lambda _: LEARNING_RATE)
+    graphdef, params, batch_stats = create_model(covid_flax_model(network), CLASSES, seed=0)
+    tx = make_optimizer(base.get_config().optimizer, lambda _: LEARNING_RATE)
     layout = make_layout("jit")
-    how = StepConfig(preprocessing="unit", batch_stats_in=frozenset(STAGES))
+    stages = frozenset(MODELS[network].stages)
+    how = StepConfig(preprocessing="unit", batch_stats_in=stages)
     train_step = layout.compile_step(make_train_step(graphdef, tx, how))
-    state = layout.put_state(create_state(params, batch_stats, frozenset(STAGES), tx, seed=0))
+    state = layout.put_state(create_state(params, batch_stats, stages, tx, seed=0))
     batch = layout.put_batch({"image": images, "label": labels})
 
     def step() -> float:
@@ -91,15 +104,14 @@ def covid_flax_step(images: np.ndarray, labels: np.ndarray) -> Callable[[], floa
     return step
 
 
-def covid_flax_inference(images: np.ndarray) -> Callable[[], float]:
+def covid_flax_inference(network: str, images: np.ndarray) -> Callable[[], float]:
     """A function that computes the logits and returns the first."""
     from covid_flax.mesh import make_mesh, put_batch
     from covid_flax.models import create_model
     from covid_flax.predict import compile_apply
     from covid_flax.step import make_eval_step
-    from ml_collections_configs import base
 
-    graphdef, params, batch_stats = create_model(base.get_config().model, CLASSES, seed=0)
+    graphdef, params, batch_stats = create_model(covid_flax_model(network), CLASSES, seed=0)
     apply = compile_apply(make_eval_step(graphdef, "unit"))
     n = len(images)
     batch = {"image": images, "index": np.arange(n), "mask": np.ones(n, bool)}
@@ -107,10 +119,15 @@ def covid_flax_inference(images: np.ndarray) -> Callable[[], float]:
     return lambda: float(np.asarray(apply(params, batch_stats, batch)["output"])[0, 0])
 
 
-def pytorch_model() -> Any:
+def pytorch_model(network: str, size: int) -> Any:
     """The model, a `torch.nn.Module`."""
     import torch
     from torch import nn
+
+    if network == "efficientnet_lite0":
+        from efficientnet_lite_pytorch import EfficientNet
+
+        return EfficientNet.from_name("efficientnet-lite0", image_size=size, num_classes=CLASSES)
 
     def conv_bn(inputs, outputs, size, stride=1):
         return nn.Sequential(
@@ -157,13 +174,15 @@ def pytorch_images(images: np.ndarray, model: Any, channels_last: bool) -> tuple
 
 
 def pytorch_step(
-    images: np.ndarray, labels: np.ndarray, channels_last: bool
+    network: str, images: np.ndarray, labels: np.ndarray, channels_last: bool
 ) -> Callable[[], float]:
     """As `covid_flax_step`."""
     import torch
     from torch import nn
 
-    x, model = pytorch_images(images, pytorch_model().train(), channels_last)
+    x, model = pytorch_images(
+        images, pytorch_model(network, images.shape[1]).train(), channels_last
+    )
     y = torch.from_numpy(labels).long()
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
     loss_fn = nn.CrossEntropyLoss()
@@ -179,12 +198,12 @@ def pytorch_step(
 
 
 def pytorch_inference(
-    images: np.ndarray, channels_last: bool, compiled: bool = False
+    network: str, images: np.ndarray, channels_last: bool, compiled: bool = False
 ) -> Callable[[], float]:
     """As `covid_flax_inference`."""
     import torch
 
-    x, model = pytorch_images(images, pytorch_model().eval(), channels_last)
+    x, model = pytorch_images(images, pytorch_model(network, images.shape[1]).eval(), channels_last)
     if compiled:
         model = torch.compile(model, options={"freezing": True})
 
@@ -211,26 +230,26 @@ def keras_function(mode: str, images: np.ndarray, labels: np.ndarray) -> Callabl
     return lambda: float(model.train_on_batch(images, labels))
 
 
-def make_step(name: str, mode: str, batch: int, size: int) -> Callable[[], float]:
+def make_step(name: str, network: str, mode: str, batch: int, size: int) -> Callable[[], float]:
     """A contestant's function to time."""
     images, labels = fixed_batch(batch, size)
     if name.startswith("keras"):
         return keras_function(mode, images, labels)
     if name.startswith("covid_flax"):
         if mode == "train":
-            return covid_flax_step(images, labels)
-        return covid_flax_inference(images)
+            return covid_flax_step(network, images, labels)
+        return covid_flax_inference(network, images)
     channels_last = name != "pytorch"
     if mode == "train":
-        return pytorch_step(images, labels, channels_last)
-    return pytorch_inference(images, channels_last, name.endswith("compiled"))
+        return pytorch_step(network, images, labels, channels_last)
+    return pytorch_inference(network, images, channels_last, name.endswith("compiled"))
 
 
-def serve(name: str, mode: str, batch: int, size: int) -> None:
+def serve(name: str, network: str, mode: str, batch: int, size: int) -> None:
     """A contestant's process: for each number read from stdin, times that many steps."""
     if name in KEEP_MEMORY:
         prepare_allocator()
-    step = make_step(name, mode, batch, size)
+    step = make_step(name, network, mode, batch, size)
     memory = KeptMemory()
     for line in sys.stdin:
         start = time.perf_counter()
@@ -281,6 +300,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--network", choices=NETWORKS, default="resnet50")
     parser.add_argument("--mode", choices=BATCH, default="train")
     parser.add_argument("--batch", type=int, help="default: 32 to train, 64 for inference")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
@@ -297,7 +317,7 @@ def main() -> None:
     args = parser.parse_args()
     args.batch = args.batch or BATCH[args.mode]
     if args.serve:
-        return serve(args.serve, args.mode, args.batch, args.size)
+        return serve(args.serve, args.network, args.mode, args.batch, args.size)
 
     about = machine()
     print(about)
@@ -309,11 +329,14 @@ def main() -> None:
         for name in args.only:
             if args.mode == "train" and name == "pytorch compiled":
                 continue
+            if args.network != "resnet50" and name.startswith("keras"):
+                continue
             python = args.tensorflow_python if name == "keras tensorflow" else sys.executable
             if not installed(CONTESTANTS[name], python):
                 print(f"{name}: skipped, {python} has no {CONTESTANTS[name]} (see --help)")
                 continue
-            command = [python, __file__, "--serve", name, "--mode", args.mode]
+            command = [python, __file__, "--serve", name, "--network", args.network]
+            command += ["--mode", args.mode]
             command += ["--batch", str(args.batch), "--size", str(args.size)]
             environment = {
                 **os.environ,
@@ -366,7 +389,13 @@ def main() -> None:
             f"  {r['ratio_to_keras_jax']:11.2f}"
         )
     if args.json:
-        settings = {"mode": args.mode, "batch": args.batch, "size": args.size, "steps": args.steps}
+        settings = {
+            "network": args.network,
+            "mode": args.mode,
+            "batch": args.batch,
+            "size": args.size,
+            "steps": args.steps,
+        }
         args.json.write_text(json.dumps({"machine": about, **settings, "results": rows}, indent=2))
 
 

@@ -8,6 +8,8 @@ from jax import lax
 
 from covid_flax.models import conv
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def plain_pool(x):
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
@@ -26,14 +28,15 @@ def test_max_pool_gradient_equals_select_and_scatter(size, ties):
     x = rng.integers(-2, 3, shape).astype(float) if ties else rng.normal(size=shape)
     with jax.enable_x64(True):
         x = jnp.asarray(x)
-        y = plain_pool(x)
+        y = jax.jit(plain_pool)(x)
         g = jnp.asarray(rng.normal(size=y.shape))
         assert x.dtype == jnp.float64
         (want,) = gradient(plain_pool, g, x)
-        np.testing.assert_allclose(conv._max_pool_gradient_cpu(x, y, g), want, rtol=1e-12)
+        ours = jax.jit(conv._max_pool_gradient_cpu)(x, y, g)
+        np.testing.assert_allclose(ours, want, rtol=1e-12)
         (got,) = gradient(conv.max_pool_3x3_s2, g, x)
         np.testing.assert_allclose(got, want, rtol=1e-12)
-        np.testing.assert_array_equal(conv.max_pool_3x3_s2(x), y)
+        np.testing.assert_array_equal(jax.jit(conv.max_pool_3x3_s2)(x), y)
 
 
 def taps(padded, size, stride, out_shape):
@@ -78,7 +81,7 @@ def test_max_pool_gradient_under_vmap_and_in_bfloat16():
     )
 
 
-# The last two are wide enough for Winograd's filtering, the very last in its kernel gradient too.
+# The last two are wide enough for Winograd's filtering.
 @pytest.mark.parametrize(
     "size,inputs,outputs",
     [(1, 3, 5), (1, 5, 3), (3, 3, 5), (7, 3, 4), (3, 128, 130), (3, 257, 256)],
@@ -98,10 +101,26 @@ def test_conv2d_and_its_gradients_equal_numpy_s_in_float64(size, inputs, outputs
         dx[at] += g @ k[i, j].T
     dx = dx[:, pad : pad + 9, pad : pad + 8]
     with jax.enable_x64(True):
-        ours = conv.conv2d(jnp.asarray(x), jnp.asarray(k), stride)
+        ours = jax.jit(conv.conv2d, static_argnums=2)(jnp.asarray(x), jnp.asarray(k), stride)
         gradients = gradient(lambda x, k: conv.conv2d(x, k, stride), *map(jnp.asarray, (g, x, k)))
     assert ours.dtype == np.float64
     for got, want in zip((ours, *gradients), (y, dx, dk), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-10)
+
+
+@pytest.mark.parametrize("padding", [0, 2])
+def test_the_gradients_are_those_of_the_plain_convolution_at_any_padding(padding):
+    rng = np.random.default_rng(2)
+    with jax.enable_x64(True):
+        x, k = (
+            jnp.asarray(rng.normal(size=(2, 9, 8, 3))),
+            jnp.asarray(rng.normal(size=(3, 3, 3, 4))),
+        )
+        y = conv._plain_conv(x, k, 2, padding)
+        ours = gradient(lambda x, k: conv.conv2d(x, k, 2, padding), y, x, k)
+        plain = gradient(lambda x, k: conv._plain_conv(x, k, 2, padding), y, x, k)
+        np.testing.assert_array_equal(conv.conv2d(x, k, 2, padding), y)
+    for got, want in zip(ours, plain, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-10)
 
 
@@ -110,10 +129,18 @@ def wide(height, width, channels=256):
     return x, jax.ShapeDtypeStruct((3, 3, channels, channels), jnp.float32)
 
 
-def lowered(platform):
-    """A wide 3x3 convolution and both its gradients, as StableHLO for that platform."""
+def lowered(platform, channels=256):
+    """A 3x3 convolution and both its gradients, as StableHLO for that platform."""
     function = jax.grad(lambda x, k: jnp.sum(conv.conv2d(x, k) ** 2), (0, 1))
-    return jax.jit(function).trace(*wide(8, 8)).lower(lowering_platforms=(platform,)).as_text()
+    traced = jax.jit(function).trace(*wide(8, 8, channels))
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_a_narrow_one_s_kernel_gradient_is_products_on_cpu_and_plain_elsewhere():
+    for platform, products in (("tpu", 0), ("cuda", 0), ("cpu", 3)):
+        text = lowered(platform, 64)
+        assert text.count("stablehlo.convolution") == (2 if products else 3)
+        assert text.count("stablehlo.dot_general") == products
 
 
 def test_wide_3x3_convolution_is_winograd_s_on_cpu_and_plain_elsewhere():
@@ -140,7 +167,7 @@ def test_winograd_rounds_about_as_little_as_the_plain_sum(height, width):
     ours = jax.jit(lambda *args: all_three(conv.conv2d, *args))(x, k, g)
     with jax.enable_x64(True):
         args = [jnp.asarray(a, jnp.float64) for a in (x, k, g)]
-        exact = jax.jit(lambda *args: all_three(conv._conv, *args))(*args)
+        exact = jax.jit(lambda *args: all_three(conv._plain_conv_3x3, *args))(*args)
     for got, want in zip(ours, map(np.asarray, exact), strict=True):
         assert (got.dtype, want.dtype) == (np.float32, np.float64)
         error = np.asarray(got, np.float64) - want
