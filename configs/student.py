@@ -1,6 +1,7 @@
 """A network of 1.4 million parameters that learns from a trained one's answers too.
 
-Give the teacher, a run of the same split: `--config.train.teacher=runs/best`.
+Train `best.py` first, on the same images: its run, in `runs/best`, is the teacher. Another one is
+given by `--config.train.teacher=RUN`, none by `--config.train.teacher=`.
 """
 
 from ml_collections_configs import base
@@ -9,5 +10,6 @@ from ml_collections_configs import base
 def get_config():
     c = base.start_from("best.py", __file__)
     c.model.name = "efficientnet_lite0_small"
+    c.train.teacher = "runs/best"
     c.train.label_smoothing = 0.0  # the teacher's answers are soft enough
     return c

@@ -193,6 +193,10 @@ class Checkpoints:
             raise self._damaged(step, "its arrays are not those that were saved")
         return state, contents["loop"]
 
+    def loop(self, step: int) -> dict[str, Any]:
+        """The loop's JSON of one of `steps`. Raises DamagedError."""
+        return self._contents(step)["loop"]
+
     def digest(self, step: int) -> str:
         """SHA-256 of the arrays of one of `steps`, as they were saved. Raises DamagedError."""
         return self._contents(step)["record"]["arrays"]

@@ -347,7 +347,8 @@ def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict
     saved = read_run(folder)
     if saved is None:
         raise UserError(
-            f"train.teacher={folder} holds no run (no config.json): give a run's folder"
+            f"train.teacher={folder} holds no run (no config.json): train the teacher "
+            "first, or give the folder of one"
         )
     if saved["class_names"] != list(data.class_names):
         raise UserError(

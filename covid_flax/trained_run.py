@@ -14,11 +14,12 @@ import numpy as np
 from flax import nnx
 
 from covid_flax import config as config_lib
-from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
+from covid_flax.checkpoint import Checkpoints, DamagedError, has_checkpoints, resolve_step
 from covid_flax.console import say
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.pipeline import Source
 from covid_flax.data.splits import read_split_csv
+from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.mesh import make_layout
 from covid_flax.models import MODELS, create_model, trained_stages
@@ -197,6 +198,19 @@ def _recalibrated(
     return state
 
 
+def _say_if_unfinished(workdir: Path, checkpoints: Checkpoints, epochs: int) -> None:
+    try:
+        latest = checkpoints.loop(max(checkpoints.steps))
+    except DamagedError:  # then nobody knows, and the one asked for may be sound
+        return
+    stopping = EarlyStopping.from_state_dict(latest["early_stopping"])
+    if stopping.epoch < epochs and not stopping.should_stop:
+        say(
+            f"note: {workdir} has trained {stopping.epoch} of {epochs} epochs: "
+            "its training command goes on with it"
+        )
+
+
 def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str, data_dir: str) -> TrainedRun:
     config = config_lib.from_json(saved["config"])
     class_names = tuple(saved["class_names"])
@@ -214,6 +228,7 @@ def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str, data_dir: s
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = resolve_step(checkpoints, checkpoint)
         state, _ = checkpoints.load(step, make_layout("jit").place(state))
+        _say_if_unfinished(workdir, checkpoints, config.train.epochs)
     amid_an_epoch = float(state.sums["count"]) > 0
     if amid_an_epoch and recalibration_is_due(config, batch_stats):
         state = _recalibrated(workdir, saved, data_dir, step, graphdef, state)

@@ -14,8 +14,9 @@ import pytest
 import sklearn.metrics
 from PIL import Image
 
-from covid_flax import run_images
+from covid_flax import run_images, trained_run
 from covid_flax.data.splits import read_split_csv
+from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate, parse_prevalence
 from covid_flax.evaluation.metrics import check_prevalence
@@ -24,6 +25,8 @@ from covid_flax.run_images import open_data, parse_class_map, say_what_is_replac
 from covid_flax.train import train
 from covid_flax.trained_run import open_run
 
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
+
 
 @pytest.fixture(scope="module")
 def trained(make_tiny_config, tmp_path_factory):
@@ -31,7 +34,7 @@ def trained(make_tiny_config, tmp_path_factory):
     c = make_tiny_config()
     c.data.split = "grouped"
     c.data.test_fraction = 0.25
-    c.train.epochs = 1
+    c.train.epochs, c.train.batch_size = 1, 20
     c.eval.batch_size = 12  # divides nothing
     workdir = tmp_path_factory.mktemp("trained") / "run"
     train(setup(c, workdir))
@@ -90,6 +93,35 @@ def test_validation_is_called_optimistic_and_test_is_not(trained, tmp_path):
     assert not {"stopping-split-scored", "training-images-scored", "scored-counts"} & {
         alarm["name"] for alarm in report["alarms"]
     }
+
+
+def test_a_run_that_has_not_ended_says_so(trained, tmp_path, capsys):
+    open_run(trained)
+    assert "epochs" not in capsys.readouterr().out
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    saved = json.loads((copy / "config.json").read_text())
+    saved["config"]["train"]["epochs"] = 3
+    (copy / "config.json").write_text(json.dumps(saved))
+    open_run(copy)
+    assert "has trained 1 of 3 epochs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "stopping, ended",
+    [
+        (EarlyStopping(patience=2, epoch=4, best=0.5, best_epoch=2, wait=2), True),
+        (EarlyStopping(patience=2, epoch=4, best=0.5, best_epoch=3, wait=1), False),
+        (EarlyStopping(patience=None, epoch=4, best=0.5, best_epoch=1, wait=3), False),
+        (EarlyStopping(patience=None, epoch=9, best=0.5, best_epoch=1, wait=8), True),
+    ],
+)
+def test_a_run_has_ended_that_trained_all_epochs_or_stopped_early(stopping, ended, capsys):
+    checkpoints = SimpleNamespace(
+        steps=[10, 20], loop=lambda step: {20: {"early_stopping": stopping.state_dict()}}[step]
+    )
+    trained_run._say_if_unfinished(Path("run"), checkpoints, 9)
+    assert ("run has trained 4 of 9 epochs" not in capsys.readouterr().out) == ended
 
 
 def test_the_temperature_of_validation_is_applied_when_asked(trained, phantom_dir, tmp_path):
@@ -330,6 +362,7 @@ def test_a_run_s_phantoms_move_with_it(make_tiny_config, tmp_path):
         c = make_tiny_config()
         c.seed = seed
         c.data.dir, c.data.phantoms_per_class, c.train.epochs = "", 8, 1
+        c.train.batch_size = 12  # of 24: one shape to compile
         train(setup(c, tmp_path / "run"))
         if name == "first":
             (tmp_path / "run").rename(tmp_path / name)
