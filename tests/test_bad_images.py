@@ -18,7 +18,7 @@ from covid_flax.run import setup
 from covid_flax.train import train
 from ml_collections_configs import base
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
 
 
 def _spoil(data):

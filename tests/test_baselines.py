@@ -3,10 +3,9 @@
 import csv
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -23,6 +22,8 @@ from covid_flax.baselines import GRIDS, Images, baselines, fit_baseline, fit_com
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.run import setup
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
 
 ROOT = Path(__file__).parent.parent
 
@@ -178,14 +179,8 @@ def test_refusals_and_the_command(run, tmp_path):
     (tmp_path / "svm" / "config.json").write_text('{"baseline": "svm", "class_names": ["a"]}')
     with pytest.raises(UserError, match="svm is a classical baseline of a run"):
         evaluate(tmp_path / "svm")
-    command = [sys.executable, "-m", "covid_flax.baselines", f"--workdir={run}"]
-    done = subprocess.run(
-        [*command, "--models=naive_bayes", f"--output={tmp_path / 'out'}"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=os.environ,
-    )
+    args = (f"--workdir={run}", "--models=naive_bayes", f"--output={tmp_path / 'out'}")
+    done = forked.command("covid_flax.baselines", *args, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Gaussian naive Bayes: var_smoothing" in done.stdout
     assert os.listdir(tmp_path / "out") == ["naive_bayes"]

@@ -1,12 +1,10 @@
 import csv
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from report.browser import chromium, visit
@@ -511,9 +509,7 @@ def test_the_command_takes_folders_and_flags_in_any_order(tmp_path):
     b = write_run(tmp_path / "b", labels, predict(labels, 2, 2), groups)
     report, _ = assess(read_evaluations([a, b])[1].predictions, split="test")
 
-    command = [sys.executable, "-m", "covid_flax.compare", str(a), "--split=test", str(b)]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    done = forked.command("covid_flax.compare", a, "--split=test", b, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"b  {report['accuracy']:.4f} (" in done.stdout
     tables = [line for line in done.stdout.splitlines() if not line.startswith(("caution", "w"))]

@@ -42,6 +42,8 @@ from covid_flax.report.controls_page import explain, verdict
 from covid_flax.run import setup
 from covid_flax.train import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
+
 NAMES = phantoms.CLASSES
 SIZE = 40
 

@@ -17,6 +17,8 @@ from covid_flax.step import distillation_loss
 from covid_flax.train import train
 from covid_flax.trained_run import open_run
 
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
+
 
 @pytest.fixture(scope="module")
 def teacher(make_tiny_config, tmp_path_factory):

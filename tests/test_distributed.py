@@ -30,6 +30,8 @@ from covid_flax.run import setup
 from covid_flax.train import train
 from covid_flax.trained_run import open_run
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parent.parent
 _CONFIG = """
 import json
@@ -240,6 +242,7 @@ def one_device(tmp_path_factory):
 def test_two_processes_train_and_evaluate_as_one(config, one_device, tmp_path):
     """Also: a cache that nobody has filled yet is filled once."""
     config.data.cache_dir = str(tmp_path / "cache")
+    config.train.checkpoint_every_steps = 2
     command = ["-m", "covid_flax.main", *_main(config, tmp_path, tmp_path / "run")]
     done = _Processes(tmp_path / "main", [command, command]).wait(0, 0)
     judge = one_device(config)
@@ -386,7 +389,7 @@ def test_the_loss_of_process_0_ends_the_others(tmp_path):
     assert ours or (status == -signal.SIGABRT and "JAX distributed service" in run.err(1))
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_others_that_do_not_come(process, tmp_path):
     args = [f"--coordinator=127.0.0.1:{_port()}", "--num_processes=2", f"--process_id={process}"]
     command = ["-c", _WAITS, "wait", *args, "--init_timeout=1"]

@@ -55,6 +55,7 @@ def test_train_evaluate_and_no_tensorflow(tmp_path, args):
         (blocker / f"{name}.py").write_text(f"raise ImportError('{name} was imported')\n")
     env = {"PYTHONPATH": str(blocker)}
     small = ["--config.train.epochs=1", "--config.data.image_size=32", "--config.seed=3"]
+    small.append("--config.train.batch_size=20")  # of 60: one shape to compile
     small.append("--config.model.name=lenet5")  # a third of the small ResNet's compiling
     what = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
     done = _command("main", *what, *args, *small, **env)
@@ -224,6 +225,9 @@ def test_the_same_command_twice_gives_the_same_bits(tmp_path, args):
     assert predictions[0] == predictions[1]
 
 
-@pytest.mark.parametrize(("module", "instead"), [("train", "main"), ("predict", "evaluate")])
+@pytest.mark.parametrize(
+    ("module", "instead"),
+    [("train", "main"), pytest.param("predict", "evaluate", marks=pytest.mark.slow)],
+)
 def test_what_is_no_command_says_so(module, instead):
     _refused(_command(module), f"covid_flax.{module} is no command: python -m covid_flax.{instead}")

@@ -23,7 +23,7 @@ from covid_flax.report.statements import statements
 from covid_flax.robustness import robustness
 from covid_flax.run import setup
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def folds(make_tiny_config, tmp_path_factory):
     config.data.split = "grouped"
     config.data.folds = 3
     config.data.test_fraction = 0.2
-    config.train.epochs = 2
+    config.train.epochs, config.train.last_batch = 2, "drop"  # one shape to compile
     assert is_repeated(config)
     workdir = tmp_path_factory.mktemp("folds")
     return config, workdir, train_members(config, workdir)

@@ -62,6 +62,7 @@ def config(tiny_config):
     Adam's usual epsilon would hide a gradient that is off by the number of devices.
     """
     with_batch_norm(tiny_config)
+    tiny_config.train.batch_size = 16
     tiny_config.train.epochs = 2  # of 60 images: 3 batches of 16, one of 12
     tiny_config.train.min_delta = 100.0  # the first epoch is the best
     tiny_config.optimizer.epsilon = 1.0

@@ -1,13 +1,10 @@
 import copy
 import functools
 import json
-import os
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from report.browser import chromium, visit
@@ -548,11 +545,8 @@ def test_chromium_shows_the_page(tmp_path):
 
 def test_the_command_writes_both_files_and_says_where(tmp_path):
     folder = write_run(tmp_path / "run")
-    command = [sys.executable, "-m", "covid_flax.model_card", f"--workdir={folder}"]
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(
-        [*command, f"--output={tmp_path}/my.md"], capture_output=True, text=True, env=env
-    )
+    where = (f"--workdir={folder}", f"--output={tmp_path}/my.md")
+    done = forked.command("covid_flax.model_card", *where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "my.md").exists() and (tmp_path / "my.html").exists()
     assert re.search(r"CLAIM 2024: of 44 items \d+ reported", done.stdout)

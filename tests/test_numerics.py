@@ -21,7 +21,7 @@ from covid_flax.run import setup
 from covid_flax.step import StepConfig, create_state, make_train_step, zero_skipped
 from covid_flax.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
 
 
 class Root(nnx.Module):
@@ -132,7 +132,7 @@ def test_all_finite_sees_every_array_and_counts_no_integers():
         assert not all_finite({**tree, "c": jnp.array(bad, jnp.bfloat16)})
 
 
-# ---- the loop: 60 images, batches of 16, 4 steps an epoch ----------------------------------------
+# ---- the loop: 60 images, batches of 15, 4 steps an epoch ----------------------------------------
 
 
 def _train_lines(workdir):

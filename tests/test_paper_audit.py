@@ -3,10 +3,9 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import scipy.stats
@@ -197,12 +196,7 @@ def test_command(tmp_path, predictions):
     folder.mkdir(parents=True)
     (folder / "predictions.csv").write_bytes(predictions_csv(predictions))
     args = [f"--workdir={tmp_path / 'run'}", "--split=test", f"--output={tmp_path}"]
-    done = subprocess.run(
-        [sys.executable, "-m", "covid_flax.paper_audit", *args],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
+    done = forked.command("covid_flax.paper_audit", *args, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     for said in ("contradicted", "swapped-axes", "5.411", "run, test images", "group-leak"):
         assert said in done.stdout

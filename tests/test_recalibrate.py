@@ -24,13 +24,14 @@ from covid_flax.train import train
 from covid_flax.trained_run import open_run
 from ml_collections_configs import base
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
 
 
 @pytest.fixture
 def config(tiny_config):
     c = with_batch_norm(tiny_config)
     c.augment.rotate = 20.0
+    c.train.batch_size = 12
     c.train.recalibrate = 48
     return c
 
@@ -69,7 +70,12 @@ def test_they_are_the_moments_of_the_plain_images(config, tmp_path, batch):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet14_small", "efficientnet_lite0_small", "mobilenet_v3_small"]
+    "name",
+    [
+        "resnet14_small",
+        pytest.param("efficientnet_lite0_small", marks=pytest.mark.slow),
+        pytest.param("mobilenet_v3_small", marks=pytest.mark.slow),
+    ],
 )
 def test_nothing_of_the_former_statistics_is_left(config, name):
     """So that it does not matter how far from right, or how slow, they were."""
@@ -108,7 +114,8 @@ def test_a_mean_of_weights_has_its_own_statistics(config, tmp_path):
     _assert_statistics_of_plain_images(config, run, open_run(tmp_path, "latest"))
 
 
-@pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
+@pytest.mark.slow  # as the mean of weights above
+@pytest.mark.parametrize("ema", [0.0, 0.9])
 def test_the_checkpoint_that_is_evaluated_has_them(config, tmp_path, ema):
     config.train.ema_decay = ema
     config.train.epochs = 1

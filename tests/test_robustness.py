@@ -89,7 +89,7 @@ def test_an_image_is_changed_alike_wherever_it_stands():
 
 def test_a_run_s_table_and_plot(tiny_config, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
-    tiny_config.train.epochs = 2
+    tiny_config.train.epochs = 1
     train(setup(tiny_config, workdir))
     report = robustness(workdir)
     folder = workdir / "robustness" / "val"

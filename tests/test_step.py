@@ -30,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 # What most tests train: the rest only takes time to compile.
 LAST = frozenset(("conv5", "pool", "head"))
+HEAD = frozenset(("pool", "head"))
 
 
 @pytest.fixture(scope="module")
@@ -72,16 +73,12 @@ def test_cross_entropy_is_keras_s(smoothing, weighted):
     np.testing.assert_allclose(np.mean(ours), float(theirs), rtol=1e-5)
 
 
-def test_loss_and_sums_match_a_forward_pass_in_numpy(model, batch):
-    state, loss = _step(model)(_state(model, LAST), batch)
-    logits = jax.jit(make_eval_step(model[0], "unit"))(*model[1:], batch["image"])
-    # No stage takes batch statistics here and dropout is the only difference.
+def test_loss_and_sums_match_a_forward_pass_in_numpy(batch):
+    plain = _without_dropout("lenet5")
+    logits = jax.jit(make_eval_step(plain[0], "unit"))(*plain[1:], batch["image"])
+    state, loss = _step(plain)(_state(plain, HEAD), batch)
     assert float(state.sums["count"]) == 8
     np.testing.assert_allclose(float(state.sums["loss"]) / 8, float(loss), rtol=1e-6)
-    config = base.get_config().model
-    config.name, config.hidden_units, config.dropout = "resnet14_small", 8, 0.0
-    plain = create_model(config, 4, seed=0)
-    state, loss = _step(plain)(_state(plain, LAST), batch)
     z = np.asarray(logits, np.float64)
     z -= z.max(1, keepdims=True)
     expected = np.log(np.exp(z).sum(1)) - z[np.arange(8), np.asarray(batch["label"])]
@@ -95,10 +92,10 @@ def test_mixed_images_answer_for_both_labels(batch, weighted, monkeypatch):
     """The loss is Keras's of the mixed targets."""
     share = np.linspace(0.5, 1, 8, dtype=np.float32)
     monkeypatch.setattr("covid_flax.step.mix", lambda key, x, how, real: (x, jnp.asarray(share)))
-    model = _without_dropout()
+    model = _without_dropout("lenet5")
     weights = (0.5, 2.0, 1.0, 3.5) if weighted else None
     how = {"label_smoothing": 0.1, "class_weights": weights, "augment": Augment(mixup=0.2)}
-    _, loss = _step(model, **how)(_state(model, LAST), batch)
+    _, loss = _step(model, **how)(_state(model, HEAD), batch)
     logits = jax.jit(make_eval_step(model[0], "unit"))(*model[1:], batch["image"])
     answers = keras.ops.softmax(logits)
     labels, loss_of = np.asarray(batch["label"]), keras.losses.CategoricalCrossentropy
@@ -118,7 +115,7 @@ def test_mixed_images_answer_for_both_labels(batch, weighted, monkeypatch):
 
 @pytest.mark.parametrize("how", [{"mixup": 0.4, "cutmix": 1.0, "style": 1.0}])
 def test_mixing_leaves_no_trace_of_what_fills_a_batch_up(batch, how):
-    step, state = _plain_step(_without_dropout(), augment=Augment(**how))
+    step, state = _plain_step(_without_dropout("lenet5"), HEAD, augment=Augment(**how))
     mask = {"mask": jnp.arange(8) < 5}
     a, loss = jax.jit(step)(state, {**batch, **mask})
     other = batch["image"].at[5:].set(0)
@@ -134,7 +131,9 @@ def test_a_batch_s_draws_are_no_image_s():
     assert shared == [True, False, False]
 
 
-@pytest.mark.parametrize("trainable", ["all", "conv5", "head"])
+@pytest.mark.parametrize(
+    "trainable", [pytest.param("all", marks=pytest.mark.slow), "conv5", "head"]
+)
 def test_only_what_is_trained_changes(model, batch, trainable):
     config = base.get_config().model
     config.trainable = trainable
@@ -170,8 +169,8 @@ def test_only_what_is_trained_changes(model, batch, trainable):
 
 def test_a_conv_bias_under_batch_statistics_stays_exactly_put(model, batch):
     """It cancels; Keras's rounding noise, which Adam turns into steps, is not there."""
-    after, _ = _step(model, batch_stats_in=frozenset(STAGES))(_state(model, STAGES), batch)
-    bias = after.params["conv2"]["block1"]["unit1"]["conv"]["bias"]
+    after, _ = _step(model, batch_stats_in=LAST)(_state(model, LAST), batch)
+    bias = after.params["conv5"]["block1"]["unit1"]["conv"]["bias"]
     np.testing.assert_array_equal(bias, 0.0)
 
 
@@ -190,7 +189,8 @@ def test_cached_inputs_give_the_same_step(model, batch, trainable, stop):
         return jax.jit(make_train_step(model[0], tx, how))(_state(model, stages, tx), batch)
 
     whole, loss = step(how, batch)
-    features = make_eval_step(model[0], "unit", stop=stop)(model[1], model[2], batch["image"])
+    prefix = jax.jit(make_eval_step(model[0], "unit", stop=stop))
+    features = prefix(model[1], model[2], batch["image"])
     cached, cached_loss = step(
         dataclasses.replace(how, start=stages[0]), {**batch, "image": features}
     )
@@ -199,9 +199,10 @@ def test_cached_inputs_give_the_same_step(model, batch, trainable, stop):
         np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
 
 
-def test_dropout_and_augmentation_follow_seed_and_step(model, batch):
+def test_dropout_and_augmentation_follow_seed_and_step(batch):
+    model = _network("lenet5", dropout=0.5)
     step = _step(model, augment=Augment(flip=True, shift=0.1))
-    start = _state(model, LAST)
+    start = _state(model, HEAD)
     _, loss = step(start, batch)
     assert float(step(start, batch)[1]) == float(loss)
     later = dataclasses.replace(start, step=start.step + 1)
@@ -223,17 +224,21 @@ def test_training_learns(batch):
     assert np.mean(losses[-5:]) < 0.3 * losses[0]
 
 
-def _without_dropout():
+def _network(name, dropout):
     config = base.get_config().model
-    config.name, config.hidden_units, config.dropout = "resnet14_small", 8, 0.0
+    config.name, config.hidden_units, config.dropout = name, 8, dropout
     return create_model(config, 4, seed=0)
 
 
-def _plain_step(model, **config):
+def _without_dropout(name="resnet14_small"):
+    return _network(name, 0.0)
+
+
+def _plain_step(model, trained=LAST, **config):
     """Updates that are near to the gradients themselves."""
     tx = optax.sgd(0.1)
     step = make_train_step(model[0], tx, StepConfig(preprocessing="unit", **config))
-    return step, _state(model, LAST, tx)
+    return step, _state(model, trained, tx)
 
 
 def _assert_close(a, b, **tolerance):
@@ -241,17 +246,18 @@ def _assert_close(a, b, **tolerance):
         np.testing.assert_allclose(x, y, **tolerance)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_gradients_of_parts_add_up_to_those_of_the_batch(batch, weighted):
     """Exact where batch norm keeps its statistics; the parts are uneven under a mask."""
-    model = _without_dropout()
+    model = _without_dropout("lenet5" if weighted else "resnet14_small")
+    trained = HEAD if weighted else LAST
     how = {"class_weights": (0.5, 2.0, 1.0, 3.5) if weighted else None, "label_smoothing": 0.1}
     how["teacher"] = Teacher(lambda x: jnp.mean(x, (1, 2))[:, :1] / 64 - jnp.arange(4), 0.5, 2.0)
     if weighted:
         batch = {**batch, "mask": jnp.arange(8) < 5}
-    step, state = _plain_step(model, **how)
+    step, state = _plain_step(model, trained, **how)
     whole, loss = jax.jit(step)(state, batch)
-    step, state = _plain_step(model, micro_batch=2, **how)
+    step, state = _plain_step(model, trained, micro_batch=2, **how)
     parts, loss_of_parts = jax.jit(step)(state, batch)
     np.testing.assert_allclose(loss_of_parts, loss, rtol=1e-6)
     moved = jax.tree.map(lambda a, b: a - b, whole.params, state.params)
@@ -262,9 +268,9 @@ def test_gradients_of_parts_add_up_to_those_of_the_batch(batch, weighted):
 def test_every_part_moves_the_running_statistics(batch):
     """Part by part, in order: what batches of that size would do, less the update."""
     model = _without_dropout()
-    step, state = _plain_step(model, micro_batch=4, batch_stats_in=LAST)
+    step, state = _plain_step(model, HEAD, micro_batch=4, batch_stats_in=LAST)
     after, _ = jax.jit(step)(state, batch)
-    step, _ = _plain_step(model, batch_stats_in=LAST)
+    step, _ = _plain_step(model, HEAD, batch_stats_in=LAST)
     one_by_one = state
     for part in (slice(0, None, 2), slice(1, None, 2)):
         moved, _ = jax.jit(step)(one_by_one, jax.tree.map(lambda x: x[part], batch))  # noqa: B023
@@ -331,9 +337,13 @@ def test_swa_evaluates_the_plain_mean_of_the_weights(batch):
     assert np.ptp(kernels, 0).max() > 1e-4  # there was something to average
 
 
-def test_steps_on_the_device_are_the_same_steps(batch):
-    model = _without_dropout()
-    step, state = _plain_step(model, batch_stats_in=LAST)
+@pytest.mark.parametrize(
+    ("network", "trained"),
+    [("lenet5", HEAD), pytest.param("resnet14_small", LAST, marks=pytest.mark.slow)],
+)
+def test_steps_on_the_device_are_the_same_steps(batch, network, trained):
+    in_training = trained if network == "resnet14_small" else frozenset()
+    step, state = _plain_step(_without_dropout(network), trained, batch_stats_in=in_training)
     grey = batch["image"][..., :1]
     indices = np.array([[0, 3, 5, 6], [7, 1, 2, 4], [9, 9, 9, 9]], np.int32)  # the last unused
     want = state

@@ -28,7 +28,7 @@ from covid_flax.pretrained.names import keras_name
 from covid_flax.run import only_trainer, read_run, setup
 from covid_flax.train import train
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
 
 
 def _lines(workdir):
@@ -104,6 +104,7 @@ def straight(request, tmp_path_factory):
 @pytest.fixture
 def resumable(tiny_config):
     with_batch_norm(tiny_config)
+    tiny_config.train.batch_size = 16
     tiny_config.train.checkpoint_every_steps = 3
     tiny_config.augment.flip = True
     tiny_config.train.swa_start = 1  # a mean goes on too
@@ -111,7 +112,8 @@ def resumable(tiny_config):
 
 
 # Checkpoints fall on steps 3, 4 (epoch), 6, 8 (epoch), 9, 12 (epoch).
-@pytest.mark.parametrize("kill", [pytest.param(3, marks=pytest.mark.slow), 7])
+@pytest.mark.slow  # the kill between metrics and checkpoint, below, goes on from step 6 too
+@pytest.mark.parametrize("kill", [3, 7])
 def test_killed_and_resumed_equals_undisturbed(kill, resumable, straight, tmp_path, monkeypatch):
     whole = straight(resumable)
     workdir = tmp_path / "run"
@@ -270,7 +272,7 @@ def test_cached_frozen_stages_change_no_result(trainable, tiny_config, tmp_path)
 @pytest.mark.slow
 def test_images_on_the_device_change_no_result(tiny_config, tmp_path):
     """Many steps a dispatch, gathered on the device; and a run may go on the other way."""
-    tiny_config.train.epochs = 2
+    tiny_config.train.epochs, tiny_config.train.batch_size = 2, 16
     tiny_config.optimizer.epsilon = 1.0  # small updates: rounding stays rounding
     tiny_config.optimizer.learning_rate = 0.01
     train(setup(tiny_config, tmp_path / "host"))
@@ -288,9 +290,9 @@ def test_images_on_the_device_change_no_result(tiny_config, tmp_path):
     _assert_same_run(tmp_path / "one by one", tmp_path / "device")
 
 
-@pytest.mark.parametrize(
-    ("key", "value"), [pytest.param("ema_decay", 0.5, marks=pytest.mark.slow), ("swa_start", 1)]
-)
+# test_step.py has both means, and the undisturbed run one that is evaluated as logged.
+@pytest.mark.slow
+@pytest.mark.parametrize(("key", "value"), [("ema_decay", 0.5), ("swa_start", 1)])
 def test_averaged_weights_are_what_is_evaluated(tiny_config, tmp_path, key, value):
     tiny_config.model.trainable = "head"
     tiny_config.train.feature_cache_gb = 1.0
@@ -326,7 +328,7 @@ def test_a_trace_of_chosen_steps_is_written(tiny_config, tmp_path, capsys):
     ("key", "value"), [("micro_batch", 5), ("parallel", "pmap"), ("batch_size", 1000)]
 )
 def test_settings_that_do_not_go_together_are_named(key, value, tiny_config, tmp_path):
-    tiny_config.train.shard_state = True
+    tiny_config.train.shard_state, tiny_config.train.batch_size = True, 16
     tiny_config.train.last_batch = "drop"
     tiny_config.train[key] = value
     with pytest.raises(UserError, match=key):
@@ -512,6 +514,7 @@ def test_groups_that_are_told_later_stop_no_run(resumable, straight, phantom_dir
     assert run.resumed and len({row.group for row in run.data.rows}) == len(rows) // 2
 
 
+@pytest.mark.slow  # test_numerics.py has runs that are not finite
 def test_a_diverging_run_says_so(tiny_config, tmp_path):
     with_batch_norm(tiny_config)  # and with ReLU, which does not saturate
     tiny_config.optimizer.learning_rate = 1e30

@@ -5,9 +5,9 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -192,14 +192,7 @@ def test_files_and_what_the_grouped_split_makes_of_them(folder, tmp_path):
 
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    root = str(Path(__file__).parents[2])
-    return subprocess.run(
-        [sys.executable, "-m", "covid_flax.data.audit", *arguments],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    return forked.command("covid_flax.data.audit", *arguments, cwd=cwd)
 
 
 def test_the_command_on_a_zip_of_one_class(clean, tmp_path):

@@ -201,7 +201,7 @@ def test_averages_of_auroc_and_auprc_are_scikit_learn_s_own():
 
 
 @pytest.mark.filterwarnings("ignore:.*")
-@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("ties", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_intervals_are_those_of_a_plain_loop_over_the_same_resamples(ties):
     """A class of two images is missing from some resamples, one of none from all."""
     rng = np.random.default_rng(7)

@@ -19,6 +19,8 @@ from covid_flax.errors import UserError
 from covid_flax.models import MODELS, AlexNet
 from covid_flax.step import StepConfig, create_state, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STAGES = ("conv1", "conv2", "conv3", "conv4", "conv5", "pool", "head")
 # The convolutions are all there; the dense layers are narrow, for the test's time.
 NARROW = dataclasses.replace(MODELS["alexnet"], hidden_units=(24, 20))
@@ -74,7 +76,7 @@ def copied(keras_model, spec, **kw):
     return model
 
 
-@pytest.mark.parametrize(("size", "grid"), [(63, 6), (130, 2)])
+@pytest.mark.parametrize(("size", "grid"), [pytest.param(63, 6, marks=pytest.mark.slow), (130, 2)])
 def test_every_stage_is_keras_s(size, grid):
     judge = keras_alexnet(size, grid)
     names = [f"{s}_out" for s in STAGES[:-1]] + ["head.predictions"]
@@ -147,7 +149,7 @@ def test_half_precision():
 
 def test_loss_falls_on_phantoms():
     spec = dataclasses.replace(NARROW, channels=(8, 16, 16, 16, 16), hidden_units=(64, 64), grid=2)
-    images, labels = phantoms_array(6, 96)
+    images, labels = phantoms_array(6, 64)
     model = AlexNet(spec, num_classes=4, dropout_rate=0.2, rngs=nnx.Rngs(0))
     graphdef, params, _ = nnx.split(model, nnx.Param, nnx.BatchStat)
     tx = optax.adam(2e-3)

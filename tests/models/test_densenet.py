@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import pytest
 from flax import nnx
 from keras_judge import keras
 
 from covid_flax.models import create_model
 from covid_flax.pretrained.load import load_weights
 from ml_collections_configs import base
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KERAS_STAGES = {
     "stem": "pool1",

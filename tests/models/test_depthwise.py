@@ -9,6 +9,8 @@ import pytest
 
 from covid_flax.models.depthwise import _forward_xla, depthwise_conv2d
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def _by_loops(x, kernel, stride):
     n, h, w, c = x.shape
@@ -24,6 +26,17 @@ def _by_loops(x, kernel, stride):
                     if 0 <= y < h and 0 <= z < w:
                         out[:, row, column] += x[:, y, z] * kernel[i, j, :, 0]
     return out
+
+
+def _with_gradients(function, stride):
+    """Its value, and its gradients in both arguments along a third."""
+
+    @jax.jit
+    def run(x, kernel, g):
+        value, pullback = jax.vjp(lambda x, k: function(x, k, stride), x, kernel)
+        return value, pullback(g)
+
+    return run
 
 
 @pytest.mark.parametrize("size", [3, 5])
@@ -44,12 +57,11 @@ def test_it_is_the_sum_and_its_gradients_are_exact(size, stride, shape):
     kernel = rng.normal(size=(size, size, 5, 1))
     want = _by_loops(x, kernel, stride)
     x32, k32 = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
-    got, pullback = jax.vjp(lambda x, k: depthwise_conv2d(x, k, stride), x32, k32)
+    g = rng.normal(size=want.shape)
+    got, (dx, dk) = _with_gradients(depthwise_conv2d, stride)(x32, k32, jnp.asarray(g, jnp.float32))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
     # A linear map's gradient is its transpose: <A x, g> = <x, A' g>, in both arguments.
-    g = rng.normal(size=want.shape)
-    dx, dk = pullback(jnp.asarray(g, jnp.float32))
     for direction in range(3):
         rng = np.random.default_rng(direction)
         v, u = rng.normal(size=x.shape), rng.normal(size=kernel.shape)
@@ -72,10 +84,11 @@ def test_what_accelerators_compute_is_the_same(stride):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 9, 8, 6)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(5, 5, 6, 1)), jnp.float32)
-    ours, back = jax.vjp(lambda x, k: depthwise_conv2d(x, k, stride), x, kernel)
-    xla, xla_back = jax.vjp(lambda x, k: _forward_xla(x, k, stride), x, kernel)
+    g = jnp.asarray(rng.normal(size=(2, -(-9 // stride), 8 // stride, 6)), jnp.float32)
+    ours, gradients = _with_gradients(depthwise_conv2d, stride)(x, kernel, g)
+    xla, xla_gradients = _with_gradients(_forward_xla, stride)(x, kernel, g)
     np.testing.assert_allclose(ours, xla, atol=1e-5)
-    for a, b in zip(back(ours), xla_back(ours), strict=True):
+    for a, b in zip(gradients, xla_gradients, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 

@@ -12,6 +12,8 @@ from covid_flax.models import MODELS, create_model
 from covid_flax.pretrained.load import load_weights
 from ml_collections_configs import base
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SKIPPED = ("rescaling", "normalization")
 
 
@@ -108,7 +110,8 @@ def keras_s(kind, size):
         pytest.param("efficientnet_b1", "B1", keras_s, marks=pytest.mark.slow),
         pytest.param("efficientnet_b2", "B2", keras_s, marks=pytest.mark.slow),
         pytest.param("efficientnet_b3", "B3", keras_s, marks=pytest.mark.slow),
-        ("efficientnet_lite0", "Lite0", lite),
+        # Its package's own network judges it in test_lite.py.
+        pytest.param("efficientnet_lite0", "Lite0", lite, marks=pytest.mark.slow),
         pytest.param("efficientnet_lite2", "Lite2", lite, marks=pytest.mark.slow),
     ],
 )

@@ -11,6 +11,8 @@ from covid_flax.models.expand import conv1x1_batch_norm
 from covid_flax.models.layers import ConvBN
 from covid_flax.models.resnet import STAGES
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 EPSILON = 1e-3
 
 
@@ -57,14 +59,14 @@ def test_gradients_equal_those_of_the_definition(arrays, every):
         return xp.sum(z**3 * xp.sin(xp.arange(z.size).reshape(z.shape)))
 
     args = (0, 1, 2, 3)
-    got = jax.grad(
+    ours = jax.grad(
         lambda *a: loss(lambda *a: conv1x1_batch_norm(*a, EPSILON, every), jnp, *a), args
-    )(*map(jnp.asarray, arrays))
+    )
+    got = jax.jit(ours)(*map(jnp.asarray, arrays))
     with jax.enable_x64(True):
         doubles = [jnp.asarray(a, jnp.float64) for a in arrays]
-        want = jax.grad(lambda *a: loss(lambda *a: definition(*a, every, jnp), jnp, *a), args)(
-            *doubles
-        )
+        judge = jax.grad(lambda *a: loss(lambda *a: definition(*a, every, jnp), jnp, *a), args)
+        want = jax.jit(judge)(*doubles)
         want = [np.asarray(w) for w in want]
     for name, g, w in zip(("x", "kernel", "scale", "bias"), got, want, strict=True):
         assert g.dtype == jnp.float32 and w.dtype == np.float64
@@ -79,10 +81,10 @@ def test_parts_of_a_batch_with_shared_statistics_equal_the_whole(arrays):
         return jnp.sum(conv1x1_batch_norm(x, *rest, EPSILON, 1, axis_name)[0] ** 2 * weights)
 
     grad = jax.value_and_grad(loss, (0, 2, 3, 4))
-    value, (g_x, *g_rest) = grad(x, weights, *rest)
+    value, (g_x, *g_rest) = jax.jit(grad)(x, weights, *rest)
     halves = [a.reshape(2, 3, *a.shape[1:]) for a in (x, weights)]
     of_parts = jax.vmap(lambda x, w: grad(x, w, *rest, axis_name="parts"), axis_name="parts")
-    values, (parts_x, *parts_rest) = of_parts(*halves)
+    values, (parts_x, *parts_rest) = jax.jit(of_parts)(*halves)
     got = [jnp.sum(values), parts_x.reshape(x.shape), *(jnp.sum(g, 0) for g in parts_rest)]
     for g, w in zip(got, (value, g_x, *g_rest), strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4 * float(jnp.abs(w).max()))

@@ -8,6 +8,8 @@ from flax import nnx
 
 from covid_flax.models import layers
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def conv_bn(size=3, epsilon=1e-5):
     layer = layers.ConvBN(
@@ -42,7 +44,7 @@ def test_the_bias_before_batch_statistics_has_exactly_no_gradient():
         return jnp.sum(nnx.merge(graph, params, rest, copy=True)(x, use_batch_stats=True) ** 3)
 
     params, rest = state.split(nnx.Param, ...)
-    grads = jax.grad(loss)(params, rest, x)
+    grads = jax.jit(jax.grad(loss))(params, rest, x)
     assert not np.any(grads["conv"]["bias"][...])
     assert np.any(grads["conv"]["kernel"][...])
 
@@ -56,8 +58,9 @@ def test_statistics_over_a_mapped_axis_equal_those_of_the_whole_batch():
         y = layer(x, use_batch_stats=True, axis_name=axis_name)
         return y, layer.bn.mean[...], layer.bn.var[...]
 
-    y, mean, var = apply(x)
-    parts = jax.vmap(lambda x: apply(x, "devices"), axis_name="devices")(x.reshape(3, 2, 5, 5, 3))
+    y, mean, var = jax.jit(apply)(x)
+    mapped = jax.vmap(lambda x: apply(x, "devices"), axis_name="devices")
+    parts = jax.jit(mapped)(x.reshape(3, 2, 5, 5, 3))
     np.testing.assert_allclose(parts[0].reshape(y.shape), y, atol=1e-5)
     for part in range(3):
         np.testing.assert_allclose(parts[1][part], mean, atol=1e-6)

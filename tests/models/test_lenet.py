@@ -21,6 +21,8 @@ from covid_flax.run import setup
 from covid_flax.train import train
 from ml_collections_configs import base
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 STAGES = ("conv1", "conv2", "pool", "head")
 
 
@@ -100,8 +102,9 @@ def test_parameters_are_the_paper_s():
 def test_half_precision_and_dropout():
     judge = keras_lenet(32, 4)
     x = jnp.asarray(np.random.default_rng(2).normal(size=(8, 32, 32, 3)), jnp.float32)
-    plain = copied(judge, num_classes=4)(x, dropout_key=jax.random.key(0))
-    np.testing.assert_array_equal(plain, copied(judge, num_classes=4)(x))  # no dropout is set
+    model = copied(judge, num_classes=4)
+    plain = model(x, dropout_key=jax.random.key(0))
+    np.testing.assert_array_equal(plain, model(x))  # no dropout is set
     half = copied(judge, num_classes=4, dtype=jnp.bfloat16)
     maps = half(x, stop="conv2")
     assert maps.dtype == jnp.bfloat16

@@ -12,6 +12,8 @@ from covid_flax.models import MODELS, create_model
 from covid_flax.pretrained.load import load_weights
 from ml_collections_configs import base
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # By our stage, the layer of Keras whose output it is; where a stage ends in no addition, its
 # last batch norm.
 KERAS_STAGES = {
@@ -83,7 +85,7 @@ def by_stage(graph_state, x):
 @pytest.mark.parametrize(
     "name",
     [
-        "mobilenet_v2",
+        pytest.param("mobilenet_v2", marks=pytest.mark.slow),
         "mobilenet_v3_small",
         pytest.param("mobilenet_v3_large", marks=pytest.mark.slow),
     ],

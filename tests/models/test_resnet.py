@@ -19,6 +19,8 @@ from keras_judge import keras
 from covid_flax.models import MODELS, ResNet
 from covid_flax.models.resnet import STAGES
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 KERAS_STAGES = {
     "conv1": "pool1_pool",
     "conv2": "conv2_block3_out",
@@ -162,14 +164,17 @@ def paper_model(size, dropout=0.5, depths=RESNET50):
     return model
 
 
-@pytest.mark.parametrize("size", [128, pytest.param(224, marks=pytest.mark.slow)])
+# Of both, test_keras_golden.py has the network whole, and the training step below the head.
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [128, 224])
 def test_every_stage_equals_keras_with_the_papers_head(size):
     keras_model = paper_model(size)
     model = our_model(keras_model, num_classes=4)
     assert_stages_close(model, keras_model, colour_images(2, size))
 
 
-@pytest.mark.parametrize("size", [pytest.param(128, marks=pytest.mark.slow), 224])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [128, 224])
 def test_every_stage_equals_keras_with_the_imagenet_top(size):
     keras_model = keras.applications.ResNet50(weights=None, input_shape=(size, size, 3))
     randomize(keras_model)
@@ -202,12 +207,13 @@ def keras_v1_5(size):
     return keras.Model(inputs, kl.Dense(1000, name="predictions")(x))
 
 
-def test_every_stage_of_v1_5_equals_a_keras_model_of_it():
-    keras_model = keras_v1_5(128)
+@pytest.mark.parametrize("size", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_every_stage_of_v1_5_equals_a_keras_model_of_it(size):
+    keras_model = keras_v1_5(size)
     assert keras_model.count_params() == 25_557_032 + 2 * 26_560  # torchvision's, and statistics
     randomize(keras_model)
     model = our_model(keras_model, "resnet50_v1_5", num_classes=1000, hidden_units=0)
-    assert_stages_close(model, keras_model, colour_images(2, 128))
+    assert_stages_close(model, keras_model, colour_images(2, size))
 
 
 @pytest.mark.parametrize("depths", [(1, 2, 1, 1), pytest.param(RESNET50, marks=pytest.mark.slow)])
@@ -326,7 +332,7 @@ def test_dropout_acts_only_with_a_key(small):
     assert np.abs(one - model(images, dropout_key=jax.random.key(1))).max() > 0
 
 
-@pytest.mark.parametrize("batch_stats_in", [(), STAGES])
+@pytest.mark.parametrize("batch_stats_in", [pytest.param((), marks=pytest.mark.slow), STAGES])
 def test_bfloat16_computes_convolutions_only(small, batch_stats_in):
     def build(dtype):
         model = ResNet(
@@ -348,7 +354,7 @@ def test_bfloat16_computes_convolutions_only(small, batch_stats_in):
 
     images, statistics = colour_images(8, 64), []
     half, full = build(jnp.bfloat16), build(jnp.float32)
-    assert run(half, stop="conv2").dtype == jnp.bfloat16
+    assert jax.eval_shape(lambda x: half(x, stop="conv2"), images).dtype == jnp.bfloat16
     got, want = (run(model, batch_stats_in=batch_stats_in) for model in (half, full))
     assert got.dtype == jnp.float32
     assert {x.dtype for x in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}

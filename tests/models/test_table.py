@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import forked
 import pytest
 
 from covid_flax.compiler.aot import tpu_compiler
@@ -58,7 +60,7 @@ def test_arithmetic_is_of_plain_convolutions(name, billions):
 
 
 def test_an_unknown_name_is_one_line():
-    out = run("--names=resnet51")
+    out = forked.command("covid_flax.models", "--names=resnet51", cwd=Path.cwd())
     assert out.returncode == 2 and out.stdout == ""
     assert out.stderr.startswith("error: --names=resnet51: name some of resnet50,")
     assert out.stderr.count("\n") == 1

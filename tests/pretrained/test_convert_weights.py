@@ -1,11 +1,9 @@
 """The converter as a command."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import by_path
+import forked
 import numpy as np
 import pytest
 
@@ -16,9 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*args):
-    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, ROOT / "scripts" / "convert_weights.py", *args]
-    return subprocess.run([str(a) for a in command], capture_output=True, text=True, env=env)
+    return forked.command(ROOT / "scripts" / "convert_weights.py", *args, cwd=ROOT)
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from flax import nnx
 from covid_flax.pretrained.load import load_weights
 from covid_flax.pretrained.read import read_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # A colour image: its channels differ, so their order counts.
 IMAGE = np.random.default_rng(3).normal([1, 0, -1], 1, (1, 64, 64, 3)).astype(np.float32)
 FIRST_BLOCKS = ["conv2_block1", "conv3_block1", "conv4_block1", "conv5_block1"]

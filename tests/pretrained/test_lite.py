@@ -27,6 +27,8 @@ from covid_flax.pretrained.torch_file import MAGIC
 from ml_collections_configs import base
 from tests.pretrained.test_real_weights import PHOTOGRAPHS, photograph
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 CHELSEA, COFFEE, ROCKET = "chelsea.png", "coffee.png", "rocket.jpg"
 LOGITS = {  # cats; espresso, cup; missile, projectile, space shuttle
     "efficientnet_lite0": {

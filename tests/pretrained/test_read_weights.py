@@ -253,7 +253,9 @@ def _keras2_layer(name, network):
     return "/".join(filter(None, parts))
 
 
-@pytest.mark.parametrize("network", ["densenet121", "mobilenet_v3_small"])
+@pytest.mark.parametrize(
+    "network", [pytest.param("densenet121", marks=pytest.mark.slow), "mobilenet_v3_small"]
+)
 def test_published_files_of_light_networks_name_layers_as_keras_2_did(
     network, write_official_h5, tmp_path
 ):

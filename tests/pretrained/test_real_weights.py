@@ -12,6 +12,8 @@ from covid_flax.models.preprocess import preprocess
 from covid_flax.pretrained.load import load_weights
 from covid_flax.pretrained.read import read_weights
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 # Photographs inside the scikit-image wheel, and ImageNet's classes (by index) for them.
 PHOTOGRAPHS = {
     "chelsea.png": {281, 282, 285},  # tabby, tiger cat, Egyptian cat

@@ -340,7 +340,10 @@ def browser():
         yield opened
 
 
-@pytest.mark.parametrize("names", [NAMES, HOSTILE], ids=["plain", "hostile"])
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(NAMES, id="plain", marks=pytest.mark.slow), pytest.param(HOSTILE, id="hostile")],
+)
 def test_chromium_shows_it(tmp_path, browser, names):
     p = _predictions(names)
     alarms = [*ALARMS, dict(ALARMS[0], text=HOSTILE[0] + "w" * 200, name=HOSTILE[2])]

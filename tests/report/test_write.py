@@ -49,7 +49,13 @@ def test_files_give_back_what_was_written(tmp_path):
         image.load()
 
 
-def test_predictions_come_back_with_their_groups(tmp_path):
+@pytest.fixture
+def no_page(monkeypatch):
+    """For tests of tables alone: it takes longest."""
+    monkeypatch.setattr("covid_flax.report.page.write_report_page", lambda *_, **__: None)
+
+
+def test_predictions_come_back_with_their_groups(tmp_path, no_page):
     report, predictions = _evaluation()
     write_evaluation(tmp_path, report, predictions)
     rows = [Row(file, "", "test", group) for file, group in zip(FILES, "aab", strict=False)]
@@ -91,7 +97,7 @@ def test_another_file_is_no_table_of_predictions(text, tmp_path):
         read_predictions(tmp_path / "predictions.csv")
 
 
-def test_a_file_name_that_is_not_utf8_keeps_its_bytes(tmp_path):
+def test_a_file_name_that_is_not_utf8_keeps_its_bytes(tmp_path, no_page):
     report, predictions = _evaluation()
     files = (os.fsdecode(b"caf\xe9.png"), *FILES[1:])
     write_evaluation(tmp_path, report, dataclasses.replace(predictions, files=files))

@@ -44,6 +44,7 @@ def macs_of_convolutions(size=32, width=16):
     return macs
 
 
+@pytest.mark.slow  # a minute; test_table.py has a smaller program compiled for TPUs
 @needs_libtpu
 def test_figures_of_the_small_network(tmp_path):
     done = run(

@@ -2,11 +2,11 @@
 
 import csv
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import by_path
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -20,9 +20,7 @@ outside_images = by_path.load("scripts/outside_images.py")
 
 
 def _run(*args):
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, args)], cwd=ROOT, capture_output=True, text=True
-    )
+    return forked.command(SCRIPT, *args, cwd=ROOT)
 
 
 def _save(path, image):
@@ -84,7 +82,7 @@ def test_images_are_made_like_the_database_s(built, tmp_path):
     np.testing.assert_allclose(got, np.tile(np.linspace(0, 255, 112), (112, 1)), atol=2.5)
 
 
-def test_the_score_is_scikit_learn_s_of_the_odds(tmp_path):
+def test_the_score_is_scikit_learn_s_of_the_odds(tmp_path, monkeypatch, capsys):
     rng = np.random.default_rng(0)
     p = rng.dirichlet(np.ones(3), 60)
     labels = np.where(rng.random(60) < 0.4 + 0.4 * (p[:, 0] > p[:, 2]), "COVID", "Normal")
@@ -95,7 +93,10 @@ def test_the_score_is_scikit_learn_s_of_the_odds(tmp_path):
         for i, (label, row) in enumerate(zip(labels, p, strict=True)):
             answer = ("COVID", "Lung_Opacity", "Normal")[row.argmax()]
             write([f"{label}/images/A~{i}.png", label, answer, *row])
-    lines = _run("--score", tmp_path / "predictions.csv").stdout.splitlines()
+    monkeypatch.setattr(outside_images, "_RESAMPLES", 500)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--score", str(tmp_path / "predictions.csv")])
+    outside_images.main()
+    lines = capsys.readouterr().out.splitlines()
     want = roc_auc_score(labels == "COVID", p[:, 0] / p[:, 2])
     found = re.search(
         r"60 images of COVID and Normal, AUROC ([.\d]+) \(95 %: ([.\d]+) to ([.\d]+)\)", lines[0]

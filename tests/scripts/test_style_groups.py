@@ -1,11 +1,10 @@
 """The styles of made images are known."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import by_path
+import forked
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,9 +45,7 @@ def folder(tmp_path_factory):
 
 
 def _run(*args):
-    return subprocess.run(
-        [sys.executable, SCRIPT, *map(str, args)], cwd=ROOT, capture_output=True, text=True
-    )
+    return forked.command(SCRIPT, *args, cwd=ROOT)
 
 
 def _groups(path):
@@ -83,7 +80,11 @@ def test_images_that_belong_together_stay_together(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "word"), [(["--styles=40"], "fewer --styles"), (["--styles=1"], "at least 2")]
+    ("args", "word"),
+    [
+        (["--styles=40"], "fewer --styles"),
+        pytest.param(["--styles=1"], "at least 2", marks=pytest.mark.slow),
+    ],
 )
 def test_a_user_s_error_is_one_line(folder, tmp_path, args, word):
     done = _run(f"--data_dir={folder}", f"--output={tmp_path / 's.csv'}", *args)

@@ -374,7 +374,7 @@ def command(*args):
     ("bad", "words"),
     [
         ("--set=train.label_smooting=0", ["label_smooting", "train.label_smoothing"]),
-        ("--config.train.epoch=3", ["epoch", "epochs"]),
+        pytest.param("--config.train.epoch=3", ["epoch", "epochs"], marks=pytest.mark.slow),
     ],
 )
 def test_the_command_refuses_in_one_line(bad, words, tmp_path):
