@@ -20,9 +20,9 @@ from ml_collections_configs import base
 
 # Files that take long, first: else one worker is at the last of them when the others are done.
 _LONGEST = (
-    "test_train.py test_resnet.py test_members.py test_distributed.py test_main.py "
-    "test_mobilenet.py test_recalibrate.py test_evaluate.py test_efficientnet.py test_job.py "
-    "test_densenet.py test_mesh.py test_numerics.py test_step.py test_augment.py"
+    "test_train.py test_augment.py test_evaluate.py test_resnet.py test_main.py test_step.py "
+    "test_distributed.py test_recalibrate.py test_members.py test_lite.py test_numerics.py "
+    "test_controls.py test_job.py test_table.py test_densenet.py test_conv.py test_compare.py"
 ).split()
 
 

@@ -40,7 +40,7 @@ def _state(run, job):
     return create_state(run.params, run.batch_stats, frozenset(run.trained), job.tx, 0)
 
 
-@pytest.mark.parametrize("batch", [0, 4096])
+@pytest.mark.parametrize("batch", [pytest.param(0, marks=pytest.mark.slow), 4096])
 def test_they_are_the_moments_of_the_plain_images(config, tmp_path, batch):
     run = setup(config, tmp_path)
     job = make_job(run)

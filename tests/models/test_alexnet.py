@@ -147,6 +147,7 @@ def test_half_precision():
     assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
 
 
+@pytest.mark.slow
 def test_loss_falls_on_phantoms():
     spec = dataclasses.replace(NARROW, channels=(8, 16, 16, 16, 16), hidden_units=(64, 64), grid=2)
     images, labels = phantoms_array(6, 64)

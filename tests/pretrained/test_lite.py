@@ -81,6 +81,7 @@ def test_it_is_the_package_s_own_network(name):
         np.testing.assert_allclose(np.sum(got.astype(np.float64) ** 2), squares, rtol=1e-5)
 
 
+@pytest.mark.slow  # test_job.py has its stem's arrays from the whole network's file
 def test_the_short_form_is_its_first_layers(weight_file):
     config = base.get_config().model
     with config.unlocked():
