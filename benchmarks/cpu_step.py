@@ -127,7 +127,9 @@ def pytorch_model(network: str, size: int) -> Any:
     if network == "efficientnet_lite0":
         from efficientnet_lite_pytorch import EfficientNet
 
-        return EfficientNet.from_name("efficientnet-lite0", image_size=size, num_classes=CLASSES)
+        return EfficientNet.from_name(
+            "efficientnet-lite0", image_size=size, num_classes=CLASSES, drop_connect_rate=0.0
+        )
 
     def conv_bn(inputs, outputs, size, stride=1):
         return nn.Sequential(
@@ -330,10 +332,14 @@ def main() -> None:
             if args.mode == "train" and name == "pytorch compiled":
                 continue
             if args.network != "resnet50" and name.startswith("keras"):
+                print(f"{name}: skipped, it has no {args.network}")
                 continue
             python = args.tensorflow_python if name == "keras tensorflow" else sys.executable
-            if not installed(CONTESTANTS[name], python):
-                print(f"{name}: skipped, {python} has no {CONTESTANTS[name]} (see --help)")
+            needed = [CONTESTANTS[name]]
+            if args.network == "efficientnet_lite0" and name.startswith("pytorch"):
+                needed.append("efficientnet_lite_pytorch")
+            if missing := [package for package in needed if not installed(package, python)]:
+                print(f"{name}: skipped, {python} has no {missing[0]} (see this file's beginning)")
                 continue
             command = [python, __file__, "--serve", name, "--network", args.network]
             command += ["--mode", args.mode]

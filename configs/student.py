@@ -1,7 +1,7 @@
 """A network of 1.4 million parameters that learns from a trained one's answers too.
 
-Train `best.py` first, on the same images: its run, in `runs/best`, is the teacher. Another one is
-given by `--config.train.teacher=RUN`, none by `--config.train.teacher=`.
+Train `best.py` first, on the same images and split: its run, in `runs/best`, is the teacher.
+Another one is given by `--config.train.teacher=RUN`, none by `--config.train.teacher=`.
 """
 
 from ml_collections_configs import base

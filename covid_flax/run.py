@@ -348,7 +348,7 @@ def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict
     if saved is None:
         raise UserError(
             f"train.teacher={folder} holds no run (no config.json): train the teacher "
-            "first, or give the folder of one"
+            "first, or give the folder of one, or none: --config.train.teacher="
         )
     if saved["class_names"] != list(data.class_names):
         raise UserError(
@@ -372,7 +372,7 @@ def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict
         raise UserError(
             f"train.teacher={folder}, or a teacher of its own, was trained on {leaked:,} images "
             "that this run holds out: its figures would be of images seen; give a teacher of the "
-            "same split"
+            "same split, or none: --config.train.teacher="
         )
 
 

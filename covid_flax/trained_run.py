@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from covid_flax import config as config_lib
-from covid_flax.checkpoint import Checkpoints, DamagedError, has_checkpoints, resolve_step
+from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
 from covid_flax.console import say
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.pipeline import Source
@@ -201,7 +201,7 @@ def _recalibrated(
 def _say_if_unfinished(workdir: Path, checkpoints: Checkpoints, epochs: int) -> None:
     try:
         latest = checkpoints.loop(max(checkpoints.steps))
-    except DamagedError:  # then nobody knows, and the one asked for may be sound
+    except (UserError, OSError):  # then nobody knows, and the one asked for is sound
         return
     stopping = EarlyStopping.from_state_dict(latest["early_stopping"])
     if stopping.epoch < epochs and not stopping.should_stop:

@@ -114,8 +114,7 @@ def test_a_mean_of_weights_has_its_own_statistics(config, tmp_path):
     _assert_statistics_of_plain_images(config, run, open_run(tmp_path, "latest"))
 
 
-@pytest.mark.slow  # as the mean of weights above
-@pytest.mark.parametrize("ema", [0.0, 0.9])
+@pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_the_checkpoint_that_is_evaluated_has_them(config, tmp_path, ema):
     config.train.ema_decay = ema
     config.train.epochs = 1

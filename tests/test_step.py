@@ -174,8 +174,10 @@ def test_a_conv_bias_under_batch_statistics_stays_exactly_put(model, batch):
     np.testing.assert_array_equal(bias, 0.0)
 
 
-@pytest.mark.slow  # test_train.py has runs with and without
-@pytest.mark.parametrize(("trainable", "stop"), [("head", "pool"), ("conv5", "conv4")])
+@pytest.mark.parametrize(
+    ("trainable", "stop"),
+    [("head", "pool"), pytest.param("conv5", "conv4", marks=pytest.mark.slow)],
+)
 def test_cached_inputs_give_the_same_step(model, batch, trainable, stop):
     config = base.get_config().model
     config.trainable = trainable

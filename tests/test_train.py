@@ -222,7 +222,7 @@ def test_metrics_lines_and_files_are_the_contract_s(resumable, straight):
         assert {"step", "epoch", "split", "loss", "accuracy"} <= set(line)
         if line["split"] == "train":
             assert {"learning_rate", "images_per_second"} <= set(line)
-    assert (workdir / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (workdir / "curves.png").exists()
     assert list((workdir / "tensorboard").glob("events*"))
     about = json.loads((workdir / "config.json").read_text())
     assert {"config", "versions", "seed", "devices", "class_names"} <= set(about)
@@ -290,9 +290,9 @@ def test_images_on_the_device_change_no_result(tiny_config, tmp_path):
     _assert_same_run(tmp_path / "one by one", tmp_path / "device")
 
 
-# test_step.py has both means, and the undisturbed run one that is evaluated as logged.
-@pytest.mark.slow
-@pytest.mark.parametrize(("key", "value"), [("ema_decay", 0.5), ("swa_start", 1)])
+@pytest.mark.parametrize(
+    ("key", "value"), [pytest.param("ema_decay", 0.5, marks=pytest.mark.slow), ("swa_start", 1)]
+)
 def test_averaged_weights_are_what_is_evaluated(tiny_config, tmp_path, key, value):
     tiny_config.model.trainable = "head"
     tiny_config.train.feature_cache_gb = 1.0

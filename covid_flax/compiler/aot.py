@@ -112,7 +112,9 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
         raise UserError("a topology is compiled for train.parallel=jit only: set that")
     check_division(config.train, mesh.size)
     if config.train.teacher:
-        raise UserError("a teacher's part of the step is not compiled: set train.teacher=''")
+        raise UserError(
+            "a teacher's part of the step is not compiled: give --config.train.teacher="
+        )
     graphdef, params, batch_stats = create_model(config.model, num_classes, config.seed)
     trained = trained_stages(config.model)
     cached = cacheable(config)

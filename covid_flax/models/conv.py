@@ -222,7 +222,7 @@ def conv2d(x: Array, kernel: Array, stride: int = 1, padding: int | None = None)
     A 1x1 kernel becomes a matrix product over channels: the same mathematics, and
     on CPU far faster than XLA's general convolution. So do, on CPU, Winograd's form
     of a 3x3 kernel where there are channels enough to pay for its transforms, and the
-    kernel gradient of any other.
+    kernel gradient of any other; 16-bit numbers have XLA's own convolution.
 
     Args:
       x: `[N, H, W, I]`.
@@ -239,7 +239,7 @@ def conv2d(x: Array, kernel: Array, stride: int = 1, padding: int | None = None)
         padding = usual
     if size == 1 and padding == usual:
         return _matmul(x[:, ::stride, ::stride, :], kernel[0, 0])
-    if x.dtype.itemsize < 4:  # Winograd's transforms would round each term once more
+    if x.dtype.itemsize < 4:  # those forms would round once more
         return _plain_conv(x, kernel, stride, padding)
     if size == 3 and stride == 1 and padding == usual and min(inputs, outputs) >= 128:
         return _conv_3x3(x, kernel)

@@ -1,0 +1,39 @@
+"""Commands in an interpreter of their own: `forked.py` starts them where much is imported."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "-m covid_flax.compare",
+        "scripts/style_groups.py",
+        *(
+            pytest.param(command, marks=pytest.mark.slow)
+            for command in (
+                "-m covid_flax.baselines",
+                "-m covid_flax.controls",
+                "-m covid_flax.data.audit",
+                "-m covid_flax.evaluate",
+                "-m covid_flax.model_card",
+                "-m covid_flax.models",
+                "-m covid_flax.paper_audit",
+                "-m covid_flax.robustness",
+                "scripts/convert_weights.py",
+                "scripts/outside_images.py",
+            )
+        ),
+    ],
+)
+def test_it_says_what_it_is_for(command):
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+    assert "--" in done.stdout and done.returncode in (0, 1)  # absl ends with 1
