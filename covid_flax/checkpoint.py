@@ -156,6 +156,12 @@ class Checkpoints:
         return latest
 
     @property
+    def latest_loop(self) -> dict[str, Any] | None:
+        """The loop's JSON of the newest checkpoint. Raises DamagedError: it has none."""
+        newest = self.latest_step
+        return None if newest is None else self._contents(newest)["loop"]
+
+    @property
     def best_step(self) -> int | None:
         """As the newest checkpoint says. Raises DamagedError: it cannot, or that one is gone."""
         newest = self.latest_step
@@ -192,10 +198,6 @@ class Checkpoints:
         if _digest_of_arrays(state) != record["arrays"]:
             raise self._damaged(step, "its arrays are not those that were saved")
         return state, contents["loop"]
-
-    def loop(self, step: int) -> dict[str, Any]:
-        """The loop's JSON of one of `steps`. Raises DamagedError."""
-        return self._contents(step)["loop"]
 
     def digest(self, step: int) -> str:
         """SHA-256 of the arrays of one of `steps`, as they were saved. Raises DamagedError."""

@@ -200,8 +200,10 @@ def _recalibrated(
 
 def _say_if_unfinished(workdir: Path, checkpoints: Checkpoints, epochs: int) -> None:
     try:
-        latest = checkpoints.loop(max(checkpoints.steps))
+        latest = checkpoints.latest_loop
     except (UserError, OSError):  # then nobody knows, and the one asked for is sound
+        return
+    if latest is None:
         return
     stopping = EarlyStopping.from_state_dict(latest["early_stopping"])
     if stopping.epoch < epochs and not stopping.should_stop:

@@ -117,19 +117,19 @@ def test_a_run_that_has_not_ended_says_so(trained, tmp_path, capsys):
     ],
 )
 def test_a_run_has_ended_that_trained_all_epochs_or_stopped_early(stopping, ended, capsys):
-    checkpoints = SimpleNamespace(
-        steps=[10, 20], loop=lambda step: {20: {"early_stopping": stopping.state_dict()}}[step]
-    )
+    checkpoints = SimpleNamespace(latest_loop={"early_stopping": stopping.state_dict()})
     trained_run._say_if_unfinished(Path("run"), checkpoints, 9)
     assert ("run has trained 4 of 9 epochs" not in capsys.readouterr().out) == ended
 
 
 @pytest.mark.parametrize("error", [UserError("it is gone"), OSError("stale")])
 def test_a_latest_checkpoint_that_cannot_be_read_is_no_reason_to_refuse_another(error, capsys):
-    def loop(step):
-        raise error
+    class Unreadable:
+        @property
+        def latest_loop(self):
+            raise error
 
-    trained_run._say_if_unfinished(Path("run"), SimpleNamespace(steps=[10], loop=loop), 9)
+    trained_run._say_if_unfinished(Path("run"), Unreadable(), 9)
     assert capsys.readouterr().out == ""
 
 
