@@ -44,16 +44,17 @@ def _with_gradients(function, stride):
 @pytest.mark.parametrize(
     "shape",
     [
-        pytest.param((8, 8), marks=pytest.mark.slow),
-        (7, 9),
-        (2, 3),
-        (1, 1),
-        pytest.param((15, 16), marks=pytest.mark.slow),
+        pytest.param((3, 8, 8), marks=pytest.mark.slow),
+        (3, 7, 9),
+        (12, 2, 3),
+        (3, 1, 1),
+        (2, 19, 4),
+        pytest.param((4, 15, 16), marks=pytest.mark.slow),
     ],
 )
 def test_it_is_the_sum_and_its_gradients_are_exact(size, stride, shape):
     rng = np.random.default_rng(size * 10 + stride)
-    x = rng.normal(size=(3, *shape, 5))
+    x = rng.normal(size=(*shape, 5))
     kernel = rng.normal(size=(size, size, 5, 1))
     want = _by_loops(x, kernel, stride)
     x32, k32 = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
@@ -102,6 +103,26 @@ def test_half_precision_rounds_once():
     np.testing.assert_allclose(ours, exact, rtol=2**-8, atol=1e-4)
     sums = jax.jit(jax.grad(lambda x: jnp.sum(depthwise_conv2d(x, kernel).astype(jnp.float32))))
     gradient = sums(x)
+    kernel_gradient = jax.jit(jax.grad(lambda k: jnp.sum(depthwise_conv2d(x, k) * 1.0)))(kernel)
+    assert (gradient.dtype, kernel_gradient.dtype) == (jnp.bfloat16, jnp.bfloat16)
     turned = np.asarray(kernel, np.float64)[::-1, ::-1]
     exact = _by_loops(np.ones(x.shape), turned, 1)
     np.testing.assert_allclose(np.asarray(gradient, np.float64), exact, rtol=2**-8, atol=1e-4)
+    one, exact = np.zeros((5, 5, 8, 1)), np.zeros((5, 5, 8, 1))
+    for place in np.ndindex(5, 5):
+        one[:] = 0
+        one[place] = 1
+        exact[place][:, 0] = _by_loops(np.asarray(x, np.float64), one, 1).sum((0, 1, 2))
+    got = np.asarray(kernel_gradient, np.float64)
+    np.testing.assert_allclose(got, exact, rtol=2**-8, atol=1e-4)
+
+
+def test_rows_that_a_cache_would_keep_in_one_place():
+    """32 channels of 32 columns make rows of 4 KiB."""
+    rng = np.random.default_rng(3)
+    x, g = (jnp.asarray(rng.normal(size=(2, 9, 32, 32)), jnp.float32) for _ in range(2))
+    kernel = jnp.zeros((3, 3, 32, 1))
+    got, want = (
+        _with_gradients(f, 1)(x, kernel, g)[1][1] for f in (depthwise_conv2d, _forward_xla)
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3)
