@@ -16,6 +16,7 @@ from jax import lax
 
 from covid_flax.models.conv import conv2d
 from covid_flax.models.depthwise import depthwise_conv2d, same_padding
+from covid_flax.models.expand import conv1x1_batch_norm, widens
 from covid_flax.models.layers import (
     BatchNorm,
     Conv,
@@ -46,13 +47,7 @@ def conv_same(conv: Conv, x: Array, stride: int = 1) -> Array:
     if len(kernel) == 1:
         y = conv2d(x, kernel, stride)
     else:
-        y = lax.conv_general_dilated(
-            x,
-            kernel,
-            (stride, stride),
-            same_padding(x.shape[1:3], len(kernel), stride),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        y = conv2d(x, kernel, stride, same_padding(x.shape[1:3], len(kernel), stride))
     return y if conv.bias is None else y + conv.bias[...].astype(x.dtype)
 
 
@@ -77,6 +72,40 @@ def batch_norm(
         mean, var = batch_statistics(y, shift, example_weights, axis_name)
         bn.follow(mean, var, momentum)
     return bn.normalise(y, mean, var, epsilon).astype(y.dtype)
+
+
+def conv_batch_norm(
+    conv: Conv,
+    bn: BatchNorm,
+    x: Array,
+    stride: int = 1,
+    *,
+    epsilon: float,
+    momentum: float,
+    use_batch_stats: bool,
+    example_weights: Array | None = None,
+    axis_name: str | None = None,
+) -> Array:
+    """`conv_same` and `batch_norm`.
+
+    In float32 a 1x1 convolution that widens six times goes another way, see `expand`.
+    """
+    wide = x.dtype == jnp.float32 and conv.bias is None and widens(conv.kernel.shape, 6)
+    if wide and use_batch_stats and example_weights is None:
+        kernel, scale, bias = conv.kernel[...][0, 0], bn.scale[...], bn.bias[...]
+        x = x[:, ::stride, ::stride]
+        y, mean, var = conv1x1_batch_norm(x, kernel, scale, bias, epsilon, 1, axis_name)
+        bn.follow(mean, var, momentum)
+        return y
+    return batch_norm(
+        bn,
+        conv_same(conv, x, stride),
+        epsilon=epsilon,
+        momentum=momentum,
+        use_batch_stats=use_batch_stats,
+        example_weights=example_weights,
+        axis_name=axis_name,
+    )
 
 
 def global_average(x: Array) -> Array:
@@ -119,8 +148,8 @@ class NamedConvBN(nnx.Module):
 
     def __call__(self, x: Array, **norm: Any) -> Array:
         """Of `[N, H, W, C]`; see `batch_norm` for the rest."""
-        y = conv_same(getattr(self, self.conv_name), x, self.stride)
-        return self.activation(batch_norm(getattr(self, self.bn_name), y, **norm))
+        conv, bn = getattr(self, self.conv_name), getattr(self, self.bn_name)
+        return self.activation(conv_batch_norm(conv, bn, x, self.stride, **norm))
 
 
 class StagedNetwork(nnx.Module):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 Array = jax.Array
+Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 @jax.custom_vjp
@@ -45,30 +46,30 @@ def _matmul_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, A
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-def _plain_conv(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+def _plain_conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     return lax.conv_general_dilated(
         x,
         kernel,
         window_strides=(stride, stride),
-        padding=((padding, padding), (padding, padding)),
+        padding=padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: Array, kernel: Array, stride: int, padding: int) -> Array:
+def _conv(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     """`_plain_conv`, whose kernel gradient is matrix products on CPU."""
     return _plain_conv(x, kernel, stride, padding)
 
 
 def _conv_forward(
-    x: Array, kernel: Array, stride: int, padding: int
+    x: Array, kernel: Array, stride: int, padding: Padding
 ) -> tuple[Array, tuple[Array, Array]]:
     return _plain_conv(x, kernel, stride, padding), (x, kernel)
 
 
 def _conv_backward(
-    stride: int, padding: int, residuals: tuple[Array, Array], g: Array
+    stride: int, padding: Padding, residuals: tuple[Array, Array], g: Array
 ) -> tuple[Array, Array]:
     x, kernel = residuals
     conv = functools.partial(_plain_conv, stride=stride, padding=padding)
@@ -86,7 +87,7 @@ def _conv_backward(
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def _kernel_gradient_by_rows(x: Array, g: Array, size: int, stride: int, padding: int) -> Array:
+def _kernel_gradient_by_rows(x: Array, g: Array, size: int, stride: int, padding: Padding) -> Array:
     """The kernel gradient as a matrix product for each row of the kernel.
 
     XLA's CPU backend has it as a convolution by the output's gradient, which without AVX-512
@@ -94,7 +95,7 @@ def _kernel_gradient_by_rows(x: Array, g: Array, size: int, stride: int, padding
     """
     h, w, outputs = g.shape[1:]
     inputs = x.shape[-1]
-    x = jnp.pad(jnp.moveaxis(x, 3, 0), ((0, 0), (0, 0), (padding,) * 2, (padding,) * 2))
+    x = jnp.pad(jnp.moveaxis(x, 3, 0), ((0, 0), (0, 0), *padding))
     g = g.reshape(-1, outputs)
 
     def tap(i: int, j: int) -> Array:
@@ -190,7 +191,7 @@ def _winograd_kernel_gradient(x: Array, g: Array) -> Array:
     return jnp.stack([jnp.stack(row) for row in gradient])
 
 
-_plain_conv_3x3 = functools.partial(_plain_conv, stride=1, padding=1)
+_plain_conv_3x3 = functools.partial(_plain_conv, stride=1, padding=((1, 1), (1, 1)))
 
 
 @jax.custom_vjp
@@ -216,8 +217,9 @@ def _conv_3x3_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array,
 _conv_3x3.defvjp(_conv_3x3_forward, _conv_3x3_backward)
 
 
-def conv2d(x: Array, kernel: Array, stride: int = 1, padding: int | None = None) -> Array:
-    """2-D convolution, padded symmetrically, by `(size - 1) // 2` as Keras's ResNet does.
+def conv2d(x: Array, kernel: Array, stride: int = 1, padding: int | Padding | None = None) -> Array:
+    """2-D convolution, padded by `(size - 1) // 2` all around unless told otherwise, as Keras's
+    ResNet does.
 
     A 1x1 kernel becomes a matrix product over channels: the same mathematics, and
     on CPU far faster than XLA's general convolution. So do, on CPU, Winograd's form
@@ -228,15 +230,18 @@ def conv2d(x: Array, kernel: Array, stride: int = 1, padding: int | None = None)
       x: `[N, H, W, I]`.
       kernel: `[K, K, I, O]`, K odd, same dtype as `x`.
       stride: step in both directions.
-      padding: pixels of zeros on each side; None is `(K - 1) // 2`.
+      padding: pixels of zeros on each side, one number for all or
+        `((top, bottom), (left, right))`; None is `(K - 1) // 2`.
 
     Returns:
       `[N, ceil(H / stride), ceil(W / stride), O]` where `padding` is None.
     """
     size, _, inputs, outputs = kernel.shape
-    usual = (size - 1) // 2
+    usual = (((size - 1) // 2,) * 2,) * 2
     if padding is None:
         padding = usual
+    elif isinstance(padding, int):
+        padding = ((padding,) * 2,) * 2
     if size == 1 and padding == usual:
         return _matmul(x[:, ::stride, ::stride, :], kernel[0, 0])
     if x.dtype.itemsize < 4:  # those forms would round once more

@@ -24,6 +24,7 @@ from covid_flax.models.blocks import (
     StagedNetwork,
     add_named,
     batch_norm,
+    conv_batch_norm,
     conv_same,
     global_average,
 )
@@ -165,15 +166,13 @@ class _Stage(nnx.Module):
 
             y = x
             if b.expansion != 1:
-                y = activate(
-                    batch_norm(layer("expand_bn"), conv_same(layer("expand_conv"), y), **bn)
-                )
+                y = activate(conv_batch_norm(layer("expand_conv"), layer("expand_bn"), y, **bn))
             y = activate(batch_norm(layer("bn"), layer("dwconv")(y, stride=b.stride), **bn))
             if not self.lite:
                 gate = global_average(y)[:, None, None]
                 gate = activate(conv_same(layer("se_reduce"), gate))
                 y = y * nnx.sigmoid(conv_same(layer("se_expand"), gate)).astype(y.dtype)
-            y = batch_norm(layer("project_bn"), conv_same(layer("project_conv"), y), **bn)
+            y = conv_batch_norm(layer("project_conv"), layer("project_bn"), y, **bn)
             x = x + y if b.stride == 1 and b.inputs == b.outputs else y
         return x
 

@@ -20,12 +20,9 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from covid_flax.models.conv import conv2d
-from covid_flax.models.expand import conv1x1_batch_norm
+from covid_flax.models.expand import conv1x1_batch_norm, widens
 
 Array = jax.Array
-# From so many outputs an input on, statistics by way of the input's covariance cost less than
-# they save.
-_WIDE = 2
 
 
 def glorot_uniform(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
@@ -162,9 +159,9 @@ class ConvBN(nnx.Module):
             under jit the batch is global already).
           every: return only every so-many-th row and column; batch statistics are of all.
         """
-        size, _, inputs, outputs = self.conv.kernel.shape
-        wide = size == 1 and outputs >= _WIDE * inputs
-        if self.spares_traffic and wide and use_batch_stats and example_weights is None:
+        # From twice as wide on the covariance costs less than it saves.
+        wide = self.spares_traffic and widens(self.conv.kernel.shape, 2)
+        if wide and use_batch_stats and example_weights is None:
             y, mean, var = conv1x1_batch_norm(
                 x[:, :: self.stride, :: self.stride].astype(self.dtype),
                 self.conv.kernel[...][0, 0],

@@ -23,6 +23,7 @@ from covid_flax.models.blocks import (
     StagedNetwork,
     add_named,
     batch_norm,
+    conv_batch_norm,
     conv_same,
     global_average,
 )
@@ -204,8 +205,8 @@ class _Stage(nnx.Module):
 
             y = x
             if b.wide != b.inputs:
-                y = conv_same(layer("expand"), y)
-                y = activate(batch_norm(layer(f"expand_{self.bn}"), y, **bn))
+                y = conv_batch_norm(layer("expand"), layer(f"expand_{self.bn}"), y, **bn)
+                y = activate(y)
             y = layer("depthwise")(y, stride=b.stride)
             y = activate(batch_norm(layer(f"depthwise_{self.bn}"), y, **bn))
             if b.excite:
@@ -213,7 +214,7 @@ class _Stage(nnx.Module):
                 gate = nnx.relu(conv_same(layer("squeeze_excite_conv"), gate))
                 gate = nnx.hard_sigmoid(conv_same(layer("squeeze_excite_conv_1"), gate))
                 y = y * gate.astype(y.dtype)
-            y = batch_norm(layer(f"project_{self.bn}"), conv_same(layer("project"), y), **bn)
+            y = conv_batch_norm(layer("project"), layer(f"project_{self.bn}"), y, **bn)
             x = x + y if b.stride == 1 and b.inputs == b.outputs else y
         return x
 

@@ -108,7 +108,7 @@ def test_conv2d_and_its_gradients_equal_numpy_s_in_float64(size, inputs, outputs
         np.testing.assert_allclose(got, want, atol=1e-10)
 
 
-@pytest.mark.parametrize("padding", [0, 2])
+@pytest.mark.parametrize("padding", [0, 2, ((0, 1), (2, 0))])
 def test_the_gradients_are_those_of_the_plain_convolution_at_any_padding(padding):
     rng = np.random.default_rng(2)
     with jax.enable_x64(True):
@@ -116,9 +116,10 @@ def test_the_gradients_are_those_of_the_plain_convolution_at_any_padding(padding
             jnp.asarray(rng.normal(size=(2, 9, 8, 3))),
             jnp.asarray(rng.normal(size=(3, 3, 3, 4))),
         )
-        y = conv._plain_conv(x, k, 2, padding)
+        pads = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+        y = conv._plain_conv(x, k, 2, pads)
         ours = gradient(lambda x, k: conv.conv2d(x, k, 2, padding), y, x, k)
-        plain = gradient(lambda x, k: conv._plain_conv(x, k, 2, padding), y, x, k)
+        plain = gradient(lambda x, k: conv._plain_conv(x, k, 2, pads), y, x, k)
         np.testing.assert_array_equal(conv.conv2d(x, k, 2, padding), y)
     for got, want in zip(ours, plain, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-10)

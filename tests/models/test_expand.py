@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from covid_flax.models import MODELS, ResNet
+from covid_flax.models.blocks import batch_norm, conv_batch_norm, conv_same
 from covid_flax.models.expand import conv1x1_batch_norm
-from covid_flax.models.layers import ConvBN
+from covid_flax.models.layers import BatchNorm, Conv, ConvBN
 from covid_flax.models.resnet import STAGES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -39,6 +40,26 @@ def test_values_equal_numpy(arrays, every):
     want = definition(*(a.astype(np.float64) for a in arrays), every)
     for g, w in zip(got, want, strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-5)
+
+
+def test_no_digit_is_lost_where_the_mean_is_large(arrays):
+    """In float32; the square of the mean is ten thousand times the variance here."""
+    x, *rest = arrays
+    x = x + 100 * x.std((0, 1, 2))
+    got = conv1x1_batch_norm(x, *rest, EPSILON)
+    want = definition(*(a.astype(np.float64) for a in (x, *rest)), 1)
+    np.testing.assert_allclose(got[1], want[1], atol=1e-6 * np.abs(want[1]).max())
+    np.testing.assert_allclose(got[2], want[2], rtol=1e-5)
+    np.testing.assert_allclose(got[0], want[0], atol=1e-3)
+
+
+def test_a_rounded_kernel_leaves_no_offset(arrays):
+    """Folding rounds the kernel to half precision; the mean subtracted is that of the result."""
+    x, *rest = arrays
+    x = jnp.asarray(x + 100 * x.std((0, 1, 2)), jnp.bfloat16)
+    y, _, _ = conv1x1_batch_norm(x, *rest, EPSILON)
+    means = np.asarray(y, np.float64).mean((0, 1, 2))
+    np.testing.assert_allclose(means, rest[2], atol=0.02)
 
 
 def test_half_precision_keeps_float32_statistics(arrays):
@@ -88,6 +109,27 @@ def test_parts_of_a_batch_with_shared_statistics_equal_the_whole(arrays):
     got = [jnp.sum(values), parts_x.reshape(x.shape), *(jnp.sum(g, 0) for g in parts_rest)]
     for g, w in zip(got, (value, g_x, *g_rest), strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-4, atol=1e-4 * float(jnp.abs(w).max()))
+
+
+def test_light_networks_go_this_way_too():
+    """In float32, mapped over parts of a batch: as the convolution and batch norm one by one."""
+    rng = np.random.default_rng(4)
+    layers = nnx.split((Conv(16, 96, 1, use_bias=False, rngs=nnx.Rngs(0)), BatchNorm(96)))
+    how = {"epsilon": EPSILON, "momentum": 0.5, "use_batch_stats": True, "axis_name": "parts"}
+    x = jnp.asarray(rng.normal(size=(2, 3, 5, 4, 16)) + 2, jnp.float32)
+
+    def at_once(x):
+        conv, bn = nnx.merge(*layers, copy=True)
+        return conv_batch_norm(conv, bn, x, **how), bn.mean[...], bn.var[...]
+
+    def one_by_one(x):
+        conv, bn = nnx.merge(*layers, copy=True)
+        return batch_norm(bn, conv_same(conv, x), **how), bn.mean[...], bn.var[...]
+
+    got, want = (jax.vmap(f, axis_name="parts")(x) for f in (at_once, one_by_one))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert np.any(got[0] != want[0])  # they did go two ways
 
 
 def build(dtype):

@@ -74,7 +74,7 @@ def _close(got, want):
         assert error <= 0.03 * norm + 1e-5, (jax.tree_util.keystr(path), error, norm)
 
 
-@pytest.mark.slow  # test_depthwise.py has what is hand-written of it
+@pytest.mark.slow  # test_depthwise.py and test_expand.py have what is hand-written of it
 def test_the_gradient_is_that_of_the_loss(network, batch):
     step, state = _step(network)
     step = jax.jit(step)
