@@ -1,7 +1,7 @@
 # make setup        make .venv and install the locked packages
 # make quickstart   set up, train and evaluate on synthetic X-rays, say where the report lies
 # make test         set up, lint, type-check and test
-# make test-all     the same with the slow tests of several devices and processes
+# make test-all     the same with the slow tests: several devices or processes, whole runs, sisters
 # make tpu-compiler set up scripts/aot_compile.py (make test does so too)
 # make lock         resolve the lock files anew from pyproject.toml
 # make sbom         write build/sbom.cdx.json, what requirements.lock installs (CycloneDX)

@@ -86,7 +86,8 @@ class Checkpoints:
                 ),
                 cleanup_tmp_directories=writing,
             )
-        with contextlib.suppress(DamagedError):  # `resume`, or who asks for the best, will say so
+        # `resume`, or who asks for the best, will say so: it may be damaged, or not ours to read.
+        with contextlib.suppress(UserError, OSError):
             self._best.step = self.best_step
 
     def __enter__(self) -> Checkpoints:

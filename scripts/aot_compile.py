@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from covid_flax import config as config_lib
-from covid_flax.command import run_command
+from covid_flax.command import no_such_config, run_command
 from covid_flax.compiler import aot, hlo
 from covid_flax.console import say
 from covid_flax.errors import UserError
@@ -41,7 +41,7 @@ _SHOW = flags.DEFINE_integer("show", 0, "list so many instructions that move mos
 def _main() -> None:
     name = config_flags.get_config_filename(flags.FLAGS["config"])
     if not Path(name.partition(":")[0]).is_file():
-        raise UserError(f"--config={name}: no such file; configs/ has paper.py, tpu.py, ...")
+        raise UserError(no_such_config(name))
     config = _CONFIG.value
     config_lib.check_keys(config, name)
     config_lib.check(config)
