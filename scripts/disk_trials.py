@@ -9,8 +9,7 @@ there, after a random time:
   lowered; a full disk fails the same calls).
 - "read-only": the run's folders may no longer be written to. Root's training gives up root's right
   to write there all the same (by setpriv).
-- "slow": every renaming and flushing of a file takes two seconds (by strace, where it is
-  installed).
+- "slow": every renaming and flushing of a file takes two seconds (by strace).
 
 Under the first two the run must end with status 2 and one line, its last checkpoint sound. Then the
 disk is well again, and the same command must end with just what the undisturbed run left. The slow
@@ -42,7 +41,8 @@ _STRACE = ("strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={_CALLS}")
 _SLOW = (*_STRACE, "-e", f"inject={_CALLS}:delay_exit=2000000")
 
 
-def start(home: Path, before: Sequence[str] = ()) -> subprocess.Popen:
+def start(home: Path, before: Sequence[str] = ()) -> tuple[subprocess.Popen, subprocess.Popen]:
+    """The training, and what copies its output to `home/log`."""
     as_root = AS_ANY_USER if os.geteuid() == 0 else ()
     process = subprocess.Popen(
         [*as_root, *before, *command(home / "run", home / "cache")],
@@ -51,8 +51,15 @@ def start(home: Path, before: Sequence[str] = ()) -> subprocess.Popen:
     )
     # Not its own file: what it prints is no part of the trial.
     with open(home / "log", "ab") as out:
-        subprocess.Popen(["cat"], stdin=process.stdout, stdout=out)
-    return process
+        copying = subprocess.Popen(["cat"], stdin=process.stdout, stdout=out)
+    return process, copying
+
+
+def ended(process: subprocess.Popen, copying: subprocess.Popen) -> int:
+    """The training's exit status, once all that it said is in the log."""
+    status = process.wait(LIMIT_S)
+    copying.wait(LIMIT_S)
+    return status
 
 
 def fill_up(process: subprocess.Popen, run: Path) -> Callable[[], None]:
@@ -79,26 +86,25 @@ def trial(kind: str, home: Path, rng: random.Random, wanted: dict[str, Any]) -> 
     home.mkdir()
     result: dict[str, Any] = {"kind": kind, "line": "", "faults": []}
     if kind == "slow":
-        process = start(home, _SLOW)
-        status = process.wait(LIMIT_S)
+        status = ended(*start(home, _SLOW))
         notes = [line for line in log.read_text().splitlines() if "training waited" in line]
         result["line"] = notes[0] if notes else "(no note)"
         if not notes:
             result["faults"].append("it was not slow, or not a word was said of it")
     else:
-        process = start(home)
+        process, copying = start(home)
         while process.poll() is None and not any(run.glob("checkpoints/[0-9]*")):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 1.0))
         mend = {"full": fill_up, "read-only": forbid}[kind](process, run)
-        status = process.wait(LIMIT_S)
+        status = ended(process, copying)
         said = log.read_text()
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         result["line"] = errors[0] if errors else "(none)"
         if status != 2 or len(errors) != 1 or "Traceback" in said:
             result["faults"].append(f"status {status}: {said[-1500:]}")
         mend()
-        status = start(home).wait(LIMIT_S)
+        status = ended(*start(home))
     if status:
         result["faults"].append(f"it ended with {status}: {log.read_text()[-1500:]}")
     else:
@@ -113,6 +119,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if "slow" in args.kinds and not shutil.which("strace"):
+        print("error: --kinds slow needs strace: install it, or give --kinds full read-only")
+        return 2
     rng, trials = random.Random(args.seed), []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -123,9 +132,8 @@ def main() -> int:
             print((home / "log").read_text(), file=sys.stderr)
             return 1
         wanted = outcome(home / "run")
-        kinds = [kind for kind in args.kinds if kind != "slow" or shutil.which("strace")]
         for number in range(args.trials):
-            for kind in kinds:
+            for kind in args.kinds:
                 result = trial(kind, place / f"{kind}-{number}", rng, wanted)
                 trials.append(result)
                 print(f"{kind:10} {result['line']}", flush=True)

@@ -82,11 +82,11 @@ def growth(values: Sequence[float]) -> float:
 
 
 def windows(samples: Sequence[Sample], key: str, of: Callable = min) -> list[float]:
-    """One value for each of ten equal parts of the samples.
+    """One value for each of ten equal parts of the samples; of fewer samples, each one's own.
 
     The least, for a checkpoint that is being written holds memory, files and threads a while.
     """
-    parts = np.array_split(np.arange(len(samples)), _WINDOWS)
+    parts = np.array_split(np.arange(len(samples)), min(_WINDOWS, len(samples)))
     return [float(of(samples[i][key] for i in part)) for part in parts]
 
 
@@ -162,7 +162,9 @@ def steps(args: argparse.Namespace, place: Path) -> dict[str, Any]:
 
 def images(args: argparse.Namespace, place: Path) -> dict[str, Any]:
     started = time.monotonic()
-    counts = [max(1, args.images // 10), args.images]
+    if args.images < 20:
+        raise SystemExit(f"--images={args.images}: give 20 or more")
+    counts = [args.images // 10, args.images]
     found = []
     for count in counts:
         context = multiprocessing.get_context("spawn")
@@ -343,7 +345,7 @@ def main() -> None:
     )
     parser.add_argument("mode", choices=("steps", "images", "runs"))
     parser.add_argument("--steps", type=int, default=50_000)
-    parser.add_argument("--images", type=int, default=200_000)
+    parser.add_argument("--images", type=int, default=200_000, help="20 or more")
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--place", type=Path, help="where the temporary folder is made")

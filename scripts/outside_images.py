@@ -50,22 +50,25 @@ _FINDINGS = {"COVID-19": "COVID", "No finding": "Normal"}
 _Found = Iterator[tuple[Path, str]]
 
 
-def _metadata(clone: Path) -> list[dict[str, str]]:
+def _metadata(clone: Path, *columns: str) -> list[dict[str, str]]:
     path = clone / "metadata.csv"
     try:
-        return list(csv.DictReader(io.StringIO(path.read_text(encoding="latin-1"))))
+        table = csv.DictReader(io.StringIO(path.read_text(encoding="latin-1")), restval="")
     except OSError as e:
         raise UserError(f"cannot read {path} ({e.strerror}): clone the repository anew") from e
+    if not set(columns) <= set(table.fieldnames or ()):
+        raise UserError(f"{path} lacks {' or '.join(columns)}: clone the repository anew")
+    return list(table)
 
 
 def _actualmed(clone: Path) -> _Found:
-    for row in _metadata(clone):
+    for row in _metadata(clone, "finding", "imagename"):
         if row["finding"] in _FINDINGS:
             yield clone / "images" / row["imagename"], _FINDINGS[row["finding"]]
 
 
 def _figure1(clone: Path) -> _Found:
-    for row in _metadata(clone):
+    for row in _metadata(clone, "finding", "patientid"):
         for path in sorted((clone / "images").glob(row["patientid"] + ".*")):
             if row["finding"] in _FINDINGS:
                 yield path, _FINDINGS[row["finding"]]
@@ -122,8 +125,8 @@ def build(clones: Path, data_dir: str, output: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         # One folder of the database's images and the others, so that all are compared with all.
         both = Path(scratch)
-        for file in known.files:
-            place = both / file.label / "images" / f"known~{Path(file.file).name}"
+        for i, file in enumerate(known.files):  # numbered, for names may come twice
+            place = both / file.label / "images" / f"known~{i}~{Path(file.file).name}"
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(known.read(file.file))
         for folder, sources in SOURCES.items():
@@ -135,7 +138,7 @@ def build(clones: Path, data_dir: str, output: Path) -> None:
                 for source, label in images(clones / name):
                     try:
                         image = like_the_database(source)
-                    except OSError:
+                    except Exception:  # Pillow's many, of a damaged file
                         count["missing or unreadable"] += 1
                         continue
                     place = both / label / "images" / f"{folder}~{name}~{source.stem}.png"

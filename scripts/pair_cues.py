@@ -117,7 +117,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     workdir, twin_folder = Path(args.workdir).expanduser(), os.path.expanduser(args.pairs)
     run = open_run(workdir, data_dir=args.data_dir)
-    data = open_data(workdir, saved_run(workdir), "all", args.data_dir)
+    # Not "all": a folder given with that is another's, and has no split.
+    data = open_data(workdir, saved_run(workdir), "val", args.data_dir)
     pairs = open_folder(twin_folder, require_two_classes=False)
     originals, twins, truth = _read(data, pairs, learned_files(workdir))
     print(f"{len(truth):,} pairs, none trained on; answers: {', '.join(run.class_names)}")

@@ -32,7 +32,7 @@ from covid_flax.data.decode import decode, resize
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.data.groups import groups_csv
 from covid_flax.errors import UserError, run_script
-from covid_flax.files import write_atomically
+from covid_flax.files import make_writable, write_atomically
 
 SIDE = 112  # pixels at which images are compared
 _QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
@@ -118,12 +118,18 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.styles < 2:
         raise UserError(f"--styles={args.styles}: give at least 2")
+    if args.threads < 1:
+        raise UserError(f"--threads={args.threads}: give at least 1")
+    output = args.output.expanduser()
+    if output.exists():
+        raise UserError(f"{output} exists: give another --output, or remove it")
+    make_writable(output.parent)
     folder = open_folder(args.data_dir, groups_file=args.groups_file)
     groups = style_groups(folder, _figures(folder, args.threads), args.styles)
-    write_atomically(args.output, groups_csv(groups.keys(), groups.values()))
+    write_atomically(output, groups_csv(groups.keys(), groups.values()))
     for group, number in sorted(collections.Counter(groups.values()).items()):
         print(f"{group:24}{number:8,}")
-    print(f"written: {args.output}")
+    print(f"written: {output}")
 
 
 if __name__ == "__main__":

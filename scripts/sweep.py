@@ -828,7 +828,7 @@ def _define_flags() -> None:
     flags.DEFINE_multi_string("set", [], "KEY=V1,V2,... or KEY=log(A,B) or KEY=uniform(A,B)")
     flags.DEFINE_list("seeds", [], "each setting is trained with each; default: the config's")
     flags.DEFINE_integer("trials", 0, "settings to draw (random, halving)")
-    flags.DEFINE_integer("sweep_seed", 0, "of the draws")
+    flags.DEFINE_integer("sweep_seed", 0, "of the draws", lower_bound=0)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains on a TPU VM of one host: creates it, copies this repository, installs, runs.
+# Trains on a TPU VM of one host: creates it, copies this repository (what is committed), installs,
+# runs.
 #
 #   scripts/tpu_vm.sh [--dry_run] --name=NAME --zone=ZONE [--type=v5litepod-8]
 #       [--version=v2-alpha-tpuv5-lite] [--project=PROJECT] [STEP ...] -- --config=FILE [FLAG ...]

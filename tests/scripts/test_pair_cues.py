@@ -1,5 +1,6 @@
 """Networks whose cue is known."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,16 @@ def test_a_run_is_asked_about_what_it_was_not_trained_on(tiny_config, tmp_path):
     assert len(lines) == 1 + 2 + 2 * 3 + 3
     assert lines[1].split()[1:5] == lines[2].split()[1:5]  # twins are copies here
     assert lines[2].endswith("x 1.00")
+
+    moved = tmp_path / "moved"
+    shutil.copytree(tiny_config.data.dir, moved)
+    done = subprocess.run(
+        [*command, f"--pairs={tmp_path / 'pairs'}", f"--data_dir={moved}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stdout.splitlines() == lines, done.stderr
 
     image = Image.open(path).resize((30, 30))
     image.save(path)
