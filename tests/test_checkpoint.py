@@ -234,6 +234,10 @@ def test_what_may_not_be_read_is_not_damaged(name, tmp_path, monkeypatch):
         with Checkpoints(tmp_path, writing=True) as c:
             c.resume(_tree(0))
     assert not isinstance(e.value, DamagedError) and (tmp_path / "2").is_dir()
+    with Checkpoints(tmp_path) as c:  # it is no reason to refuse another
+        assert c.load(1, _tree(0))[1] == {"step": 1}
+        with pytest.raises(UserError, match="no permission"):
+            resolve_step(c, "best")
 
 
 def test_a_damaged_best_is_never_replaced_in_silence(tmp_path, capsys):
