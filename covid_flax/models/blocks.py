@@ -44,10 +44,7 @@ class DepthwiseConv(nnx.Module):
 def conv_same(conv: Conv, x: Array, stride: int = 1) -> Array:
     """A convolution of `[N, H, W, C]`, in its dtype, padded 'SAME', with its bias if any."""
     kernel = conv.kernel[...].astype(x.dtype)
-    if len(kernel) == 1:
-        y = conv2d(x, kernel, stride)
-    else:
-        y = conv2d(x, kernel, stride, same_padding(x.shape[1:3], len(kernel), stride))
+    y = conv2d(x, kernel, stride, same_padding(x.shape[1:3], len(kernel), stride))
     return y if conv.bias is None else y + conv.bias[...].astype(x.dtype)
 
 
@@ -74,38 +71,21 @@ def batch_norm(
     return bn.normalise(y, mean, var, epsilon).astype(y.dtype)
 
 
-def conv_batch_norm(
-    conv: Conv,
-    bn: BatchNorm,
-    x: Array,
-    stride: int = 1,
-    *,
-    epsilon: float,
-    momentum: float,
-    use_batch_stats: bool,
-    example_weights: Array | None = None,
-    axis_name: str | None = None,
-) -> Array:
-    """`conv_same` and `batch_norm`.
+def conv_batch_norm(conv: Conv, bn: BatchNorm, x: Array, stride: int = 1, **norm: Any) -> Array:
+    """`conv_same` and `batch_norm`; `norm` is the latter's keyword arguments.
 
     In float32 a 1x1 convolution that widens six times goes another way, see `expand`.
     """
     wide = x.dtype == jnp.float32 and conv.bias is None and widens(conv.kernel.shape, 6)
-    if wide and use_batch_stats and example_weights is None:
+    if wide and norm["use_batch_stats"] and norm.get("example_weights") is None:
         kernel, scale, bias = conv.kernel[...][0, 0], bn.scale[...], bn.bias[...]
         x = x[:, ::stride, ::stride]
-        y, mean, var = conv1x1_batch_norm(x, kernel, scale, bias, epsilon, 1, axis_name)
-        bn.follow(mean, var, momentum)
+        y, mean, var = conv1x1_batch_norm(
+            x, kernel, scale, bias, norm["epsilon"], 1, norm.get("axis_name")
+        )
+        bn.follow(mean, var, norm["momentum"])
         return y
-    return batch_norm(
-        bn,
-        conv_same(conv, x, stride),
-        epsilon=epsilon,
-        momentum=momentum,
-        use_batch_stats=use_batch_stats,
-        example_weights=example_weights,
-        axis_name=axis_name,
-    )
+    return batch_norm(bn, conv_same(conv, x, stride), **norm)
 
 
 def global_average(x: Array) -> Array:

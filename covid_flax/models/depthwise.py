@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from covid_flax.models.conv import Padding
+
 Array = jax.Array
-Padding = tuple[tuple[int, int], tuple[int, int]]
 
 
 def same_padding(sides: Sequence[int], size: int, stride: int) -> Padding:
@@ -100,7 +101,7 @@ def _kernel_gradient_cpu(x: Array, g: Array, size: int, stride: int) -> Array:
             [jnp.pad(a, ((0, 0), *pad, (0, 0))) for a, pad in zip(some, padding, strict=True)]
         )
         for first in range(0, height, _ROWS_OF_AN_IMAGE):
-            g_rows = g_part[:, first : min(first + _ROWS_OF_AN_IMAGE, height), :width]
+            g_rows = g_part[:, first : first + _ROWS_OF_AN_IMAGE, :width]
             taps = _taps(x_part[:, first * stride :], size, stride, g_rows.shape[1], width)
             new = []
             for tap, total in zip(taps, sums, strict=True):
