@@ -9,9 +9,8 @@ network is written; OUT is never written over.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import io
 import math
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +20,11 @@ import numpy as np
 from flax import nnx
 
 from covid_flax.errors import UserError
+from covid_flax.files import write_atomically
 from covid_flax.models import RESNETS, ResNet
 from covid_flax.models.resnet import STAGES
 from covid_flax.pretrained.fetch import sha256
-from covid_flax.pretrained.load import LoadReport, load_weights
+from covid_flax.pretrained.load import LoadReport, array_names, as_named_today, load_weights
 from covid_flax.pretrained.names import tree_path
 from covid_flax.pretrained.read import read_weights
 
@@ -59,19 +59,11 @@ def convert(source: Path, output: Path, *, model: str, may_miss: Sequence[str]) 
     """
     if output.exists():
         raise UserError(f"{output} exists: give another name, or remove it")
-    arrays = read_weights(source)
-    report = check(arrays, source=str(source), model=model, may_miss=may_miss)
-    members: dict[str, Any] = {name: arrays[name] for name in report.loaded}
-    part = output.with_name(f"{output.name}.part")
-    try:
-        with part.open("wb") as file:
-            np.savez(file, **members)
-        os.replace(part, output)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise UserError(f"cannot write {output}: {e.strerror}") from None
-    print_table(arrays, report)
+    arrays, report = check(read_weights(source), source=str(source), model=model, may_miss=may_miss)
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(output, buffer.getvalue())
+    print_table(arrays)
     print(report.summary())
     print(f"{sha256(source)}  {source}")
     print(f"{sha256(output)}  {output}")
@@ -79,8 +71,8 @@ def convert(source: Path, output: Path, *, model: str, may_miss: Sequence[str]) 
 
 def check(
     arrays: Mapping[str, np.ndarray], *, source: str, model: str, may_miss: Sequence[str]
-) -> LoadReport:
-    """Fits the arrays to the network, whose head is as wide as theirs. Computes nothing."""
+) -> tuple[dict[str, Any], LoadReport]:
+    """What of the arrays fits the network, whose head is as wide as theirs. Computes nothing."""
 
     def width(name: str, default: int) -> int:
         return arrays[name].shape[-1] if name in arrays and arrays[name].ndim else default
@@ -93,21 +85,17 @@ def check(
             rngs=nnx.Rngs(0),
         )
     )
-    _, _, report = load_weights(
-        arrays,
-        nnx.to_pure_dict(nnx.state(network, nnx.Param)),
-        nnx.to_pure_dict(nnx.state(network, nnx.BatchStat)),
-        source=source,
-        may_miss=may_miss,
-    )
-    return report
+    trees = [nnx.to_pure_dict(nnx.state(network, kind)) for kind in (nnx.Param, nnx.BatchStat)]
+    arrays = as_named_today(arrays, array_names(*trees), source)
+    _, _, report = load_weights(arrays, *trees, source=source, may_miss=may_miss)
+    return {name: arrays[name] for name in report.loaded}, report
 
 
-def print_table(arrays: Mapping[str, np.ndarray], report: LoadReport) -> None:
+def print_table(arrays: Mapping[str, np.ndarray]) -> None:
     """Arrays and numbers by stage."""
     print(f"{'stage':<8}{'arrays':>8}{'numbers':>14}")
     for stage in STAGES:
-        shapes = [arrays[n].shape for n in report.loaded if tree_path(n)[0] == stage]
+        shapes = [arrays[n].shape for n in arrays if tree_path(n)[0] == stage]
         if shapes:
             print(f"{stage:<8}{len(shapes):>8}{sum(map(math.prod, shapes)):>14,}")
 

@@ -100,7 +100,7 @@ def load_weights(
         raise UserError(
             f"{source}: weights are loaded into networks of Keras's only: set model.weights=none"
         ) from None
-    arrays = _as_named_today(arrays, targets, source)
+    arrays = as_named_today(arrays, targets, source)
     want = {name: tuple(flat[p].shape) for name, p in targets.items()}
     have = {name: tuple(value.shape) for name, value in arrays.items()}
 
@@ -141,7 +141,7 @@ _NORMALIZATION = {
 }
 
 
-def _as_named_today(
+def as_named_today(
     arrays: Mapping[str, np.ndarray], wanted: Container[str], source: str
 ) -> dict[str, np.ndarray]:
     """Without what is preprocessing; depthwise kernels and MobileNetV3's layers as in Keras 3.
