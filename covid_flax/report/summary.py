@@ -44,7 +44,10 @@ def print_report(report: Mapping[str, Any], output: Path) -> None:
 
 
 def checkpoint_of(report: Mapping[str, Any]) -> str:
-    """`best checkpoint, step 44`, of a repeated run its members'; "" where none was scored."""
+    """`best checkpoint, step 44`, or `checkpoint of step 44` where that was asked for.
+
+    Of a repeated run its members'; "" where none was scored.
+    """
     found = report.get("checkpoint") or {}
     if not found:
         return ""
@@ -52,7 +55,10 @@ def checkpoint_of(report: Mapping[str, Any]) -> str:
     if runs:
         steps = ", ".join(f"{name} step {step:,}" for name, step in runs.items())
         return f"{which} checkpoints of {len(runs)} runs: {steps}"
-    return f"{which} checkpoint, step {f'{step:,}' if isinstance(step, int) else 'not known'}"
+    known = f"{step:,}" if isinstance(step, int) else "not known"
+    return (
+        f"checkpoint of step {known}" if which == str(step) else f"{which} checkpoint, step {known}"
+    )
 
 
 def _with_interval(report: Mapping[str, Any], key: str) -> str:

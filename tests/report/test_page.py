@@ -286,7 +286,9 @@ def test_calibration_abstention_and_what_was_scored(tmp_path):
         assert text in sections["scored"]
     # It is one of scaled probabilities, whichever the page shows.
     report["calibration"] = calibration | {"applied": False}
+    report["checkpoint"]["which"] = "1926"
     unscaled = _read(_write(tmp_path, report, p, run))
+    assert "checkpoint of step 1,926" in unscaled["scored"]
     assert "top probability, scaled by the temperature, reaches 0.913" in unscaled["pictures"]
     assert "to which it was fitted" not in unscaled["calibration"]
     report["calibration"] = calibration | {"fitted_here": True}
