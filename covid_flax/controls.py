@@ -59,6 +59,7 @@ from covid_flax.run_images import (
     parse_class_map,
     say_what_is_replaced,
     title_of,
+    val_chose,
     what_they_chose,
 )
 from covid_flax.trained_run import Ensemble, TrainedRun, open_run
@@ -234,7 +235,8 @@ def score_conditions(
     if twins:
         twin_labels = np.array([names.index(row.label) for row, _ in twins])
         here, there = answers[len(changed) :]
-        report["pairs"] = twin_figures(twin_labels, here, there, names)
+        of_twins = cluster_numbers([row.file for row, _ in twins], [row.group for row, _ in twins])
+        report["pairs"] = twin_figures(twin_labels, here, there, names, of_twins)
     # Of each class the first image, if it can be one with a mask.
     firsts = {
         name: min(np.flatnonzero(labels == k).tolist(), key=lambda i: (not lit[i], i))
@@ -438,7 +440,7 @@ def run_controls(
 
     report = {
         "split": split,
-        "warning": what_they_chose(workdir, split, data),
+        "warning": what_they_chose(workdir, split, data, by_val=val_chose(checkpoint, run.config)),
         "elsewhere": data.elsewhere,
         "checkpoint": {"which": checkpoint, "step": run.step},
         "data_dir": str(Path(data.folder.root).absolute()),

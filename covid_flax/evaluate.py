@@ -41,6 +41,7 @@ from covid_flax.run_images import (
     parse_class_map,
     say_what_is_replaced,
     title_of,
+    val_chose,
 )
 from covid_flax.trained_run import (
     Ensemble,
@@ -115,8 +116,7 @@ def evaluate(
     from covid_flax.evaluation.members import members_report
     from covid_flax.report.write import write_evaluation
 
-    # Without patience the last epoch was fixed before; who names a step has looked at val's curve.
-    chosen_by_val = checkpoint != "latest" or bool(run.config.train.patience)
+    chosen_by_val = val_chose(checkpoint, run.config)
     report, predictions = assess(
         predictions,
         split=split,

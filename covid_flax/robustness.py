@@ -23,12 +23,7 @@ from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS, Corruption
 from covid_flax.data.pipeline import Element, Source
 from covid_flax.data.splits import PARTS
 from covid_flax.errors import UserError
-from covid_flax.evaluation.intervals import (
-    cluster_weights,
-    has_width,
-    percentile_interval,
-    wilson_interval,
-)
+from covid_flax.evaluation.intervals import share_interval
 from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.files import write_json
@@ -40,6 +35,7 @@ from covid_flax.run_images import (
     parse_class_map,
     say_what_is_replaced,
     title_of,
+    val_chose,
     what_they_chose,
 )
 from covid_flax.trained_run import Ensemble, TrainedRun, open_run
@@ -95,8 +91,8 @@ def score_corruptions(
       clusters: group numbers, `[N]`; None where every image is its own.
 
     Returns:
-      `num_examples`; `clusters`, how many groups; `plain`: figures, with a 95 % interval by the
-      cluster bootstrap where images share groups, else Wilson's; `corruptions`: name, unit,
+      `num_examples`; `clusters`, how many groups; `plain`: figures, with a 95 % `share_interval`;
+      `corruptions`: name, unit,
       values, `strengths` (figures of each), mean accuracy and mean drop; `mean_drop` and
       `mean_balanced_drop` over all.
     """
@@ -104,15 +100,6 @@ def score_corruptions(
     truth = labels[index]
     cluster = np.arange(len(labels)) if clusters is None else clusters
     cluster = cluster[index]
-    groups = len(np.unique(cluster))
-
-    def interval(right: np.ndarray) -> list[float] | None:
-        if groups < len(right):
-            drawn = [w @ right / w.sum(1) for w in cluster_weights(cluster, _RESAMPLES)]
-            found = percentile_interval(np.concatenate(drawn))
-            if has_width(found):
-                return found
-        return wilson_interval(int(right.sum()), len(right))
 
     def figures(corruption: Corruption | None = None, strength: int = 0) -> dict[str, Any]:
         changed = CorruptedSource(source, index, corruption, strength)
@@ -120,7 +107,7 @@ def score_corruptions(
         recalls = [right[truth == k].mean() for k in np.unique(truth)]
         return {
             "accuracy": float(right.mean()),
-            "accuracy_interval": interval(right),
+            "accuracy_interval": share_interval(right, cluster, _RESAMPLES),
             "balanced_accuracy": float(np.mean(recalls)),
         }
 
@@ -148,7 +135,7 @@ def score_corruptions(
             )
     return {
         "num_examples": len(index),
-        "clusters": groups,
+        "clusters": len(np.unique(cluster)),
         "plain": plain,
         "corruptions": rows,
         "mean_drop": float(np.mean([row["mean_drop"] for row in rows])),
@@ -188,7 +175,7 @@ def robustness(
     clusters = cluster_numbers([row.file for row in rows], [row.group for row in rows])
     report = {
         "split": split,
-        "warning": what_they_chose(workdir, split, data),
+        "warning": what_they_chose(workdir, split, data, by_val=val_chose(checkpoint, run.config)),
         "checkpoint": {"which": checkpoint, "step": run.step},
         "data_dir": str(Path(data.folder.root).absolute()),
         **score_corruptions(run, source, data.labels(split), limit, clusters),

@@ -155,8 +155,19 @@ def say_what_is_replaced(
         )
 
 
-def what_they_chose(workdir: Path, split: str, data: Dataset) -> str | None:
-    """What scores of a split are not, in a sentence; None of images that nothing was chosen by."""
+def val_chose(checkpoint: str, config: ml_collections.ConfigDict) -> bool:
+    """Whether the val images had a say in which weights a checkpoint's name stands for.
+
+    Without patience the last epoch was fixed before; who names a step has looked at val's curve.
+    """
+    return checkpoint != "latest" or bool(config.train.patience)
+
+
+def what_they_chose(workdir: Path, split: str, data: Dataset, *, by_val: bool = True) -> str | None:
+    """What scores of a split are not, in a sentence; None of images that nothing was chosen by.
+
+    `by_val` is what `val_chose` says.
+    """
     if data.elsewhere:
         files = [row.file for row in data.rows]
         alike = named_alike(files, _own_rows(workdir))
@@ -166,7 +177,7 @@ def what_they_chose(workdir: Path, split: str, data: Dataset) -> str | None:
             f"{alike:,} of {len(files):,} files bear the name of one that was trained on or chose "
             "the epoch: are they copies?"
         )
-    if split == "test":
+    if split == "test" or (split == "val" and not by_val):
         return None
     if split == "val":
         return "these images chose the epoch, so that the figures flatter"

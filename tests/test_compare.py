@@ -370,6 +370,27 @@ def test_a_group_on_both_sides_is_found_with_the_groups_of_another_run(tmp_path)
     assert cautions(found, "group-leak") == [("alarm", "group-leak", ["a", "b"])]
 
 
+def test_what_the_report_knows_of_groups_and_of_the_epoch_is_not_contradicted():
+    """Groups that the folder named after the split; weights that no val image chose."""
+    labels, groups = images(60)
+    rows = [Row(f"{NAMES[k]}/{i}.png", NAMES[k], "val", "") for i, k in enumerate(labels)]
+    rows.append(Row("COVID/t.png", "COVID", "train", ""))
+    for report, said in (
+        ({}, ["groups-unknown", "stopping-split-scored"]),
+        ({"alarms_checked": ["groups-unknown"]}, ["stopping-split-scored"]),
+        ({"alarms_checked": ["groups-unknown"], "stopped_on": None}, []),
+        ({"stopped_on": None}, ["groups-unknown"]),
+    ):
+        report = {"split": "val", "alarms": [], **report}
+        runs = [
+            evaluation(n, labels, predict(labels, 3.0, i), groups, report=report, rows=rows)
+            for i, n in enumerate("ab")
+        ]
+        found = compare(runs, resamples=5)
+        told = {name for _, name, _ in cautions(found, "groups-unknown", "stopping-split-scored")}
+        assert sorted(told) == said
+
+
 def test_another_folder_of_the_same_names_is_told(tmp_path):
     labels, groups = images(60)
     for name in ("x", "y"):

@@ -259,6 +259,9 @@ def test_a_sample_of_rare_classes_is_no_larger():
     labels = np.repeat([0, 1, 2], [10_000, 50, 50])
     assert np.bincount(labels[stratified_sample(labels, 100)]).tolist() == [98, 1, 1]
     assert np.bincount(labels[stratified_sample(labels, 2)]).tolist() == [1, 1, 1]
+    # The one image that stands for its class is not rounded up once more.
+    labels = np.repeat([0, 1, 2, 3], [1, 5, 5, 5])
+    assert sorted(np.bincount(labels[stratified_sample(labels, 11)])) == [1, 3, 3, 4]
 
 
 # Figures.
@@ -679,6 +682,15 @@ def test_a_probe_cannot_know_a_group_again():
     assert got["balanced_accuracy"] < 0.85
     alone = source_probe.probe(features, sources, np.arange(400))
     assert alone["balanced_accuracy"] > 0.99
+
+
+def test_a_probe_has_no_more_components_than_the_smallest_fold_has_images():
+    """One group holds most images, so that the fold without it is small."""
+    sources = ["a"] * 100 + ["b"] * 20
+    clusters = np.concatenate([np.zeros(80, int), np.arange(1, 41)])
+    features = np.random.default_rng(0).normal(size=(120, 784))
+    got = source_probe.probe(features, sources, clusters)
+    assert got["num_examples"] == 120 and 0 <= got["balanced_accuracy"] <= 1
 
 
 def test_only_classes_of_two_well_filled_sources_are_probed():

@@ -327,6 +327,9 @@ def test_an_epoch_that_val_did_not_choose_is_not_called_optimistic(trained, tmp_
         raised = {alarm["name"] for alarm in report["alarms"]}
         assert ("stopping-split-scored" in raised) == optimistic == ("note" in report)
         assert ("stopping-split-scored" in report["alarms_checked"]) == optimistic
+        data = open_data(run, saved_run(run), "val")
+        by_val = report["stopped_on"] == "val"
+        assert (what_they_chose(run, "val", data, by_val=by_val) is not None) == optimistic
 
 
 def test_a_class_that_is_left_out_need_not_be_readable(trained, phantom_dir, tmp_path):

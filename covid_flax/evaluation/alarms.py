@@ -556,9 +556,13 @@ def small_class(matrix: Any, class_names: Sequence[str] = ()) -> Alarm | None:
 
 
 def _sources_can_tell(source_counts: Mapping[str, Mapping[str, int]]) -> bool:
-    """Whether sources are known of two classes, and some of more than one image."""
-    classes = {name for counts in source_counts.values() for name, n in counts.items() if n}
-    return len(classes) > 1 and any(sum(counts.values()) > 1 for counts in source_counts.values())
+    """Whether sources of more than one image are known of two classes, and there are two of them.
+
+    One that holds all images is enough: it cannot tell them apart.
+    """
+    shared = [counts for counts in source_counts.values() if sum(counts.values()) > 1]
+    classes = {name for counts in shared for name, n in counts.items() if n}
+    return len(classes) > 1 and (len(shared) > 1 or len(source_counts) == 1)
 
 
 def source_confounded(source_counts: Mapping[str, Mapping[str, int]]) -> Alarm | None:

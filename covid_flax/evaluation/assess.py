@@ -20,7 +20,7 @@ from covid_flax.evaluation.alarms import (
     groups_unknown,
 )
 from covid_flax.evaluation.calibration import temperature_scale
-from covid_flax.evaluation.intervals import wilson_interval
+from covid_flax.evaluation.intervals import share_interval
 from covid_flax.evaluation.metrics import (
     classification_report,
     expected_calibration_error,
@@ -78,7 +78,7 @@ def assess(
         clusters=predictions.clusters,
         prevalence=prevalence,
     )
-    report["split"] = split
+    report["split"], report["stopped_on"] = split, stopped_on
     report["calibration"] = report["abstain"] = None
     if calibration is not None:
         both = {"before": before, "after": after}
@@ -132,11 +132,11 @@ def _abstain(predictions: Predictions, chosen: Mapping[str, Any]) -> dict[str, A
     if threshold is None:
         return found
     kept = predictions.probabilities.max(1) >= threshold
-    right = int((predictions.predicted == predictions.labels)[kept].sum())
-    n = int(kept.sum())
-    found["coverage"] = n / len(kept)
-    if n:
-        found.update(accuracy=right / n, accuracy_interval=wilson_interval(right, n))
+    right = (predictions.predicted == predictions.labels)[kept]
+    found["coverage"] = float(kept.mean())
+    if len(right):
+        found["accuracy"] = float(right.mean())
+        found["accuracy_interval"] = share_interval(right, predictions.clusters[kept])
     return found
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from covid_flax.evaluation.intervals import (
     cluster_weights,
     percentile_interval,
-    wilson_interval,
+    share_interval,
 )
 
 RESAMPLES = 2000
@@ -46,7 +46,7 @@ def condition_figures(
       `num_examples`, `accuracy`, `balanced_accuracy` (over the classes that have images) and
       `changed` (share whose answer is another than for the whole image), each with
       `<name>_interval` (percentile cluster bootstrap), `recall` and `recall_interval` by class
-      (Wilson; None without images), `predicted` by class, `confidence` (mean top probability),
+      (`share_interval`), `predicted` by class, `confidence` (mean top probability),
       `confusion_matrix` (rows true), `majority` (accuracy of always answering the commonest
       class), `chance` (balanced accuracy of any fixed answer), `whole_balanced_accuracy` (of the
       same images, whole), `kept` (of the whole images'
@@ -94,7 +94,7 @@ def condition_figures(
             for k, name in enumerate(class_names)
         },
         "recall_interval": {
-            name: wilson_interval(int(hits[k]), int(support[k]))
+            name: share_interval(answers[labels == k] == k, clusters[labels == k])
             for k, name in enumerate(class_names)
         },
         "predicted": dict(zip(class_names, matrix.sum(0).tolist(), strict=True)),

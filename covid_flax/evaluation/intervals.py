@@ -43,6 +43,34 @@ def wilson_interval(hits: float, total: float) -> list[float] | None:
     return [float(low), float(high)]
 
 
+def share_interval(
+    hits: np.ndarray, clusters: np.ndarray, resamples: int = 2000
+) -> list[float] | None:
+    """`[low, high]` of a share of images: by groups where some share one, else Wilson's.
+
+    Wilson's too where all resamples agree, though it takes images as independent.
+
+    Args:
+      hits: of each image, bool `[N]`.
+      clusters: group numbers `[N]`.
+      resamples: of the bootstrap.
+
+    Returns:
+      None without an image, and for several images that are all of one group: drawn again and
+      again, it says nothing of how groups differ.
+    """
+    groups = len(np.unique(clusters))
+    if groups == 1 < len(hits):
+        return None
+    if groups < len(hits):
+        hits = hits.astype(np.float64)
+        drawn = [w @ hits / w.sum(1) for w in cluster_weights(clusters, resamples)]
+        found = percentile_interval(np.concatenate(drawn))
+        if has_width(found):
+            return found
+    return wilson_interval(int(hits.sum()), len(hits))
+
+
 def student_interval(values: Sequence[float]) -> list[float]:
     """`[low, high]` of Student's interval for the mean of two independent values or more."""
     from scipy.stats import t  # half a second, which training need not wait for
@@ -63,11 +91,18 @@ def resamples_groups(report: Mapping[str, Any]) -> bool:
     return clusters < report["num_examples"]
 
 
+def one_group(report: Mapping[str, Any]) -> bool:
+    """Whether several images are all of one group, which says nothing of how groups differ."""
+    return (report.get("intervals") or {}).get("clusters") == 1 < report["num_examples"]
+
+
 def whole_interval(report: Mapping[str, Any], *keys: str) -> Sequence[float] | None:
     """Of a figure of all images in a report: by the bootstrap; None where there is none.
 
-    Wilson's of accuracy where all resamples agree.
+    Wilson's of accuracy where all resamples agree. None where all images are of one group.
     """
+    if one_group(report):
+        return None
     intervals = report.get("intervals") or {}
     found: Any = intervals.get("bootstrap")
     for key in keys:
@@ -82,8 +117,10 @@ def class_interval(report: Mapping[str, Any], name: str, key: str) -> Sequence[f
 
     Where some images share a group, Wilson's interval, which takes all as independent, is too
     narrow; where none do, it is better for few images than the bootstrap. It stands in too where
-    all resamples agree.
+    all resamples agree. None where all images are of one group.
     """
+    if one_group(report):
+        return None
     intervals = report.get("intervals") or {}
 
     def of(kind: str) -> Any:

@@ -18,7 +18,7 @@ def stratified_sample(labels: np.ndarray, limit: int) -> np.ndarray:
     names, counts = np.unique(labels, return_counts=True)
     exact = limit * counts / len(labels)
     share = np.maximum(1, np.floor(exact)).astype(int)
-    for k in np.argsort(np.floor(exact) - exact, kind="stable")[: max(0, limit - share.sum())]:
+    for k in np.argsort(share - exact, kind="stable")[: max(0, limit - share.sum())]:
         share[k] += 1
     while share.sum() > max(limit, len(names)):  # for the rare classes' one
         share[share.argmax()] -= 1

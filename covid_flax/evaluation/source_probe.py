@@ -85,7 +85,7 @@ def learn(features: np.ndarray, labels: np.ndarray, asked: np.ndarray, count: in
       float64 `[M, count]`, 0 for a class that `labels` lacks.
     """
     with _one_thread():
-        model = _linear_probe(features).fit(features, labels)
+        model = _linear_probe(features, len(features)).fit(features, labels)
         probabilities = np.zeros((len(asked), count))
         probabilities[:, model.classes_] = model.predict_proba(asked)
     return probabilities
@@ -98,9 +98,13 @@ def _one_thread() -> Any:
     return threadpool_limits(1)
 
 
-def _linear_probe(features: np.ndarray) -> Any:
+def _linear_probe(features: np.ndarray, learned_from: int) -> Any:
     """Logistic regression, the classes weighted equally, on the standardised features, their first
-    `COMPONENTS` principal components where there are more; unfitted."""
+    `COMPONENTS` principal components where there are more; unfitted.
+
+    `learned_from` is the least number of images it will be fitted to: components are at most half
+    as many.
+    """
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -108,7 +112,7 @@ def _linear_probe(features: np.ndarray) -> Any:
 
     steps: list[Any] = [StandardScaler()]
     if features.shape[1] > COMPONENTS:
-        steps.append(PCA(min(COMPONENTS, len(features) // 2), random_state=0))
+        steps.append(PCA(min(COMPONENTS, learned_from // 2), random_state=0))
     steps.append(LogisticRegression(class_weight="balanced", max_iter=1000))
     return make_pipeline(*steps)
 
@@ -132,10 +136,11 @@ def probe(features: np.ndarray, sources: Sequence[str], clusters: np.ndarray) ->
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
     names, wanted = np.unique(np.asarray(sources), return_inverse=True)
-    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
+    by_group = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
+    folds = list(by_group.split(features, wanted, clusters))
     with _one_thread():
-        model = _linear_probe(features)
-        answers = cross_val_predict(model, features, wanted, groups=clusters, cv=folds)
+        model = _linear_probe(features, min(len(learned) for learned, _ in folds))
+        answers = cross_val_predict(model, features, wanted, cv=folds)
     of_source = wanted[:, None] == np.arange(len(names))
     right = of_source & (answers == wanted)[:, None]
     columns = np.concatenate([of_source, right], 1).astype(np.float64)

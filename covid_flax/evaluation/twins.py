@@ -13,7 +13,7 @@ import numpy as np
 from covid_flax.data.folder import DataFolder
 from covid_flax.data.splits import Row
 from covid_flax.errors import UserError
-from covid_flax.evaluation.intervals import wilson_interval
+from covid_flax.evaluation.intervals import share_interval
 
 
 def find_twins(
@@ -60,7 +60,11 @@ class FileRecords:
 
 
 def twin_figures(
-    labels: np.ndarray, here: np.ndarray, there: np.ndarray, class_names: Sequence[str]
+    labels: np.ndarray,
+    here: np.ndarray,
+    there: np.ndarray,
+    class_names: Sequence[str],
+    clusters: np.ndarray,
 ) -> dict[str, Any]:
     """What becomes of the answers when images go through another export.
 
@@ -68,9 +72,10 @@ def twin_figures(
       labels: class indices of the images, `[N]`.
       here, there: probabilities of the originals and of their twins, float64 `[N, K]`.
       class_names: K.
+      clusters: group numbers of the originals, `[N]`.
 
     Returns:
-      `num_pairs`; `flipped`, `flip_rate` and its Wilson interval; `matrix` (rows the original's
+      `num_pairs`; `flipped`, `flip_rate` and its `share_interval`; `matrix` (rows the original's
       answer, columns the twin's); `accuracy` of both; and for each class `answers`: how many
       originals and twins it was answered for, how many answers `became` it and `ceased` to be
       it, the exact two-sided McNemar `p` that both are equally likely, and the mean change of its
@@ -83,7 +88,8 @@ def twin_figures(
     a, b = here.argmax(1), there.argmax(1)
     matrix = np.zeros((count, count), np.int64)
     np.add.at(matrix, (a, b), 1)
-    flipped = int((a != b).sum())
+    flips = a != b
+    flipped = int(flips.sum())
     answers = {}
     for k, name in enumerate(class_names):
         became = int(matrix[:, k].sum() - matrix[k, k])
@@ -101,7 +107,7 @@ def twin_figures(
         "num_pairs": len(labels),
         "flipped": flipped,
         "flip_rate": flipped / len(labels),
-        "flip_interval": wilson_interval(flipped, len(labels)),
+        "flip_interval": share_interval(flips, clusters),
         "matrix": matrix.tolist(),
         "accuracy": {
             "originals": float((a == labels).mean()),

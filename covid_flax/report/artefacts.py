@@ -62,6 +62,7 @@ RUN: dict[str, Any] = {
 EVALUATION: dict[str, Any] = {
     "accuracy": float,
     "split": str,
+    "stopped_on": str,
     "data_dir": str,
     "bad_images": {"*": str},
     "checkpoint": {"runs": {"*": int}},

@@ -19,7 +19,7 @@ from markupsafe import Markup
 from covid_flax import __version__
 from covid_flax.data.dataset import left_out
 from covid_flax.evaluation.alarms import CHECKS
-from covid_flax.evaluation.intervals import class_interval, has_width, whole_interval
+from covid_flax.evaluation.intervals import class_interval, has_width, one_group, whole_interval
 from covid_flax.evaluation.predictions import Predictions
 from covid_flax.files import write_atomically
 from covid_flax.report import pictures
@@ -148,6 +148,7 @@ def write_report_page(
         whole=_whole_table(report),
         members=_members_table(report),
         intervals=report.get("intervals") or {},
+        one_group=one_group(report),
         matrix=_matrix_table(report),
         pictures=pictures.evaluation_pictures(report, predictions),
         calibration=report.get("calibration"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ def robustness_figure(report: Mapping[str, Any], title: str) -> Figure:
     for ax, row in zip(axes, report["corruptions"], strict=False):
         strengths = range(1, len(row["strengths"]) + 1)
         accuracy = [s["accuracy"] for s in row["strengths"]]
-        low = [s["accuracy_interval"][0] for s in row["strengths"]]
-        high = [s["accuracy_interval"][1] for s in row["strengths"]]
+        # Images all of one group have no interval.
+        bands = [s["accuracy_interval"] or (math.nan, math.nan) for s in row["strengths"]]
+        low, high = zip(*bands, strict=True)
         ax.axhline(plain, color="0.5", linestyle="--", linewidth=1)
         ax.fill_between(strengths, low, high, color="#0072B2", alpha=0.2, linewidth=0)
         ax.plot(strengths, accuracy, color="#0072B2", marker="o", markersize=3)

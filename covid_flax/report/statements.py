@@ -12,6 +12,7 @@ from covid_flax.early_stopping import EarlyStopping
 from covid_flax.evaluation.intervals import (
     class_interval,
     has_width,
+    one_group,
     resamples_groups,
     whole_interval,
 )
@@ -144,7 +145,7 @@ def _disjoint(a: Artefacts) -> str | None:
     groups, crossing = _groups(a)
     unknown = sum(not row.group for row in a.rows)
     if not groups:
-        return "Images: no groups (patients, near-duplicates) are known."
+        return "Images: split.csv names no groups (patients, near-duplicates)."
     said = "none is in two splits" if not crossing else f"{crossing:,} are in more than one split"
     text = f"Groups of images: {groups:,} groups, {said}"
     text += f"; {unknown:,} images have no known group" if unknown else ""
@@ -347,6 +348,8 @@ def _uncertainty(a: Artefacts) -> str | None:
     intervals = report.get("intervals") or {}
     if not intervals:
         return None
+    if one_group(report):
+        return "No intervals: all images are of one group."
     text = f"{100 * intervals['level']:g}{_NBSP}% intervals: Wilson's of shares of a class"
     if resamples_groups(report):
         text += " where all resamples agree"
@@ -553,7 +556,7 @@ def limits(a: Artefacts) -> list[str]:
     said = ["For research: it is no medical device, and no decision on a patient may rest on it."]
     if not a.reports:
         said.append("No evaluation is among the run's files: nothing is known of how well it does.")
-    elif a.split(a.headline) == "val":
+    elif a.split(a.headline) == a.reports[a.headline].get("stopped_on", "val"):
         said.append(
             "Only images that chose the epoch or setting were scored (val): the figures are "
             "optimistic."
@@ -590,7 +593,8 @@ def limits(a: Artefacts) -> list[str]:
             "Whether an image's source, as the data folder names it, gives its class away was not "
             "checked."
         )
-    if a.rows and not any(row.group for row in a.rows):
+    grouped = any(resamples_groups(report) for report in own)
+    if a.rows and not grouped and not any(row.group for row in a.rows):
         said.append("No groups are known: images of one patient may be in two splits.")
     groups, crossing = _groups(a)
     if crossing:

@@ -340,7 +340,9 @@ def test_source_confounded():
     e = Evidence(matrix, ("p", "q"), source_counts=own)
     assert "source-confounded" not in raised(e, "caution")
     # Where nothing could be asked, nothing is said to be in order.
-    for untold in (own, {"s": {"p": 60}, "t": {"p": 40}}, {}):
+    one_class_shares = {f"s{i}": {"p": 1} for i in range(50)} | {"t": {"q": 30}, "u": {"q": 30}}
+    one_source = {f"s{i}": {"p": 1} for i in range(50)} | {"t": {"p": 1, "q": 30}}
+    for untold in (own, one_class_shares, one_source, {"s": {"p": 60}, "t": {"p": 40}}, {}):
         e = Evidence(matrix, ("p", "q"), source_counts=untold)
         assert "source-confounded" not in checks_made(e)
     for asked in (even, {"s": {"p": 60, "q": 60}}):

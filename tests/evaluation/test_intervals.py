@@ -6,6 +6,7 @@ import pytest
 from covid_flax.evaluation.intervals import (
     cluster_weights,
     percentile_interval,
+    share_interval,
     wilson,
     wilson_interval,
 )
@@ -55,6 +56,26 @@ def test_the_same_seed_draws_the_same_and_another_does_not():
     clusters = np.arange(30)
     np.testing.assert_array_equal(_all(clusters, 9, seed=5), _all(clusters, 9, seed=5))
     assert (_all(clusters, 9, seed=5) != _all(clusters, 9, seed=6)).any()
+
+
+def test_a_share_s_interval_is_by_groups_where_some_share_one():
+    rng = np.random.default_rng(0)
+    clusters = rng.integers(0, 12, 60)
+    hits = clusters % 3 > 0
+    groups = [hits[clusters == c] for c in range(12)]
+    drawn = [
+        np.concatenate([groups[i] for i in np.random.default_rng(n).integers(0, 12, 12)]).mean()
+        for n in range(4000)
+    ]
+    np.testing.assert_allclose(
+        share_interval(hits, clusters), np.percentile(drawn, [2.5, 97.5]), atol=0.03
+    )
+    # No two share one, or no resample differs: Wilson's. All share one: nobody knows.
+    assert share_interval(hits, np.arange(60)) == wilson_interval(int(hits.sum()), 60)
+    assert share_interval(np.ones(60, bool), clusters) == wilson_interval(60, 60)
+    assert share_interval(hits, np.zeros(60, int)) is None
+    assert share_interval(hits[:1], clusters[:1]) == wilson_interval(int(hits[0]), 1)
+    assert share_interval(hits[:0], clusters[:0]) is None
 
 
 def test_many_images_come_in_pieces():

@@ -115,6 +115,17 @@ def no_pictures(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_images_of_one_group_have_no_intervals(tmp_path):
+    p = _predictions(groups=("g",) * 400)
+    path = _write(tmp_path, _report(p), p)
+    assert "all images are of one group" in _read(path)["averages"]
+    assert (
+        'class="interval"' not in path.read_text()
+        and "percentile bootstrap" not in path.read_text()
+    )
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_verdict_comes_first_with_intervals(tmp_path):
     p = _predictions(groups=tuple(f"g{i // 2}" for i in range(400)))
     report = _report(p)
