@@ -25,7 +25,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.members import FIGURES
 from covid_flax.files import write_json
-from covid_flax.run import read_run, refuse_changes, setup
+from covid_flax.run import has_figures, read_run, refuse_changes, setup
 from covid_flax.train import train
 
 
@@ -62,7 +62,7 @@ def check_members(
     if has_checkpoints(workdir / "checkpoints"):
         raise UserError(f"{workdir} holds a single run: choose another --workdir")
     saved = read_run(workdir)
-    if saved is not None:
+    if saved is not None and ("members" in saved or has_figures(workdir)):  # else a dry run's
         refuse_changes(saved["config"], config_lib.to_json(config), workdir)
     configs = member_configs(config)
     for member in configs.values():

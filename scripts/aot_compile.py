@@ -51,7 +51,13 @@ def _main() -> None:
     mesh = aot.topology_mesh(_TOPOLOGY.value)
     say(f"compiling for {mesh.size} devices of {_TOPOLOGY.value}: minutes, for a ResNet50")
     jax.config.update("jax_enable_compilation_cache", False)  # what is measured is compiled
-    compiled, seconds, costs = _compile(config, mesh)
+    try:
+        compiled, seconds, costs = _compile(config, mesh)
+    except jax.errors.JaxRuntimeError as e:
+        raise UserError(
+            f"the step does not compile for {_TOPOLOGY.value} ({str(e).splitlines()[0]}): if it "
+            "does not fit, lower train.batch_size or set train.micro_batch"
+        ) from e
     if config.train.micro_batch:
         say("and once more without micro-batches, for what a step costs in all")
         config.train.micro_batch = 0

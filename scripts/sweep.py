@@ -45,6 +45,7 @@ from ml_collections import config_flags
 from covid_flax import config as config_lib
 from covid_flax.command import run_command
 from covid_flax.console import duration, say
+from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import LEVEL, student_interval
 from covid_flax.files import write_atomically
@@ -342,7 +343,7 @@ def _name(number: int, settings: Mapping[str, Any], seed: int) -> str:
 
 def _config_of(config: ml_collections.ConfigDict, trial: Trial) -> ml_collections.ConfigDict:
     """The configuration that the trial trains."""
-    changed = ml_collections.ConfigDict(config)
+    changed = config.copy_and_resolve_references()
     changed.update_from_flattened_dict({**trial.settings, "seed": trial.seed})
     return changed
 
@@ -373,13 +374,16 @@ def read_val(metrics_jsonl: Path) -> list[dict[str, Any]]:
     return [record for record in records if record["split"] == "val"]
 
 
-def best_of(records: Sequence[Mapping[str, Any]], monitor: str) -> dict[str, Any] | None:
-    """The best epoch by the monitored figure, the first of equals; None without a finite one."""
+def best_of(
+    records: Sequence[Mapping[str, Any]], monitor: str, min_delta: float = 0.0
+) -> dict[str, Any] | None:
+    """The epoch that the run keeps as its best; None without one whose figure is finite."""
     figure = monitor.removeprefix("val_")
     finite = [r for r in records if math.isfinite(r[figure])]
     if not finite:
         return None
-    best = (min if monitor == "val_loss" else max)(finite, key=lambda r: r[figure])
+    stopping = EarlyStopping(mode="min" if monitor == "val_loss" else "max", min_delta=min_delta)
+    best = [record for record in finite if stopping.update(record[figure])][-1]
     return {
         "val_accuracy": best["accuracy"],
         "val_loss": best["loss"],
@@ -519,35 +523,20 @@ def _run_all(
         metrics = workdir / trial.name / "metrics.jsonl"
         head = f"trial {number}/{total} {trial.name}"
         say(head)
-        epochs = _config_of(plan.config, trial).train.epochs
-        already = len(read_val(metrics))
-        judge = halving.judge(trial) if halving is not None else lambda records: False
-        waiting = len(left) - done - 1
-
-        def on_epoch(
-            records: list[dict[str, Any]],
-            head: str = head,
-            epochs: int = epochs,
-            already: int = already,
-            started: float = started,
-            waiting: int = waiting,
-            judge: Callable[[list[dict[str, Any]]], bool] = judge,
-        ) -> bool:
-            last, passed = records[-1], time.monotonic() - started
-            each = passed / max(1, len(records) - already)
-            rest = max(0, epochs - last["epoch"]) * each
-            usual = statistics.mean(seconds) if seconds else passed + rest
-            say(
-                f"{head} | epoch {last['epoch']}/{epochs} | val loss {last['loss']:.4f} accuracy "
-                f"{last['accuracy']:.4f} | trial left {duration(rest)} at most | sweep left about "
-                f"{duration(rest + waiting * usual)}"
-            )
-            return judge(records)
-
+        train = _config_of(plan.config, trial).train
+        progress = _Progress(
+            head=head,
+            epochs=train.epochs,
+            already=len(read_val(metrics)),
+            started=started,
+            waiting=len(left) - done - 1,
+            usual=statistics.mean(seconds) if seconds else None,
+            judge=halving.judge(trial) if halving is not None else None,
+        )
         log = workdir / "logs" / f"{trial.name}.log"
-        state, error = run_trial(command_of(plan, trial, workdir), log, metrics, on_epoch)
+        state, error = run_trial(command_of(plan, trial, workdir), log, metrics, progress.tell)
         records = read_val(metrics)
-        best = best_of(records, plan.monitor)
+        best = best_of(records, plan.monitor, train.min_delta)
         if state != "failed" and best is None:
             state, error = "failed", f"{metrics}: no finite {plan.monitor}"
         passed = time.monotonic() - started
@@ -571,6 +560,41 @@ def _run_all(
             verdict = f"{state} | best {plan.monitor} {best[plan.monitor]:.4f}, epoch "
             verdict += f"{best['best_epoch']}"
         say(f"{head} | {verdict} | {duration(passed)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Progress:
+    """What a trial under way says after each epoch.
+
+    Attributes:
+      head: its number and name.
+      epochs: that it trains at most.
+      already: validation records that it had when it was started.
+      started: when, by the monotonic clock.
+      waiting: trials that come after it.
+      usual: seconds that one of those before took, None for the first.
+      judge: given the records, whether to stop it; None never does.
+    """
+
+    head: str
+    epochs: int
+    already: int
+    started: float
+    waiting: int
+    usual: float | None
+    judge: Callable[[list[dict[str, Any]]], bool] | None
+
+    def tell(self, records: list[dict[str, Any]]) -> bool:
+        """Says it; true stops the trial. One that has trained to the end is never stopped."""
+        last, passed = records[-1], time.monotonic() - self.started
+        rest = max(0, self.epochs - last["epoch"]) * passed / max(1, len(records) - self.already)
+        usual = passed + rest if self.usual is None else self.usual
+        say(
+            f"{self.head} | epoch {last['epoch']}/{self.epochs} | val loss {last['loss']:.4f} "
+            f"accuracy {last['accuracy']:.4f} | trial left {duration(rest)} at most | sweep left "
+            f"about {duration(rest + self.waiting * usual)}"
+        )
+        return self.judge is not None and last["epoch"] < self.epochs and self.judge(records)
 
 
 class _Halving:
@@ -610,7 +634,7 @@ class _Halving:
         )
         for old in self._study.get_trials(deepcopy=False):
             if old.state == optuna.trial.TrialState.RUNNING and "trial" in old.user_attrs:
-                # Interrupted: it goes on as the trial that it was, not as its own rival.
+                # Interrupted, or failed: it goes on as what it was, not as its own rival.
                 name = old.user_attrs["trial"]
                 self._trials[name] = optuna.trial.Trial(self._study, old._trial_id)
 
@@ -621,6 +645,10 @@ class _Halving:
             self._trials[trial.name].set_user_attr("settings", trial.settings)
         return self._trials[trial.name]
 
+    def _best(self, trial: Trial, records: list[dict[str, Any]]) -> dict[str, Any] | None:
+        min_delta = _config_of(self._plan.config, trial).train.min_delta
+        return best_of(records, self._plan.monitor, min_delta)
+
     def judge(self, trial: Trial) -> Callable[[list[dict[str, Any]]], bool]:
         """Of the trial: whether its records so far say to stop it."""
         of = self._trial(trial)
@@ -628,7 +656,7 @@ class _Halving:
 
         def stops(records: list[dict[str, Any]]) -> bool:
             for i, record in enumerate(records):
-                best = best_of(records[: i + 1], self._plan.monitor)
+                best = self._best(trial, records[: i + 1])
                 if record["epoch"] in reported or best is None:
                     continue
                 reported.add(record["epoch"])
@@ -640,14 +668,14 @@ class _Halving:
         return stops
 
     def tell(self, trial: Trial, state: str, records: list[dict[str, Any]]) -> None:
-        """Ends the trial in the study."""
+        """Ends the trial in the study. One that failed stays open there until it is tried again."""
         states, of = self._optuna.trial.TrialState, self._trial(trial)
-        best = best_of(records, self._plan.monitor)
+        best = self._best(trial, records)
         if state == "complete" and best is not None:
             self.judge(trial)(records)  # the epochs since it was last looked at
             self._study.tell(of, best[self._plan.monitor], states.COMPLETE)
-        else:
-            self._study.tell(of, state=states.PRUNED if state == "pruned" else states.FAIL)
+        elif state == "pruned":
+            self._study.tell(of, state=states.PRUNED)
         del self._trials[trial.name]
 
 

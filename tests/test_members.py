@@ -176,6 +176,13 @@ def test_what_a_card_says_of_several_runs(folds):
     assert "One training with one seed" in said["limits"]
 
 
+def test_a_dry_run_does_not_stand_in_the_way_of_several(tiny_config, tmp_path):
+    setup(tiny_config, tmp_path)
+    assert (tmp_path / "config.json").exists()
+    tiny_config.repeats = 2
+    assert list(check_members(tiny_config, tmp_path)) == ["seed0", "seed1"]
+
+
 def test_more_runs_than_anyone_makes_are_refused_at_once(tiny_config, tmp_path):
     tiny_config.repeats = 10**8
     with pytest.raises(UserError, match="config.repeats=100000000: set a value from 1 to 1000"):

@@ -47,10 +47,10 @@ for epoch in range(done + 1, int(args.get("config.train.epochs", 3)) + 1):
             line = {"step": epoch, "epoch": epoch, "split": split, "loss": 1 - accuracy,
                     "accuracy": accuracy}
             f.write(json.dumps(line) + "\\n")
-    if stop.exists():
+    if stop.exists() and workdir.name.startswith(stop.read_text()):
         stop.unlink()
         sys.exit(130)
-    time.sleep(float(args.get("config.train.min_delta", 0)))
+    time.sleep(float(args.get("config.optimizer.weight_decay", 0)))
 """
 
 
@@ -212,6 +212,8 @@ def test_the_best_epoch():
     assert sweep.best_of(records, "val_accuracy")["best_epoch"] == 2
     assert sweep.best_of(records, "val_loss")["epochs"] == 4
     assert sweep.best_of(records[:1], "val_loss") is None
+    # As the run itself: what is no improvement by train.min_delta is not kept.
+    assert sweep.best_of(records, "val_loss", 0.15)["best_epoch"] == 2
 
 
 def test_a_setting_with_a_failed_seed_ranks_last():
@@ -257,10 +259,30 @@ def test_a_grid_and_what_it_writes(fake_main, tmp_path, capsys):
 
 
 def test_the_time_left_is_told(fake_main, tmp_path, capsys):
-    slow = plan(sets=["optimizer.learning_rate=0.1"], fixed={"train.min_delta": 0.4})
+    slow = plan(sets=["optimizer.learning_rate=0.1"], fixed={"optimizer.weight_decay": 0.4})
     sweep.sweep(slow, tmp_path / "sweep")
     out = capsys.readouterr().out
     assert "epoch 1/3 | val loss 0.9900" in out and "trial left" in out and "sweep left" in out
+
+
+def test_a_trial_s_settings_are_its_own():
+    made = plan(sets=["optimizer.learning_rate=0.1,0.5", "train.batch_size=2,4"])
+    before = made.config.to_json()
+    rates = [sweep._config_of(made.config, t).optimizer.learning_rate for t in made.trials]
+    assert rates == [0.1, 0.1, 0.5, 0.5] and made.config.to_json() == before
+
+
+def test_a_sweep_interrupted_in_its_second_trial_goes_on(fake_main, tmp_path):
+    workdir = tmp_path / "sweep"
+    workdir.mkdir()
+    (workdir / "die").write_text("001")
+    with pytest.raises(KeyboardInterrupt):
+        sweep.sweep(plan(), workdir)
+    names = [t.name for t in plan().trials]
+    assert calls(workdir) == names[:2]
+    saved = sweep.sweep(plan(), workdir)
+    assert calls(workdir) == [*names[:2], *names[1:]]
+    assert [t["state"] for t in saved["trials"]] == ["complete"] * 3
 
 
 def test_an_interrupted_sweep_goes_on(fake_main, tmp_path):
@@ -321,7 +343,7 @@ def test_failed_trials(fake_main, tmp_path, capsys):
 def test_halving_stops_the_worse_and_goes_on(fake_main, tmp_path):
     workdir = tmp_path / "sweep"
     rates = "optimizer.learning_rate=0.1,0.2,0.3,0.4,0.5"
-    fixed = {"train.epochs": 9, "train.min_delta": 0.25, "train.monitor": "val_accuracy"}
+    fixed = {"train.epochs": 9, "optimizer.weight_decay": 0.25, "train.monitor": "val_accuracy"}
 
     def halving():
         return plan("halving", [rates], trials=5, fixed=fixed)
@@ -348,6 +370,18 @@ def test_halving_stops_the_worse_and_goes_on(fake_main, tmp_path):
     study = optuna.load_study(study_name="sweep", storage=journal)
     assert len(study.trials) == 5  # the interrupted one is no rival of itself
     assert [t.state.name.lower() for t in study.trials] == states
+
+
+def test_a_failed_trial_that_is_tried_again_is_no_rival_of_itself(fake_main, tmp_path):
+    import optuna
+    from optuna.storages.journal import JournalFileBackend
+
+    failing = plan("halving", ["optimizer.learning_rate=0.1,2"], trials=2)
+    for _ in range(2):
+        sweep.sweep(failing, tmp_path / "sweep")
+    journal = JournalFileBackend(str(tmp_path / "sweep" / "halving.journal"))
+    study = optuna.load_study(study_name="sweep", storage=optuna.storages.JournalStorage(journal))
+    assert sorted(t.state.name for t in study.trials) == ["COMPLETE", "RUNNING"]
 
 
 def test_halving_without_optuna(tmp_path, monkeypatch):
