@@ -374,7 +374,8 @@ def _thumbnails(source: Source) -> np.ndarray:
     side = THUMBNAIL_SIDE
     thumbnails = np.empty((len(source), side * side))
     for i in range(len(source)):
-        grey = Image.fromarray(np.asarray(source[i]["image"])[..., 0])
+        pixels = np.asarray(source[i]["image"])
+        grey = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("L")
         thumbnails[i] = np.asarray(grey.resize((side, side), Image.Resampling.BOX)).ravel()
     return thumbnails
 

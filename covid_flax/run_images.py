@@ -67,8 +67,8 @@ def open_data(
         folder = folder.without_classes(left_out)
         if not folder.files:
             raise UserError(f"--class_map leaves no image of {root}: name a class of the run")
-        if folder.ignored:
-            say(f"note: {folder.not_images()}: not scored")
+        if others := folder.passed_over():
+            say(f"note: {others}: not scored")
     else:
         folder = _reopen(root, config, class_names)
     records = None

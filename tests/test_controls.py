@@ -180,6 +180,37 @@ def test_kaggle_s_masks_are_found_read_and_never_taken_for_images(tmp_path):
     assert len(find_masks(folder, rows).files) == 12
 
 
+def test_no_image_is_its_own_mask_and_no_mask_is_two_images(tmp_path):
+    pixels = Image.fromarray(np.full((SIZE, SIZE), 200, np.uint8))
+    names = ("A/a.png", "A/b.png", "B/c.png", "A/masks/a.png", "far/A/deep/a.png", "far/B/c.png")
+    for name in names:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        pixels.save(tmp_path / "data" / name)
+    (tmp_path / "data/far").rename(tmp_path / "far")
+    folder = open_folder(str(tmp_path / "data"))
+    rows = [Row(f.file, f.label, "test", "") for f in folder.files]
+    # `b.png` lies where its mask would, beside `masks`.
+    assert find_masks(folder, rows, str(tmp_path / "data")).files == {"A/a.png": "A/masks/a.png"}
+    (tmp_path / "far/A/late").mkdir()
+    pixels.save(tmp_path / "far/A/late/a.png")
+    folder = open_folder(str(tmp_path / "far"))
+    rows = [Row(f.file, f.label, "test", "") for f in folder.files]
+    with pytest.raises(UserError, match=r"A/masks/a.png fits several images, A/deep/a.png and A/l"):
+        find_masks(folder, rows, str(tmp_path / "data"))
+
+
+def test_thumbnails_of_coloured_images_are_their_greys():
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (2, 56, 56, 1), np.uint8)
+    alike, tinted = grey.repeat(3, -1), grey.repeat(3, -1)
+    tinted[..., 2] = 0
+    of_grey, of_alike, of_tinted = (
+        controls._thumbnails(ArraySource(x, np.zeros(2, int))) for x in (grey, alike, tinted)
+    )
+    np.testing.assert_array_equal(of_grey, of_alike)
+    assert (of_tinted < of_grey).all()
+
+
 def test_a_mask_is_read_in_any_colour_and_none_where_it_shows_no_lung(tmp_path):
     _write_kaggle(tmp_path / "data")
     folder = open_folder(str(tmp_path / "data"))

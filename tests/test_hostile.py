@@ -186,9 +186,16 @@ def test_zip_members_outside_the_zip(tmp_path):
     assert {f.file for f in folder.files} == {"A/1.png", "B/1.png"}
     assert sorted(tmp_path.rglob("*")) == before
 
+    # Nor are folders made of such names; `./` is the top.
+    _zip(tmp_path / "top.zip", [("./A/1.png", _png()), ("./B/1.png", _png()), ("/C/1.png", _png())])
+    folder = open_folder(str(tmp_path / "top.zip"))
+    assert folder.class_names == ("A", "B") and folder.read("A/1.png") == _png()
+
     with pytest.warns(UserWarning, match="Duplicate name"):
         _zip(tmp_path / "twice.zip", [*inside, inside[0]])
     _refused("twice.zip holds a name twice", open_folder, str(tmp_path / "twice.zip"))
+    _zip(tmp_path / "alike.zip", [*inside, (f"./{inside[0][0]}", inside[0][1])])
+    _refused("alike.zip holds a name twice", open_folder, str(tmp_path / "alike.zip"))
 
 
 def test_a_run_s_files_that_name_other_places(tmp_path):

@@ -425,8 +425,8 @@ def _main() -> None:
     refuse_inside(output, data_dir, "--output")
     make_writable(output)
     _refuse_to_lose(output, folder)
-    if folder.ignored:
-        print(f"note: {folder.not_images()}: not looked at")
+    if others := folder.passed_over():
+        print(f"note: {others}: not looked at")
     absent = {row.file for row in rows} - {file.file for file in folder.files}
     if rows and len(absent) == len(rows):
         raise UserError(f"{data_dir} has no image of {f.split_csv}: give the folder of that run")

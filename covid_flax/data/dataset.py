@@ -196,8 +196,8 @@ def _notes(folder: DataFolder, config: Any) -> list[str]:
         notes.append("data.nested_test is for paper-sorted and paper-random: it does nothing here")
     if split != "grouped" and config.test_fraction:
         notes.append(f"data.test_fraction is for data.split=grouped: {split} draws no test part")
-    if folder.ignored:
-        notes.append(f"{folder.not_images()}: left out")
+    if others := folder.passed_over():
+        notes.append(f"{others}: left out")
     notes += [f"{name} cannot be read: its sources are left out" for name in folder.unreadable]
     if folder.groups is None:
         known = "only files of identical bytes stay together"

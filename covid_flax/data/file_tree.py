@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import stat
 import zipfile
 from typing import Protocol
@@ -66,6 +67,8 @@ class Disk:
 
 
 class Zip:
+    """Members whose names lead out of the zip are not there."""
+
     def __init__(self, path: str) -> None:
         self._path = path
         try:
@@ -74,17 +77,22 @@ class Zip:
             raise UserError(f"{path} is a broken zip ({e}): download it again") from e
         if "" in self._zip.namelist():
             raise UserError(f"{path} is a broken zip (a member without a name): pack it again")
-        if len(set(self._zip.namelist())) < len(self._zip.namelist()):
-            raise UserError(f"{path} holds a name twice: pack it again")
         self._folders: dict[str, dict[str, None]] = {}
         self._files: dict[str, list[str]] = {}
+        self._members: dict[str, zipfile.ZipInfo] = {}
         for info in self._zip.infolist():
             if info.flag_bits & 1:
                 raise UserError(f"{path} is encrypted: unpack it and give the folder")
-            parent, _, name = info.filename.rstrip("/").rpartition("/")
+            if info.filename.startswith("/") or ".." in info.filename.split("/"):
+                continue
+            file = posixpath.normpath(info.filename)  # some archivers write ./COVID/1.png
+            if file in self._members:
+                raise UserError(f"{path} holds a name twice: pack it again")
+            self._members[file] = info
             if info.is_dir():
-                self._add_folder(join(parent, name))
+                self._add_folder("" if file == "." else file)
             else:
+                parent, _, name = file.rpartition("/")
                 self._add_folder(parent)
                 self._files.setdefault(parent, []).append(name)
 
@@ -103,7 +111,7 @@ class Zip:
     def read(self, file: str) -> bytes:
         _refuse_large(file, self.stamp(file)[0])
         try:
-            return self._zip.read(file)
+            return self._zip.read(self._members[file])
         except Exception as e:  # what it raises on damaged content depends on the compression
             reason = " ".join(str(e).split()) or type(e).__name__
             raise UserError(
@@ -111,7 +119,7 @@ class Zip:
             ) from e
 
     def stamp(self, file: str) -> tuple[int, int]:
-        info = self._zip.getinfo(file)
+        info = self._members[file]
         return info.file_size, info.CRC
 
 

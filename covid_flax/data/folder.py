@@ -55,6 +55,7 @@ class DataFolder:
       ungrouped: images that the groups' csv does not list; each is its own group.
       unreadable: metadata workbooks that could not be read; their sources are left out.
       empty: class folders without an image, where those are passed over.
+      loose: how many images lie beside the class folders.
     """
 
     root: Path
@@ -66,6 +67,7 @@ class DataFolder:
     unreadable: tuple[str, ...]
     _tree: FileTree = dataclasses.field(repr=False)
     empty: tuple[str, ...] = ()
+    loose: int = 0
 
     def read(self, file: str) -> bytes:
         """The content of `file`. Thread safe. UserError where it cannot be read."""
@@ -124,11 +126,14 @@ class DataFolder:
         ignored = {name: n for name, n in self.ignored_of.items() if name not in labels}
         return dataclasses.replace(self._with_files(left), class_names=names, ignored_of=ignored)
 
-    def not_images(self) -> str:
-        """`no images in the class folders: 5 .dcm, 1 other`, or ""."""
-        if not self.ignored:
-            return ""
-        return f"{_by_suffix(self.ignored)} in the class folders, no images"
+    def passed_over(self) -> str:
+        """`5 .dcm, 1 other in the class folders, no images`, images of no class, or ""."""
+        said = []
+        if self.ignored:
+            said.append(f"{_by_suffix(self.ignored)} in the class folders, no images")
+        if self.loose:
+            said.append(f"{self.loose:,} images beside the class folders, of no class")
+        return "; ".join(said)
 
     def _with_files(self, files: list[ImageFile]) -> DataFolder:
         groups = self.groups and {f.file: self.groups[f.file] for f in files}
@@ -209,7 +214,16 @@ def open_folder(
     files = [dataclasses.replace(f, source=sources.get(f.file, "")) for f in files]
     empty = tuple(n for n in _folders(tree, dataset) if n not in class_names)
     return DataFolder(
-        Path(path), class_names, files, groups, ignored, ungrouped, unreadable, tree, empty
+        Path(path),
+        class_names,
+        files,
+        groups,
+        ignored,
+        ungrouped,
+        unreadable,
+        tree,
+        empty,
+        loose=_loose(tree, dataset),
     )
 
 
@@ -300,7 +314,7 @@ def _list_images(
     if not any(images.values()):
         kinds = sum(ignored.values(), Counter[str]())
         others = f"; {_by_suffix(kinds)} are not read: save them as PNG" if kinds else ""
-        if loose := sum(map(is_image, tree.children(dataset)[1])):
+        if loose := _loose(tree, dataset):
             others += f"; {loose:,} lie in no class folder: move them into <Class>"
         raise UserError(f"no image found in {where}: it must hold {LAYOUTS}{others}")
     empty = [label for label in names if not images[label]]
@@ -319,6 +333,11 @@ def _list_images(
         if "\r" in file:  # the csv files that name images are read by lines
             raise UserError(f"the name of {file!r} holds a carriage return: rename the file")
     return tuple(names), listed, ignored
+
+
+def _loose(tree: FileTree, dataset: str) -> int:
+    """How many images lie in no class folder."""
+    return sum(map(is_image, tree.children(dataset)[1]))
 
 
 def _kind(name: str) -> str:
@@ -342,7 +361,8 @@ def _refuse_other_class_names(files: list[ImageFile], class_names: tuple[str, ..
     by_folded = {c.casefold(): c for c in class_names if not c.isdecimal()}
     wrong = []
     for f in files:
-        named = re.match(r"(.+)-\d+\b", PurePosixPath(f.file).name)
+        # The whole name, but for the number of a copy: `COVID-19 negative 7` names no class COVID.
+        named = re.fullmatch(r"(.+)-\d+(?: ?\(\d+\))?", PurePosixPath(f.file).stem)
         said = by_folded.get(named[1].casefold()) if named else None
         if said is not None and said != f.label:
             wrong.append(f"{f.file} names {said}")

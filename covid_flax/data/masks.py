@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -66,7 +67,7 @@ def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> 
       directory: another folder of `<Class>/masks/*.png` or `<Class>/*.png`.
 
     Raises:
-      UserError: `directory` holds no mask of any of the images.
+      UserError: `directory` holds no mask of any of the images, or one that fits several.
     """
     # Those of the folder may lie in a zip.
     top = Path(directory)
@@ -75,7 +76,8 @@ def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> 
     if directory:
         has, read = (lambda file: (top / file).is_file()), _read_from(top)
     label = {f.file: f.label for f in folder.files}  # the folder's own, not the run's
-    found = {}
+    found: dict[str, str] = {}
+    image_of: dict[str, str] = {}
     for row in rows:
         image = PurePosixPath(row.file)
         name = f"{image.stem}.png"
@@ -86,15 +88,27 @@ def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> 
             above = image.parent.parent if image.parent.name.lower() == "images" else image.parent
             places = _masks(above)
         for place in places:
-            if has(str(place / name)):
-                found[row.file] = str(place / name)
-                break
+            mask = str(place / name)
+            if not has(mask) or _is(top / mask, folder.root / row.file, bool(directory)):
+                continue
+            if (other := image_of.setdefault(mask, row.file)) != row.file:
+                raise UserError(
+                    f"the mask {mask} fits several images, {other} and {row.file}: give the images "
+                    "names of their own"
+                )
+            found[row.file] = mask
+            break
     if directory and not found:
         raise UserError(
             f"{directory} holds no mask of the images (<Class>/masks/<image's name>.png): "
             "give the folder that holds the classes"
         )
     return LungMasks(found, read)
+
+
+def _is(mask: Path, image: Path, elsewhere: bool) -> bool:
+    """Whether the mask's place in another folder is that of the image itself."""
+    return elsewhere and image.exists() and os.path.samefile(mask, image)
 
 
 def _masks(folder: PurePosixPath) -> list[PurePosixPath]:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import os
+import unicodedata
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
@@ -209,7 +210,12 @@ class Tables:
             names = {f: join(relative_to[3:], f) for f in self._labels}
         else:
             names = {f: f.removeprefix(f"{relative_to}/") for f in self._labels}
-        return {file: rows[name] for file, name in names.items() if name in rows}
+        folded: dict[str, dict[str, str] | None] = {}
+        for name, row in rows.items():
+            # Two rows alike but for this are told apart by their exact names alone.
+            folded[_folded(name)] = None if _folded(name) in folded else row
+        found = {f: rows.get(name) or folded.get(_folded(name)) for f, name in names.items()}
+        return {file: row for file, row in found.items() if row is not None}
 
     def _group_columns(self, table: _Table) -> list[str]:
         asked = self._group_column
@@ -250,6 +256,11 @@ def _read_csv(name: str, content: bytes) -> tuple[list[str], dict[str, dict[str,
         if rows.setdefault(key, row) != row:
             raise UserError(f"{name} lists {key} twice with different values: remove one row")
     return columns, rows
+
+
+def _folded(name: str) -> str:
+    """The name in composed letters, without blanks at its ends: Macs and spreadsheets add both."""
+    return unicodedata.normalize("NFC", name).strip()
 
 
 def from_class_on(file: str, labels: Collection[str]) -> str | None:

@@ -86,7 +86,10 @@ def test_plain_layout_and_what_is_ignored(tmp_path):
     folder = open_folder(str(tmp_path))
     assert [f.file for f in folder.files] == ["a/x.png", "b/1.tiff", "b/2.JPG", "b/deep/3.webp"]
     assert folder.ignored == {"hidden": 1, ".db": 1, ".txt": 1}
-    assert folder.not_images() == "1 .db, 1 .txt, 1 hidden in the class folders, no images"
+    assert folder.passed_over() == (
+        "1 .db, 1 .txt, 1 hidden in the class folders, no images; "
+        "1 images beside the class folders, of no class"
+    )
     for name in ("a/1.2.840.17", "a/1.2.840.18", "b/x.caf\udce9"):  # DICOM's own names
         (tmp_path / name).touch()
     folder = open_folder(str(tmp_path))
@@ -130,6 +133,15 @@ def test_mislabelled_names_are_counted(tmp_path):
     make(tmp_path, "a/a-0.png", *(f"b/a-{i}.png" for i in range(1, 8)), "b/b-1.png", "b/aa-9.png")
     with pytest.raises(UserError, match=r"^7 mislabelled .*b/a-5.png names a and 2 more"):
         open_folder(str(tmp_path))
+
+
+def test_a_name_that_only_begins_like_a_class_is_not_mislabelled(tmp_path):
+    names = ("covid-19-negative.png", "COVID-19 negative 7.png", "covid-19 (2) late.png")
+    root = make(tmp_path, "COVID/COVID-1.png", *(f"Normal/{name}" for name in names))
+    assert len(open_folder(root).files) == 4
+    make(tmp_path, "Normal/COVID-1 (2).png")
+    with pytest.raises(UserError, match=r"COVID-1 \(2\).png names COVID"):
+        open_folder(root)
 
 
 def test_numbers_are_patients_and_no_classes(tmp_path):
@@ -285,6 +297,22 @@ def test_groups_as_a_spreadsheet_on_windows_writes_them(tmp_path):
     text = "\ufefffile,group\r\na\\1.png,p1 \r\na\\2.png, p1\r\nb\\1.png,p2\r\n"
     (tmp_path / "groups.csv").write_bytes(text.encode())
     assert open_folder(root).groups == {"a/1.png": "p1", "a/2.png": "p1", "b/1.png": "p2"}
+
+
+def test_groups_are_found_by_names_that_look_alike(tmp_path):
+    """A Mac decomposes letters, a spreadsheet adds blanks; exact names come first."""
+    root = make(
+        tmp_path, "a/Mu\u0308ller.png", "a/2.png", "b/M\u00fcller.png", "b/x .png", "b/x.png"
+    )
+    text = "file,group\na/M\u00fcller.png,p1\na/2.png ,p1\nb/M\u00fcller.png,p2\n"
+    (tmp_path / "groups.csv").write_text(text + "b/x .png,p3\nb/x.png,p4\n")
+    assert open_folder(root).groups == {
+        "a/Mu\u0308ller.png": "p1",
+        "a/2.png": "p1",
+        "b/M\u00fcller.png": "p2",
+        "b/x .png": "p3",
+        "b/x.png": "p4",
+    }
 
 
 def test_unusable_groups(tmp_path):
