@@ -1,5 +1,6 @@
 """What is kept, and that what comes back is what went in."""
 
+import errno
 import gc
 import os
 import shutil
@@ -238,6 +239,31 @@ def test_what_may_not_be_read_is_not_damaged(name, tmp_path, monkeypatch):
         assert c.load(1, _tree(0))[1] == {"step": 1}
         with pytest.raises(UserError, match="no permission"):
             resolve_step(c, "best")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.EMFILE, "Too many open files"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        MemoryError(),
+        RuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+    ],
+    ids=lambda fault: str(fault)[:12],
+)
+def test_what_the_machine_lacks_is_not_damage(fault, tmp_path, monkeypatch):
+    """A sound checkpoint must not be moved away because files or memory ran out."""
+    trees = _two(tmp_path, [3])
+    with Checkpoints(tmp_path / "c", writing=True) as c:
+
+        def load(step, abstract):
+            raise ValueError("Orbax wraps what it meets") from fault
+
+        monkeypatch.setattr(c._orbax, "load", load)
+        with pytest.raises(type(fault)) as met:
+            c.resume(trees[8])
+    assert met.value is fault and not (tmp_path / "checkpoints_damaged").exists()
+    assert (tmp_path / "c/8").is_dir()
 
 
 def test_a_damaged_best_is_never_replaced_in_silence(tmp_path, capsys):

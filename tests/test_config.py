@@ -1,5 +1,6 @@
 """Every key is checked, documented and survives JSON; every configuration file loads."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from covid_flax import config as config_lib
 from covid_flax.errors import UserError
+from covid_flax.run import refuse_changes
 from ml_collections_configs import base
 
 ROOT = Path(__file__).parent.parent
@@ -113,3 +115,26 @@ def test_two_kinds_of_averages_are_refused():
     config.train.ema_decay, config.train.swa_start = 0.99, 2
     with pytest.raises(UserError, match=r"swa_start and train\.ema_decay"):
         config_lib.check(config)
+
+
+def test_a_run_goes_on_with_other_values_of_the_documented_keys_alone():
+    """Of docs/training.md; every other key is refused by its name."""
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
+    listed = text[text.index("Only these keys may") : text.index("Any other changed key")]
+    free = set(re.findall(r"`((?:eval)[.][a-z_]+)`", listed))
+    for section, keys in re.findall(r"^- `([a-z]+)[.]`: (.*)$", listed, re.M):
+        free |= {f"{section}.{key}" for key in re.findall(r"`([a-z_]+)`", keys)}
+    assert len(free) >= 16
+    now = config_lib.to_json(base.get_config())
+    for key in config_lib.flatten(base.get_config()):
+        saved = copy.deepcopy(now)
+        *sections, last = key.split(".")
+        place = saved
+        for section in sections:
+            place = place[section]
+        place[last] = "another"
+        if key in free:
+            refuse_changes(saved, now, Path("runs/x"))
+        else:
+            with pytest.raises(UserError, match=rf"configuration \({re.escape(key)} was 'another'"):
+                refuse_changes(saved, now, Path("runs/x"))

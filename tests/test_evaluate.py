@@ -14,6 +14,7 @@ import pytest
 import sklearn.metrics
 from PIL import Image
 
+from covid_flax import evaluate as evaluate_command
 from covid_flax import run_images, trained_run
 from covid_flax.data.splits import read_split_csv
 from covid_flax.early_stopping import EarlyStopping
@@ -330,6 +331,35 @@ def test_an_epoch_that_val_did_not_choose_is_not_called_optimistic(trained, tmp_
         data = open_data(run, saved_run(run), "val")
         by_val = report["stopped_on"] == "val"
         assert (what_they_chose(run, "val", data, by_val=by_val) is not None) == optimistic
+
+
+def test_every_flag_reaches_the_evaluation(trained, monkeypatch):
+    given = {
+        "workdir": str(trained),
+        "checkpoint": "latest",
+        "split": "all",
+        "data_dir": "elsewhere",
+        "class_map": ["theirs=COVID"],
+        "calibrated": True,
+        "prevalence": ["COVID=0.1", "Lung_Opacity=0.2", "Normal=0.3", "Viral Pneumonia=0.4"],
+        "output": "out",
+    }
+    called = []
+    monkeypatch.setattr(evaluate_command.flags, "FLAGS", SimpleNamespace(**given))
+    monkeypatch.setattr(evaluate_command, "evaluate", lambda *a, **k: called.append((a, k)))
+    evaluate_command._main()
+    ((place,), said) = called[0]
+    assert place == trained and said.pop("prevalence") == pytest.approx(
+        {"COVID": 0.1, "Lung_Opacity": 0.2, "Normal": 0.3, "Viral Pneumonia": 0.4}
+    )
+    assert said == {
+        "checkpoint": "latest",
+        "split": "all",
+        "data_dir": "elsewhere",
+        "class_map": {"theirs": "COVID"},
+        "calibrated": True,
+        "output": Path("out"),
+    }
 
 
 def test_a_class_that_is_left_out_need_not_be_readable(trained, phantom_dir, tmp_path):

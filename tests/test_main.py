@@ -11,7 +11,10 @@ import forked
 import h5py
 import pytest
 
+from covid_flax import main
 from covid_flax.checkpoint import Checkpoints
+from covid_flax.errors import UserError
+from covid_flax.run import default_workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -223,6 +226,27 @@ def test_the_same_command_twice_gives_the_same_bits(tmp_path, args):
         predictions.append((run / "eval" / "val" / "predictions.csv").read_bytes())
     assert arrays[0] == arrays[1] and len(arrays[0][0]) == 64
     assert predictions[0] == predictions[1]
+
+
+def test_a_dry_run_trains_nothing(tmp_path, args):
+    small = ["--config.data.image_size=32", "--config.model.name=lenet5"]
+    done = _main(tmp_path / "run", "--dry_run", *small, *args)
+    assert done.returncode == 0, done.stderr[-2000:]
+    left = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert {"config.json", "split.csv"} <= set(left)
+    assert not {"checkpoints", "metrics.jsonl", "eval"} & set(left)
+
+
+def test_runs_are_named_by_their_configuration():
+    assert default_workdir("configs/best.py") == Path("runs/best")
+    assert default_workdir("configs/paper.py:frozen,nested") == Path("runs/paper-frozen-nested")
+
+
+def test_steps_to_profile():
+    assert main._profiled_steps("") is None and main._profiled_steps("10:12") == (10, 12)
+    for wrong in ("3:2", "0:1", "7", "a:b", "1:2:3"):
+        with pytest.raises(UserError, match=f"--profile={wrong}: give the first and the last"):
+            main._profiled_steps(wrong)
 
 
 @pytest.mark.parametrize(

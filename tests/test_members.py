@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
@@ -21,7 +23,9 @@ from covid_flax.members import check_members, member_configs, train_members
 from covid_flax.report.artefacts import read_artefacts
 from covid_flax.report.statements import statements
 from covid_flax.robustness import robustness
-from covid_flax.run import setup
+from covid_flax.run import saved_run, setup
+from covid_flax.run_images import open_data
+from covid_flax.trained_run import open_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
 
@@ -129,6 +133,16 @@ def test_a_single_run_does_not_replace_several(folds, make_tiny_config):
     with pytest.raises(UserError, match="holds several runs .fold0, fold1.*choose another"):
         setup(make_tiny_config(), workdir)
     assert (workdir / "config.json").read_bytes() == before
+
+
+def test_a_whole_teaches_the_mean_of_its_members_answers(folds):
+    """Its logits, which a student learns from, are of the very probabilities it answers."""
+    config, workdir, _ = folds
+    whole = open_run(workdir)
+    source = open_data(workdir, saved_run(workdir), "test").source("test", config.data)
+    images = jnp.stack([jnp.asarray(source[i]["image"]) for i in range(4)])
+    answers = jax.nn.softmax(jax.jit(whole.logits)(images))
+    np.testing.assert_allclose(answers, whole.probabilities(source)[:4], atol=1e-5)
 
 
 def test_a_whole_is_not_scored_on_what_its_members_learned(folds, tmp_path):

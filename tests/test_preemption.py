@@ -129,3 +129,38 @@ def test_the_command_says_so_and_ends_with_143(monkeypatch, capsys):
     assert e.value.code == 143
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "SIGTERM" in told and "goes on" in told
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_an_interrupted_command_ends_with_130(resumes, monkeypatch, capsys):
+    def main():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.argv", ["command"])
+    with pytest.raises(SystemExit) as e:
+        command.run_command(main, resumes=resumes)
+    assert e.value.code == 130
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and ("goes on" in told) == resumes
+
+
+def test_programs_are_kept_in_the_cache_folder_and_a_closed_pipe_ends_a_command(tmp_path):
+    code = """
+import jax
+from covid_flax.command import run_command
+def main():
+    while True:
+        print(jax.config.jax_compilation_cache_dir, flush=True)
+run_command(main)
+"""
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env | {"XDG_CACHE_HOME": str(tmp_path)},
+    )
+    assert process.stdout.readline() == f"{tmp_path / 'covid_flax' / 'xla'}\n"
+    process.stdout.close()
+    assert process.wait(60) == 141 and process.stderr.read() == ""

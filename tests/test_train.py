@@ -185,6 +185,39 @@ def test_a_kill_between_metrics_and_checkpoint_leaves_no_double_line(
     _assert_same_run(workdir, whole)
 
 
+def _damage(step_folder):
+    files = [p for p in step_folder.rglob("d/*") if p.is_file()]
+    data = max(files, key=lambda p: p.stat().st_size)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 4
+    data.write_bytes(bytes(content))
+
+
+def test_the_best_from_there_on_takes_the_place_of_a_damaged_one(
+    tiny_config, tmp_path, monkeypatch, capsys
+):
+    """4 steps an epoch; nothing would ever be better than the first."""
+    workdir = tmp_path / "run"
+    tiny_config.train.epochs, tiny_config.train.min_delta = 3, 100.0
+    real = Checkpoints.save
+
+    def save(self, step, *args, **kwargs):
+        if step == 12:
+            raise Killed
+        real(self, step, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(Killed):
+        train(setup(tiny_config, workdir))
+    monkeypatch.undo()
+    _damage(workdir / "checkpoints/4")
+    train(setup(tiny_config, workdir))
+    assert "note: the best epoch so far, 1, is lost" in capsys.readouterr().out
+    with Checkpoints(workdir / "checkpoints") as c:
+        assert c.best_step == 12
+    assert evaluate(workdir)["checkpoint"] == {"which": "best", "step": 12}
+
+
 @pytest.mark.slow
 def test_a_damaged_latest_checkpoint_costs_time_alone(
     resumable, straight, tmp_path, monkeypatch, capsys
@@ -192,11 +225,7 @@ def test_a_damaged_latest_checkpoint_costs_time_alone(
     whole = straight(resumable)
     workdir = tmp_path / "run"
     _train_killed_at(resumable, workdir, 7, monkeypatch)
-    files = [p for p in (workdir / "checkpoints/6").rglob("d/*") if p.is_file()]
-    data = max(files, key=lambda p: p.stat().st_size)
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 4
-    data.write_bytes(bytes(content))
+    _damage(workdir / "checkpoints/6")
     train(setup(resumable, workdir))
     told = capsys.readouterr().out
     assert "checkpoints/6 is damaged" in told and "resume: from step 4" in told
@@ -253,17 +282,20 @@ def test_training_stops_early_and_keeps_the_best(tiny_config, tmp_path):
 
 
 @pytest.mark.parametrize("trainable", ["conv2"])
-def test_cached_frozen_stages_change_no_result(trainable, tiny_config, tmp_path):
+def test_cached_frozen_stages_change_no_result(trainable, tiny_config, tmp_path, capsys):
     tiny_config.model.trainable = trainable
     tiny_config.train.epochs = 2
     tiny_config.train.feature_cache_gb = tiny_config.train.feature_disk_gb = 1.0
     train(setup(tiny_config, tmp_path / "cached"))
+    assert "GB in memory" in capsys.readouterr().out
     tiny_config.train.feature_cache_gb = 0.0
     train(setup(tiny_config, tmp_path / "on disk"))
+    assert "GB on disk" in capsys.readouterr().out
     for a, b in zip(_lines(tmp_path / "cached"), _lines(tmp_path / "on disk"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     tiny_config.train.feature_disk_gb = 0.0
     train(setup(tiny_config, tmp_path / "plain"))
+    assert "computed anew every epoch" in capsys.readouterr().out
     for a, b in zip(_lines(tmp_path / "cached"), _lines(tmp_path / "plain"), strict=True):
         assert a["accuracy"] == b["accuracy"]
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)

@@ -99,6 +99,17 @@ def test_nested_test(full_database, split):
     assert of(nested, "test") == of(plain, "val") and each_once(nested, folder)
     rest = [3616 - 723, 6012 - 1202, 10192 - 2038, 1345 - 269]
     assert counts(nested, "val") == [int(0.2 * n) for n in rest]
+    # Drawn, not the first of what is left in the order of names.
+    numbers = {
+        part: [int(f.rpartition("-")[2][:-4]) for f in of(nested, part) if f.startswith("Normal")]
+        for part in ("train", "val")
+    }
+    spread = np.std(numbers["train"]) / np.sqrt(len(numbers["val"]))
+    assert abs(np.mean(numbers["val"]) - np.mean(numbers["train"])) < 5 * spread
+    assert nested == make_split(folder, split=split, val_fraction=0.2, seed=1, nested_test=True)
+    if split == "paper-sorted":
+        other = make_split(folder, split=split, val_fraction=0.2, seed=2, nested_test=True)
+        assert of(other, "test") == of(nested, "test") and of(other, "val") != of(nested, "val")
 
 
 def grouped_folder(root: Path, seed: int) -> DataFolder:
