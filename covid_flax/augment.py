@@ -98,6 +98,7 @@ def _keys_cubic(f: Any) -> tuple[Any, Any, Any, Any]:
 
 def _appearance(key: Array, image: Array, how: Augment) -> Array:
     """What a scanner, an export or a crop changes."""
+    # That is `_geometry`'s shift_key too; split once more, its draws are none of that one's.
     keys = jax.random.split(jax.random.fold_in(key, 1), 6)
 
     def symmetric(i: int) -> Array:

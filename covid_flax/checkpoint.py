@@ -220,7 +220,8 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         found = None
-        for step in sorted({*self.steps, *self._unlisted}, reverse=True):
+        # A file system may show hosts different folders: all try the same steps in the same order.
+        for step in distributed.of_first(sorted({*self.steps, *self._unlisted}, reverse=True)):
             loaded, why = self._load_everywhere(step, like)
             if loaded is not None:
                 found = (step, *loaded)
@@ -256,13 +257,21 @@ class Checkpoints:
         self, step: int, like: Any
     ) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
         """As `load`; or None and why, in all processes alike, where it is damaged for one."""
+        elsewhere = str(self._damaged(step, "as another process read it"))
         loaded, why = None, ""
+        try:
+            self._contents(step)
+        except DamagedError as e:
+            why = str(e)
+        # Orbax loads in all processes or in none: the others would wait for this one.
+        if distributed.anywhere(bool(why)):
+            return None, why or elsewhere
         try:
             loaded = self.load(step, like)
         except DamagedError as e:
             why = str(e)
         if distributed.anywhere(loaded is None):
-            return None, why or str(self._damaged(step, "as another process read it"))
+            return None, why or elsewhere
         return loaded, ""
 
     @property
@@ -358,11 +367,13 @@ def _what_was_met(e: BaseException) -> str:
 
 
 def _is_no_damage(e: BaseException) -> bool:
-    """Whether the machine lacks something, rather than the file."""
+    """Whether the machine, or another, lacks something, rather than the file."""
     of_machine = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
     if isinstance(e, OSError) and e.errno in of_machine:
         return True
-    return isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e)
+    # The last: another process was waited for in vain.
+    lacking = ("RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED")
+    return isinstance(e, MemoryError) or any(word in str(e) for word in lacking)
 
 
 def _refuse_unreadable(folder: Path) -> None:

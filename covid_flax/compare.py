@@ -164,6 +164,8 @@ def compare(
         right, of = e.predictions.predicted == p.labels, np.full(len(p.labels), True)
         if key[0] == "recall":
             of = p.labels == p.class_names.index(key[1])
+            if of.sum() > 1 == len(np.unique(p.clusters[of])):
+                return None
         return wilson_interval(int(right[of].sum()), int(of.sum()))
 
     runs = []

@@ -62,7 +62,7 @@ from covid_flax.run_images import (
     val_chose,
     what_they_chose,
 )
-from covid_flax.trained_run import Ensemble, TrainedRun, open_run
+from covid_flax.trained_run import Ensemble, TrainedRun, checkpoint_record, open_run
 
 # Training images that give the histogram to match, and that the simple models learn from.
 TRAINING_IMAGES = 2000
@@ -443,7 +443,7 @@ def run_controls(
         "split": split,
         "warning": what_they_chose(workdir, split, data, by_val=val_chose(checkpoint, run.config)),
         "elsewhere": data.elsewhere,
-        "checkpoint": {"which": checkpoint, "step": run.step},
+        "checkpoint": checkpoint_record(run, checkpoint),
         "data_dir": str(Path(data.folder.root).absolute()),
         "pairs_dir": pairs or None,
         "masks_dir": masks or None,

@@ -320,6 +320,17 @@ def anywhere(here: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(here))))
 
 
+def of_first(numbers: Sequence[int]) -> list[int]:
+    """Process 0's numbers, below 2^31, in every process of the run; all must ask."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    from jax.experimental import multihost_utils
+
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    mine = np.resize(np.array([*numbers, 0], np.int32), count)  # of another length, of no meaning
+    return [int(n) for n in multihost_utils.broadcast_one_to_all(mine)] if count else []
+
+
 def shutdown() -> None:
     """Leaves the run in good order: waits for the others, for process 0 may still write."""
     global _watch

@@ -28,7 +28,7 @@ from covid_flax.data.splits import PARTS
 from covid_flax.errors import UserError
 from covid_flax.evaluation.metrics import check_prevalence
 from covid_flax.evaluation.predictions import Predictions, predictions_of
-from covid_flax.files import parse_json, write_json
+from covid_flax.files import locked, parse_json, write_json
 from covid_flax.report.summary import print_report
 from covid_flax.report.write import refuse_foreign_groups
 from covid_flax.run import saved_run
@@ -47,6 +47,7 @@ from covid_flax.trained_run import (
     Ensemble,
     TrainedRun,
     answers_of_members,
+    checkpoint_record,
     open_run,
     together,
 )
@@ -131,9 +132,7 @@ def evaluate(
     )
     if answers is not None:
         report["members"] = members_report(predictions.labels, predictions.class_names, answers)
-    report["checkpoint"] = {"which": checkpoint, "step": run.step}
-    if isinstance(run, Ensemble):
-        report["checkpoint"]["runs"] = {m.workdir.name: m.step for m in run.members}
+    report["checkpoint"] = checkpoint_record(run, checkpoint)
     report["data_dir"] = str(Path(data.folder.root).absolute())
     report["bad_images"] = dict(data.bad_images)
     report["not_images"] = dict(data.folder.ignored)
@@ -217,7 +216,8 @@ def _fit_calibration(predictions: Predictions) -> dict[str, Any]:
 
 def _store_calibration(workdir: Path, step: int, calibration: Mapping[str, Any] | None) -> None:
     path = workdir / "calibration.json"
-    write_json(path, _read_calibrations(path) | {str(step): calibration}, allow_nan=True)
+    with locked(workdir):  # another evaluation may add its own
+        write_json(path, _read_calibrations(path) | {str(step): calibration}, allow_nan=True)
 
 
 def parse_prevalence(text: list[str], class_names: list[str]) -> dict[str, float] | None:

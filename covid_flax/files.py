@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import platform
 import re
+import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +47,9 @@ def write_atomically(path: Path, data: bytes) -> None:
       UserError: the system refused (read-only, full, a folder of that name); the old file is whole.
     """
     path = Path(path)
-    mine = f".{path.name}.{platform.node()}."
-    part = path.with_name(f"{mine}{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_parts_of_the_dead(path.parent, mine)
+        part = part_of(path)
         try:
             part.write_bytes(data)
             os.replace(part, path)
@@ -76,6 +78,18 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
     write_atomically(path, f"{text}\n".encode())
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time, where the file system has locks; the others wait."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def make_writable(folder: Path) -> None:
     """Creates a folder that results will be written to, before the work on them.
 
@@ -92,6 +106,13 @@ def make_writable(folder: Path) -> None:
         ) from e
 
 
+def part_of(path: Path) -> Path:
+    """Where this process writes what it will rename to `path`, a file or a folder."""
+    mine = f".{path.name}.{platform.node()}."
+    _remove_parts_of_the_dead(path.parent, mine)
+    return path.with_name(f"{mine}{os.getpid()}.part")
+
+
 def _remove_parts_of_the_dead(folder: Path, beginning: str) -> None:
     """What processes of this host left that were killed between writing and renaming."""
     for name in os.listdir(folder):
@@ -100,6 +121,9 @@ def _remove_parts_of_the_dead(folder: Path, beginning: str) -> None:
             try:
                 os.kill(int(number), 0)
             except ProcessLookupError:
-                (folder / name).unlink(missing_ok=True)
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name, ignore_errors=True)
+                else:
+                    (folder / name).unlink(missing_ok=True)
             except (PermissionError, OverflowError):
                 pass  # another user's, or no process's number

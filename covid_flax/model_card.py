@@ -111,6 +111,13 @@ def card(a: Artefacts, facts: Mapping[str, Mapping[str, str]] | None = None) -> 
     def say(key: str) -> str:
         return known[key] or NOT_KNOWN
 
+    def stated(*items: str) -> str:
+        """What the authors state for items like `claim.13`."""
+        tables = [(facts or {}).get(item.partition(".")[0]) or {} for item in items]
+        numbers = [item.partition(".")[2] for item in items]
+        said = [of[n].strip() for of, n in zip(tables, numbers, strict=True) if n in of]
+        return f"The authors: {' '.join(dict.fromkeys(said))}" if said else NOT_KNOWN
+
     sections = [
         Section(
             "Summary",
@@ -142,15 +149,15 @@ def card(a: Artefacts, facts: Mapping[str, Mapping[str, str]] | None = None) -> 
             "Intended use",
             facts=[
                 ("Made for", limits(a)[0]),
-                ("Intended use and users", NOT_KNOWN),
+                ("Intended use and users", stated("claim.3", "tripod.3b")),
                 ("Uses ruled out by its authors", NOT_KNOWN),
             ],
         ),
         Section(
             "Factors",
             facts=[
-                ("Patients (age, sex, severity, ethnicity)", NOT_KNOWN),
-                ("Devices and acquisition", NOT_KNOWN),
+                ("Patients (age, sex, severity, ethnicity)", stated("claim.36")),
+                ("Devices and acquisition", stated("claim.13")),
                 (
                     "Sources, as the data folder names them",
                     alarm_text(a, "source-confounded") or NOT_KNOWN,
@@ -170,7 +177,7 @@ def card(a: Artefacts, facts: Mapping[str, Mapping[str, str]] | None = None) -> 
             facts=[
                 ("Images", say("data")),
                 ("Labels", say("outcome")),
-                ("How labels were established", NOT_KNOWN),
+                ("How labels were established", stated("claim.14", "tripod.8b")),
                 ("Preprocessing", say("preprocessing")),
                 ("Split", say("partition")),
                 ("Disjoint at the level of", say("disjoint")),
@@ -185,9 +192,9 @@ def card(a: Artefacts, facts: Mapping[str, Mapping[str, str]] | None = None) -> 
         Section(
             "Ethical considerations",
             facts=[
-                ("Ethical approval and consent", NOT_KNOWN),
+                ("Ethical approval and consent", stated("tripod.17")),
                 ("Personal data in the images", NOT_KNOWN),
-                ("Fairness between groups of patients", NOT_KNOWN),
+                ("Fairness between groups of patients", stated("tripod.14")),
                 ("Possible harm", NOT_KNOWN),
             ],
         ),

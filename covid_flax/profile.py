@@ -13,6 +13,9 @@ from covid_flax.console import say
 class Profile:
     """Traces the steps `first` to `last` of a run into `workdir/profile`; a context manager.
 
+    Of several processes the first alone traces: they share the folder, and JAX takes the trace
+    that it finds there for its own. All stop at the same steps.
+
     Args:
       workdir: the run's folder.
       steps: first and last step, counted from 1 over the whole run; None traces nothing.
@@ -27,7 +30,7 @@ class Profile:
     def before(self, step: int, due: int) -> int:
         """Called when `step` steps are made and the loop would go on to `due`: where it must
         stop for the trace. Starts the trace where its first step comes next."""
-        if step == self._first - 1:
+        if step == self._first - 1 and jax.process_index() == 0:
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
             self._tracing = self._traced = True
         for edge in (self._first - 1, self._last):
@@ -43,8 +46,8 @@ class Profile:
             self._stop()
 
     def _stop(self) -> None:
+        self._tracing = False  # even if that fails, it is not to be tried again
         jax.profiler.stop_trace()
-        self._tracing = False
         say(f"profile: steps {self._first} to {self._step} traced in {self._folder}")
 
     def __enter__(self) -> Profile:

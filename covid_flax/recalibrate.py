@@ -36,7 +36,7 @@ def do_not_fit(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:
     stages = batch_stats_stages(config.model)
     follow = any(jax.tree.leaves(batch_stats.get(stage, {})) for stage in stages)
     augmented = Augment(**config.augment.to_dict()).active
-    return follow and config.model.bn_momentum < 1 and (augmented or config.train.swa_start > 0)
+    return follow and (augmented or config.train.swa_start > 0)
 
 
 def is_due(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:

@@ -38,7 +38,7 @@ from covid_flax.run_images import (
     val_chose,
     what_they_chose,
 )
-from covid_flax.trained_run import Ensemble, TrainedRun, open_run
+from covid_flax.trained_run import Ensemble, TrainedRun, checkpoint_record, open_run
 
 _RESAMPLES = 1000
 
@@ -176,7 +176,7 @@ def robustness(
     report = {
         "split": split,
         "warning": what_they_chose(workdir, split, data, by_val=val_chose(checkpoint, run.config)),
-        "checkpoint": {"which": checkpoint, "step": run.step},
+        "checkpoint": checkpoint_record(run, checkpoint),
         "data_dir": str(Path(data.folder.root).absolute()),
         **score_corruptions(run, source, data.labels(split), limit, clusters),
     }

@@ -7,7 +7,7 @@ import dataclasses
 import fcntl
 import importlib.metadata
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from covid_flax.errors import UserError
 from covid_flax.files import cache_dir, parse_json, write_json
 from covid_flax.models import (
     MODELS,
+    RESNETS,
     batch_stats_stages,
     beginning_of,
     create_model,
@@ -175,6 +176,13 @@ def _check_resumed(
             f"the images or their split differ from {workdir}/split.csv: restore the data "
             "and the csv of their groups, or choose another --workdir"
         )
+    summary = dataset_lib.summary(data)
+    unmoved = saved["data"].get("root") == summary["root"]
+    if unmoved and saved["data"].get("fingerprint") != summary["fingerprint"]:
+        say(
+            "note: the image files are not those of the run's beginning, by their sizes and times: "
+            "if they show other pixels, choose another --workdir"
+        )
     if saved.get("teacher", []) != _teacher_arrays(config.train.teacher):
         raise UserError(
             f"train.teacher={config.train.teacher!r} is not the network that {workdir} has learned "
@@ -188,21 +196,38 @@ def _folder(path: str) -> Path:
     return Path(path).expanduser().resolve()
 
 
-def _teacher_arrays(folder: str) -> list[str]:
+def refuse_other_teacher(run: Run, steps: Sequence[int]) -> None:
+    """Where the teacher, whose checkpoints of `steps` are loaded, is not what was written down.
+
+    Raises:
+      UserError: its training has a better epoch since the run was set up.
+    """
+    saved = read_run(run.workdir) or {}
+    folder = run.config.train.teacher
+    if saved.get("teacher", []) != _teacher_arrays(folder, steps):
+        raise UserError(
+            f"train.teacher={folder!r} is still being trained, and has a better epoch by now: wait "
+            f"until it has ended, remove {run.workdir}, and give the command again"
+        )
+
+
+def _teacher_arrays(folder: str, steps: Sequence[int] = ()) -> list[str]:
     """Digests of the checkpoint that a teacher answers with, or of its members'; [] without one.
 
-    To be called in all processes alike, as Orbax opens checkpoints.
+    To be called in all processes alike, as Orbax opens checkpoints. Of the best ones, or of those
+    of `steps`.
     """
     if not folder:
         return []
     teacher = Path(folder).expanduser()
     names = saved_run(teacher).get("members", [""])
     digests = []
-    for directory in (teacher / name / "checkpoints" for name in names):
+    for i, directory in enumerate(teacher / name / "checkpoints" for name in names):
         if not has_checkpoints(directory):
             raise UserError(f"{directory.parent} has no checkpoint yet: train it first")
         with Checkpoints(directory) as checkpoints:
-            digests.append(checkpoints.digest(resolve_step(checkpoints, "best")))
+            step = steps[i] if steps else resolve_step(checkpoints, "best")
+            digests.append(checkpoints.digest(step))
     return digests
 
 
@@ -210,6 +235,10 @@ def _initial_weights(
     config: ml_collections.ConfigDict, params: dict[str, Any], batch_stats: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Parameters and batch statistics to begin with, and what config.json says of them."""
+    if config.model.weights_may_miss and config.model.name not in RESNETS:
+        raise UserError(
+            f"model.weights_may_miss names stages of ResNets: set it to () for {config.model.name}"
+        )
     about: dict[str, Any] = {"source": config.model.weights}
     cache = cache_dir(config.data.cache_dir) / "weights"
     path = resolve(config.model.weights, config.model.name, cache)

@@ -13,14 +13,13 @@ import ml_collections
 from covid_flax import config as config_lib
 from covid_flax.console import say
 from covid_flax.data.builder import Records
-from covid_flax.data.dataset import Dataset, prepare_readable
+from covid_flax.data.dataset import LEFT_OUT, Dataset, prepare_readable
 from covid_flax.data.folder import DataFolder, open_folder, refuse_inside
 from covid_flax.data.splits import Row, groups_told, named_alike, read_split_csv, regrouped
 from covid_flax.errors import UserError
 from covid_flax.files import cache_dir, make_writable, peek
 from covid_flax.run import refuse_folds, saved_run
 
-LEFT_OUT = "-"  # in a class map: images of that folder are not scored
 CLASS_MAP_HELP = (
     f"for another folder: THEIRS=OURS,...; THEIRS={LEFT_OUT} leaves a class out; "
     """quote what has a comma: '"a, b=Normal"'"""

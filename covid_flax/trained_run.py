@@ -116,6 +116,14 @@ class Ensemble:
         ]
 
 
+def checkpoint_record(run: TrainedRun | Ensemble, checkpoint: str) -> dict[str, Any]:
+    """What a report says of the checkpoint it scored, named `best`, `latest` or by its step."""
+    record: dict[str, Any] = {"which": checkpoint, "step": run.step}
+    if isinstance(run, Ensemble):
+        record["runs"] = {member.workdir.name: member.step for member in run.members}
+    return record
+
+
 def answers_of_members(
     run: Ensemble, data: Dataset, split: str
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:

@@ -45,6 +45,7 @@ LIMIT_S = 600  # of one start, after which it hangs
 
 # What is waited for before a kill, by what the run's folder (and cache) shows.
 SEEN: dict[str, Callable[[Path, Path], bool]] = {
+    "phantoms being drawn": lambda run, cache: any(run.glob(".phantoms.*/*/*/*")),
     "phantoms drawn": lambda run, cache: any(run.glob("phantoms/*/*")),
     "records written": lambda run, cache: any(cache.glob(".partial-*")),
     "images stored": lambda run, cache: any(cache.glob("*/.partial-*")),

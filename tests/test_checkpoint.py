@@ -248,6 +248,7 @@ def test_what_may_not_be_read_is_not_damaged(name, tmp_path, monkeypatch):
         OSError(errno.ENOMEM, "Cannot allocate memory"),
         MemoryError(),
         RuntimeError("RESOURCE_EXHAUSTED: out of memory"),
+        RuntimeError("DEADLINE_EXCEEDED: Barrier timed out."),
     ],
     ids=lambda fault: str(fault)[:12],
 )

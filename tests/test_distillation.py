@@ -83,6 +83,17 @@ def test_what_is_said_of_the_teacher_reaches_the_step(tiny_config, teacher, tmp_
     assert (taught_by.weight, taught_by.temperature) == (0.7, 2.0)
 
 
+def test_a_teacher_that_grew_better_since_it_was_written_down_is_refused(
+    tiny_config, teacher, tmp_path
+):
+    run = setup(_student(tiny_config, teacher), tmp_path / "student")
+    path = tmp_path / "student" / "config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"teacher": ["0" * 64]}))
+    with pytest.raises(UserError, match="is still being trained, and has a better epoch by now"):
+        make_job(run)
+
+
 def test_a_teacher_of_other_images_is_refused(tiny_config, teacher, tmp_path):
     config = _student(tiny_config, teacher)
     for key, other in (("image_size", 48), ("interpolation", "lanczos"), ("intermediate_size", 40)):

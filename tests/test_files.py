@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 
-from covid_flax.files import parse_json, write_atomically, write_json
+from covid_flax.files import parse_json, part_of, write_atomically, write_json
 
 
 def test_what_a_killed_writer_left_is_cleared_and_no_other_s_part(tmp_path):
@@ -13,6 +13,10 @@ def test_what_a_killed_writer_left_is_cleared_and_no_other_s_part(tmp_path):
     dead.wait()
     host = platform.node()
     left = tmp_path / f".a.json.{host}.{dead.pid}.part"
+    folder = tmp_path / f".drawn.{host}.{dead.pid}.part"
+    (folder / "a").mkdir(parents=True)
+    assert part_of(tmp_path / "drawn").name == f".drawn.{host}.{os.getpid()}.part"
+    assert not folder.exists()
     others = [
         tmp_path / f".a.json.{host}.{os.getppid()}.part",  # at work
         tmp_path / f".a.json.elsewhere.{dead.pid}.part",  # of a host whose processes are unknown

@@ -389,7 +389,7 @@ def test_only_val_is_called_optimistic_and_a_part(tmp_path):
     for name in ("test", "elsewhere"):
         (folder / "eval" / name).rename(tmp_path / name)
     text = text_of(folder)
-    assert "Only images that chose the epoch or setting were scored (val)" in text
+    assert "own images only some that chose the epoch or setting were scored (val)" in text
     assert "No evaluation on images of another folder" in text
     assert re.search(r"\| 32 Evaluation on internal data \| .* \| partly \|", text)
 
@@ -433,6 +433,11 @@ def test_what_authors_state_is_marked_as_theirs(tmp_path):
     text = text_of(folder, read_facts(facts))
     assert "| The authors: Portable units. | stated by the authors |" in text
     assert "| covid_flax 0.1.0, jax 0.9.9. The authors: On Linux. | reported |" in text
+    # The lines of the card itself say no other.
+    assert re.search(r"Devices and acquisition.{0,6} not known", text_of(folder))
+    assert re.search(r"Devices and acquisition.{0,6} The authors: Portable units\.", text)
+    assert re.search(r"Ethical approval and consent.{0,6} The authors: Waived\.", text)
+    assert re.search(r"How labels were established.{0,6} not known", text)
     tables = card(read_artefacts(folder), read_facts(facts))[-1].tables[0].rows
     assert [row[4] for row in tables] == ["1", "1"]
     for bad in ('[claim]\n45 = "x"', "[claim]\n13 = 4", "[clam]\n1 = 'x'", "[claim"):

@@ -488,7 +488,7 @@ def test_seeds_have_no_order_of_examples_in_common(tiny_config, tmp_path):
     assert len(set(orders)) == 6
 
 
-def test_the_main_command_follows_moved_data(tiny_config, phantom_dir, tmp_path):
+def test_the_main_command_follows_moved_data(tiny_config, phantom_dir, tmp_path, capsys):
     shutil.copytree(phantom_dir, tmp_path / "before")
     tiny_config.data.dir = str(tmp_path / "before")
     tiny_config.train.epochs = 1
@@ -499,6 +499,12 @@ def test_the_main_command_follows_moved_data(tiny_config, phantom_dir, tmp_path)
     report = evaluate(tmp_path / "run", data=run.data)
     assert report["num_examples"] == 20 and "note" in report
     assert evaluate(tmp_path / "run")["accuracy"] == report["accuracy"]  # where they lie now
+    capsys.readouterr()
+    setup(tiny_config, tmp_path / "run")
+    assert "image files are not those" not in capsys.readouterr().out
+    os.utime(next((tmp_path / "after").rglob("COVID-*.png")), (1, 1))
+    setup(tiny_config, tmp_path / "run")
+    assert "image files are not those of the run's beginning" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["null", '{"config": 5}', '{"config": {}, "data": {}}', "{"])

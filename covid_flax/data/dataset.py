@@ -20,6 +20,8 @@ from covid_flax.data.store import NoStoreError, build_store, open_store
 from covid_flax.errors import UserError, printable
 from covid_flax.files import cache_dir
 
+LEFT_OUT = "-"  # in a class map: images of that folder are not scored
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:

@@ -24,7 +24,6 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from covid_flax.errors import UserError
+from covid_flax.files import part_of
 
 CLASSES = ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia")
 SETTINGS_FILE = "phantoms.json"
@@ -119,12 +119,12 @@ def write_dataset(directory: Path, per_class: int, *, seed: int = 0, size: int =
         )
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+        part = part_of(directory)
+        part.mkdir()
     except OSError as error:
         raise UserError(f"cannot write phantoms to {directory}: {error.strerror}") from error
     try:
         _write(part, settings)
-        part.chmod(0o755)  # mkdtemp makes it private
         os.replace(part, directory)
     except OSError as error:
         # Another process may have finished the same folder meanwhile.

@@ -128,7 +128,7 @@ def class_interval(report: Mapping[str, Any], name: str, key: str) -> Sequence[f
 
     if resamples_groups(report) and has_width(of("bootstrap")):
         return of("bootstrap")
-    return of("wilson") or of("bootstrap")
+    return of("wilson") or (of("bootstrap") if has_width(of("bootstrap")) else None)
 
 
 def cluster_weights(clusters: np.ndarray, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:

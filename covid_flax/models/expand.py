@@ -9,9 +9,9 @@ sums that batch norm needs come out of the kernel's gradient, and what they cont
 input's gradient is again a product with the narrow `x`. The same mathematics, summed in
 another order, always in float32.
 
-It pays where reading is dearer than arithmetic: in half precision, and in float32 on CPU where
-the input is a sixth as wide, as in most of the light networks' blocks. In ResNets, a quarter as
-wide and of more arithmetic, it made float32 on CPU a tenth slower.
+It pays where reading is dearer than arithmetic: in ResNets in half precision, and in float32 where
+the input is a sixth as wide, as in most of the light networks' blocks (measured on CPU alone). In
+ResNets, a quarter as wide and of more arithmetic, it made float32 on CPU a tenth slower.
 """
 
 from __future__ import annotations

@@ -295,7 +295,7 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 
 class Head(nnx.Module):
-    """Dense, ReLU, dropout, dense; just the last dense where `hidden_units` is 0. Float32."""
+    """Dense, ReLU, dropout, dense; without the first two where `hidden_units` is 0. Float32."""
 
     def __init__(
         self,

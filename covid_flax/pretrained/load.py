@@ -10,6 +10,7 @@ Keras's for that.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -148,17 +149,21 @@ def as_named_today(
 
     Keras 2's `Conv_1/BatchNorm`, read as `Conv_1_BatchNorm`, is `conv_1_bn` now.
     """
-    for name, values in _NORMALIZATION.items():
-        if name in arrays and not np.allclose(arrays[name], values, atol=1e-4):
+    # The layer has no name of its own: Keras numbers those of a session's later networks.
+    preprocessing = {n: re.sub(r"^normalization_\d+/", "normalization/", n) for n in arrays}
+    preprocessing = {n: known for n, known in preprocessing.items() if known in _NORMALIZATION}
+    for name, known in preprocessing.items():
+        values, found = _NORMALIZATION[known], np.ravel(arrays[name])
+        if found.shape != (3,) or not np.allclose(found, values, atol=1e-4):
             raise UserError(
-                f"{source}: {name} is {arrays[name]}, not ImageNet's {values}: these weights "
+                f"{source}: {name} is {found}, not ImageNet's {values}: these weights "
                 "expect another preprocessing than this network's: export the others alone to an "
                 ".npz with Keras's names, and set model.preprocessing to what they expect (unit, "
                 "if these are 0 and 1)"
             )
     named: dict[str, np.ndarray] = {}
     for name, value in arrays.items():
-        if name in _NORMALIZATION:
+        if name in preprocessing:
             continue
         layer, slash, array = name.rpartition("/")
         array = "kernel" if array == "depthwise_kernel" else array

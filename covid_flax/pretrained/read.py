@@ -8,6 +8,7 @@ those of certain networks.
 from __future__ import annotations
 
 import math
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def _read_h5(path: Path) -> dict[str, Any]:
             named = [(_layer_and_array(name), dataset) for name, dataset in datasets]
         raw: dict[str, Any] = {}
         for name, dataset in named:
-            if name.endswith("normalization/count"):  # of the images a mean is of, no weight
+            if re.search(r"(^|/)normalization(_\d+)?/count$", name):  # of images, no weight
                 continue
             if name in raw:
                 raise UserError(f"{path} holds {name} twice: save one network's weights alone")

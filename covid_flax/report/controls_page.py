@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from covid_flax.files import write_atomically
 from covid_flax.report.page import count, figure3, percent, render, with_interval
 from covid_flax.report.pictures import picture, short_names
+from covid_flax.report.summary import checkpoint_of
 
 # Of the balanced accuracy above chance, what counts as nearly all of it.
 _NEARLY_ALL = 0.8
@@ -423,7 +424,7 @@ def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     pairs = [
         ("Images", images),
         ("By class", ", ".join(f"{name} {n:,}" for name, n in report["support"].items())),
-        ("Checkpoint", f"{report['checkpoint']['which']}, step {report['checkpoint']['step']:,}"),
+        ("Checkpoint", checkpoint_of(report)),
         ("Lungs", f"masks of {masks:,} images" if masks else "a fixed box, for there are no masks"),
         ("Twins", report["pairs_dir"] or "none given"),
     ]

@@ -17,14 +17,14 @@ import jinja2
 from markupsafe import Markup
 
 from covid_flax import __version__
-from covid_flax.data.dataset import left_out
+from covid_flax.data.dataset import LEFT_OUT, left_out
 from covid_flax.evaluation.alarms import CHECKS
 from covid_flax.evaluation.intervals import class_interval, has_width, one_group, whole_interval
 from covid_flax.evaluation.predictions import Predictions
 from covid_flax.files import write_atomically
 from covid_flax.report import pictures
 from covid_flax.report.pictures import picture as picture  # the other pages' way in
-from covid_flax.report.summary import checkpoint_of
+from covid_flax.report.summary import checkpoint_of, seeds_of
 
 _UNDEFINED = Markup('<span class="undefined" title="undefined on these images">–</span>')
 _SPACE = "\N{NO-BREAK SPACE}"
@@ -210,7 +210,7 @@ def _class_table(report: Mapping[str, Any]) -> dict[str, Any]:
             cell = with_interval(x, class_interval(report, name, key), form)
             if key == "ppv_at" and len(stated) > 1 and name in prevalence:
                 cell += Markup('<span class="interval">at {}</span>').format(
-                    percent(prevalence[name])
+                    f"{100 * prevalence[name]:g}{_SPACE}%"
                 )
             row.append(cell)
         rows.append(row)
@@ -329,10 +329,17 @@ def _facts(report: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[tup
     data, model = config.get("data") or {}, config.get("model") or {}
     train, optimizer = config.get("train") or {}, config.get("optimizer") or {}
     bad = report.get("bad_images")
+    which = "all" if report.get("split") == "all" else f"{report.get('split') or ''} split"
+    mapping = report.get("class_map") or {}
+
+    def mapped(ours: str) -> str:
+        return "left out" if ours == LEFT_OUT else f"as {ours}"
+
     pairs = [
         ("Run", run.get("name")),
         ("Baseline", run.get("baseline")),
-        ("Images", f"{report.get('split') or ''} split of {report.get('data_dir') or 'unknown'}"),
+        ("Images", f"{which} of {report.get('data_dir') or 'unknown'}"),
+        ("Classes", "; ".join(f"{theirs} {mapped(ours)}" for theirs, ours in mapping.items())),
         ("Not scored", bad and f"{left_out(bad)} (all in report.json)"),
         ("Checkpoint", checkpoint_of(report)),
         ("Network", model.get("name")),
@@ -346,7 +353,7 @@ def _facts(report: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[tup
             f"{_plain(train.get('batch_size'))}, learning rate "
             f"{_plain(optimizer.get('learning_rate'))}",
         ),
-        ("Seed", str(run["seed"]) if "seed" in run else None),
+        ("Seed", seeds_of(run) if "seed" in run else None),
         ("First weights", weights.get("source")),
         ("Their SHA-256", weights.get("sha256")),
         ("How they fitted", weights.get("report")),

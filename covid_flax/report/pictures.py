@@ -204,7 +204,7 @@ def roc_figure(predictions: Predictions, names: Sequence[str], areas: Sequence[s
         curve = curves.roc(predictions.labels == i, predictions.probabilities[:, i])
         if curve is not None:
             x, y = curve.false_positive_rate, curve.true_positive_rate
-            axes.plot(*thin(x, y), label=f"{name} {areas[i]}", **_line(i))
+            axes.plot(*thin(x, y), label=_label(name, areas[i]), **_line(i))
     axes.set(xlabel="false positive rate", ylabel="sensitivity")
     _legend(figure, axes)
     return figure
@@ -225,7 +225,7 @@ def precision_recall_figure(
             style = _line(i)
             # In steps, so that the area under the line is the one in the legend.
             x, y = np.repeat(curve.recall, 2)[:-1], np.repeat(curve.precision, 2)[1:]
-            axes.plot(*thin(x, y), label=f"{name} {areas[i]}", **style)
+            axes.plot(*thin(x, y), label=_label(name, areas[i]), **style)
             axes.plot([-0.02, 0.03], [positive.mean()] * 2, color=style["color"], linewidth=2.5)
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)")
     _legend(figure, axes)
@@ -332,6 +332,11 @@ def _line(i: int) -> dict[str, Any]:
         "linestyle": _DASHES[i % len(_DASHES)],
         "linewidth": 1.7,
     }
+
+
+def _label(name: str, area: str) -> str:
+    """Of a curve. Matplotlib's legends leave out what begins with `_`."""
+    return f"{' ' * name.startswith('_')}{name} {area}"
 
 
 def _legend(figure: Figure, axes: Axes) -> None:

@@ -10,7 +10,7 @@ import io
 import math
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,13 @@ def confusion_matrix_figure(report: Mapping[str, Any], title: str = "Confusion m
     matrix = np.asarray(report["confusion_matrix"], np.int64)
     k = len(report["class_names"])
     lines = 3 if k <= 12 else 2 if k <= 18 else 1  # of a name, in a cell's height
-    names = [
-        textwrap.fill(str(name), _LINE, max_lines=lines, placeholder=" …")
-        for name in report["class_names"]
-    ]
+
+    def wrapped(names: Sequence[str]) -> list[str]:
+        return [textwrap.fill(n, _LINE, max_lines=lines, placeholder=" …") for n in names]
+
+    names = wrapped([str(name) for name in report["class_names"]])
+    if len(set(names)) < k:  # cut alike
+        names = wrapped([f"{i}. {name}" for i, name in enumerate(report["class_names"], 1)])
     support = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, support, out=np.zeros(matrix.shape), where=support > 0)
 

@@ -17,7 +17,7 @@ from covid_flax.evaluation.intervals import (
     whole_interval,
 )
 from covid_flax.report.artefacts import Artefacts
-from covid_flax.report.summary import checkpoint_of
+from covid_flax.report.summary import checkpoint_of, seeds_of
 
 NOT_KNOWN = "not known"
 ECE_NOTE = (
@@ -218,13 +218,18 @@ def _software(a: Artefacts) -> str | None:
 def _initialization(a: Artefacts) -> str | None:
     weights = a.saved.get("weights") or {}
     if a.config("model", "weights") == "none":
-        return f"Random; seed {a.saved.get('seed')}."
+        return f"Random; {_seeds(a)}."
     if not weights.get("source"):
         return None
     parts = [str(weights["source"])]
     parts += [f"SHA-256 {weights['sha256']}"] if weights.get("sha256") else []
     parts += [str(weights["report"])] if weights.get("report") else []
-    return f"{'; '.join(parts)}; seed {a.saved.get('seed')}."
+    return f"{'; '.join(parts)}; {_seeds(a)}."
+
+
+def _seeds(a: Artefacts) -> str:
+    said = seeds_of(a.saved)
+    return f"seeds {said}" if " to " in said else f"seed {said}"
 
 
 def _training(a: Artefacts) -> str | None:
@@ -489,7 +494,9 @@ def _recalibration(a: Artefacts) -> str | None:
     for step, found in a.calibration.items():
         if "temperature" not in found or "split" not in found:
             continue
-        text = f"step {step}: temperature {found['temperature']:.3f} fitted on {found['split']}"
+        # A whole's step is the sum of its members': no checkpoint's.
+        of = "" if a.members else f"step {step}: "
+        text = f"{of}temperature {found['temperature']:.3f} fitted on {found['split']}"
         ece = found.get("ece") or {}
         if "before" in ece and "after" in ece:
             text += f" (calibration error {ece['before']:.3f} before, {ece['after']:.3f} after)"
@@ -558,8 +565,8 @@ def limits(a: Artefacts) -> list[str]:
         said.append("No evaluation is among the run's files: nothing is known of how well it does.")
     elif a.split(a.headline) == a.reports[a.headline].get("stopped_on", "val"):
         said.append(
-            "Only images that chose the epoch or setting were scored (val): the figures are "
-            "optimistic."
+            f"Of the run's own images only some that chose the epoch or setting were scored "
+            f"({a.headline}): those figures are optimistic."
         )
     for name in a.reports:
         if a.origin(name) == "unsure":

@@ -61,6 +61,14 @@ def checkpoint_of(report: Mapping[str, Any]) -> str:
     )
 
 
+def seeds_of(run: Mapping[str, Any]) -> str:
+    """`0`, or `0 to 4` of a run of several seeds, by what its config.json holds."""
+    first, repeats = run.get("seed"), (run.get("config") or {}).get("repeats") or 1
+    if "members" in run and repeats > 1 and isinstance(first, int):
+        return f"{first} to {first + repeats - 1}"
+    return str(first)
+
+
 def _with_interval(report: Mapping[str, Any], key: str) -> str:
     interval = whole_interval(report, key)
     shown = interval if interval and has_width(interval) else None

@@ -183,29 +183,28 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @pytest.mark.parametrize("suffix", [".weights.h5", ".h5"])
-def test_what_keras_s_normalization_holds(suffix, tmp_path):
+@pytest.mark.parametrize("name", ["normalization", "normalization_1"])  # of a session's second
+def test_what_keras_s_normalization_holds(name, suffix, tmp_path):
     from keras_judge import keras
 
     layers = keras.layers
     network = keras.Sequential(
         [
             keras.Input((8, 8, 3)),
-            layers.Normalization(name="normalization"),
+            layers.Normalization(name=name),
             layers.Conv2D(4, 3, name="stem_conv"),
         ]
     )
     kernel, bias = network.get_layer("stem_conv").get_weights()
-    network.get_layer("normalization").set_weights(
-        [np.array(MEAN), np.array(DEVIATION), np.array(7)]
-    )
+    network.get_layer(name).set_weights([np.array(MEAN), np.array(DEVIATION), np.array(7)])
     (network.save if suffix == ".h5" else network.save_weights)(tmp_path / f"a{suffix}")
     read = read_weights(tmp_path / f"a{suffix}")
-    assert set(read) == {f"normalization/{k}" for k in ("mean", "variance")} | {
+    assert set(read) == {f"{name}/{k}" for k in ("mean", "variance")} | {
         "stem_conv/kernel",
         "stem_conv/bias",
     }
-    np.testing.assert_allclose(read["normalization/mean"], MEAN, rtol=1e-6)
-    np.testing.assert_allclose(read["normalization/variance"], DEVIATION, rtol=1e-6)
+    np.testing.assert_allclose(np.ravel(read[f"{name}/mean"]), MEAN, rtol=1e-6)
+    np.testing.assert_allclose(np.ravel(read[f"{name}/variance"]), DEVIATION, rtol=1e-6)
 
 
 def test_what_a_file_says_of_its_input_is_checked():
@@ -217,11 +216,17 @@ def test_what_a_file_says_of_its_input_is_checked():
     said = {"normalization/mean": np.array(MEAN), "normalization/variance": np.array(DEVIATION)}
     report = load_weights(arrays | said, params, stats, source="a.h5")[2]
     assert len(report.loaded) == len(arrays)
+    numbered = {n.replace("normalization/", "normalization_1/"): v for n, v in said.items()}
+    assert load_weights(arrays | numbered, params, stats, source="a.h5")[2] == report
     for wrong in (
         {"normalization/mean": np.array(DEVIATION)},
         {"normalization/variance": np.square(DEVIATION)},
+        {"normalization/mean": np.zeros(4)},
+        {"normalization_2/mean": np.zeros(1)},
     ):
-        with pytest.raises(UserError, match=r"a\.h5: normalization/\w+ is .*another preprocessing"):
+        with pytest.raises(
+            UserError, match=r"a\.h5: normalization\w*/\w+ is .*another preprocessing"
+        ):
             load_weights(arrays | said | wrong, params, stats, source="a.h5")
 
 

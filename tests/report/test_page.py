@@ -1,5 +1,6 @@
 """The page is read back: its text by a parser, its looks and behaviour in real Chromium."""
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -11,6 +12,7 @@ from markupsafe import Markup
 from report.browser import chromium, visit
 
 from covid_flax.errors import UserError
+from covid_flax.evaluation.intervals import class_interval
 from covid_flax.evaluation.metrics import classification_report
 from covid_flax.evaluation.predictions import Predictions
 from covid_flax.report import pictures
@@ -21,6 +23,7 @@ from covid_flax.report.page import (
     with_interval,
     write_report_page,
 )
+from covid_flax.report.summary import seeds_of
 
 NAMES = ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia")
 HOSTILE = (
@@ -126,6 +129,25 @@ def test_images_of_one_group_have_no_intervals(tmp_path):
 
 
 @pytest.mark.usefixtures("no_pictures")
+def test_a_class_of_one_group_has_no_interval_and_the_class_map_is_told(tmp_path):
+    p = _predictions()
+    groups = tuple("g" if k == 0 else f"{i}" for i, k in enumerate(p.labels))
+    p = dataclasses.replace(p, groups=groups)
+    report = _report(p, split="all", class_map={"theirs": NAMES[1], "other": "-"})
+    for name in NAMES[:2]:
+        assert (class_interval(report, name, "recall") is None) == (name == NAMES[0])
+    scored = _read(_write(tmp_path, report, p))["scored"]
+    assert "all of /data/xrays" in scored
+    assert f"theirs as {NAMES[1]}; other left out" in " ".join(scored.split())
+
+
+def test_seeds_are_those_of_all_runs():
+    run = {"seed": 3, "config": {"repeats": 1}}
+    assert seeds_of(run) == "3"
+    assert seeds_of({"seed": 3, "members": ["seed3"], "config": {"repeats": 5}}) == "3 to 7"
+
+
+@pytest.mark.usefixtures("no_pictures")
 def test_verdict_comes_first_with_intervals(tmp_path):
     p = _predictions(groups=tuple(f"g{i // 2}" for i in range(400)))
     report = _report(p)
@@ -198,7 +220,7 @@ def test_prevalences_that_differ_stand_in_their_cells(tmp_path):
     report = _report(p)
     report["prevalence"]["COVID"] = 0.123
     text = _read(_write(tmp_path, report, p))["classes"]
-    assert "PPV at prevalence" in text and "at 12.3 %" in text and text.count("at 5.0 %") == 3
+    assert "PPV at prevalence" in text and "at 12.3 %" in text and text.count("at 5 %") == 3
 
 
 @pytest.mark.usefixtures("no_pictures")

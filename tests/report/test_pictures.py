@@ -64,6 +64,13 @@ def test_precision_recall_steps_hold_scikit_learns_area():
         assert np.trapezoid(precision, recall) == pytest.approx(expected, abs=5e-4)
 
 
+def test_a_class_whose_name_begins_with_an_underscore_is_in_the_legend():
+    names = ("_other", *NAMES[1:])
+    for figure in (roc_figure, precision_recall_figure):
+        (legend,) = figure(_predictions(), names, AREAS).legends
+        assert len(legend.get_texts()) == len(names)
+
+
 def test_class_without_images_has_no_curve():
     p = _predictions()
     labels = np.where(p.labels == 1, 0, p.labels)
