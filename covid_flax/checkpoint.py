@@ -238,7 +238,7 @@ class Checkpoints:
         best = self._contents(step)["record"]["best_step"]
         lost = False
         if best is not None and best != step:
-            if best not in self.steps:
+            if distributed.anywhere(best not in self.steps):
                 loaded, why = None, str(self._damaged(best, _BEST_IS_GONE))
             else:
                 loaded, why = self._load_everywhere(best, like)
@@ -257,7 +257,6 @@ class Checkpoints:
         self, step: int, like: Any
     ) -> tuple[tuple[Any, dict[str, Any]] | None, str]:
         """As `load`; or None and why, in all processes alike, where it is damaged for one."""
-        elsewhere = str(self._damaged(step, "as another process read it"))
         loaded, why = None, ""
         try:
             self._contents(step)
@@ -265,13 +264,13 @@ class Checkpoints:
             why = str(e)
         # Orbax loads in all processes or in none: the others would wait for this one.
         if distributed.anywhere(bool(why)):
-            return None, why or elsewhere
+            return None, why or str(self._damaged(step, "as another process read it"))
         try:
             loaded = self.load(step, like)
         except DamagedError as e:
             why = str(e)
         if distributed.anywhere(loaded is None):
-            return None, why or elsewhere
+            return None, why or str(self._damaged(step, "as another process read it"))
         return loaded, ""
 
     @property

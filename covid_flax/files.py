@@ -80,8 +80,15 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """One process at a time, where the file system has locks; the others wait."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """One process at a time, where the file system has locks; the others wait.
+
+    Raises:
+      UserError: a folder that this user may not open.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot open {folder} ({error.strerror}): name another folder") from error
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -92,6 +92,8 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
             reports[name]["test"] = evaluate(workdir / name, split="test", data=run.data)
         # Its programs, some 20 MB, serve no other member; those find theirs on the disk.
         jax.clear_caches()
+    if has_checkpoints(workdir / "checkpoints") or has_figures(workdir):
+        raise UserError(f"{workdir} has become another run's meanwhile: train in another --workdir")
     if jax.process_index() == 0:
         _write_whole(config, workdir, list(configs))
     distributed.barrier("members")

@@ -180,8 +180,8 @@ def _check_resumed(
     unmoved = saved["data"].get("root") == summary["root"]
     if unmoved and saved["data"].get("fingerprint") != summary["fingerprint"]:
         say(
-            "note: the image files are not those of the run's beginning, by their sizes and times: "
-            "if they show other pixels, choose another --workdir"
+            "note: the image files, or the sources named for them, are not those of the run's "
+            "beginning, by sizes and times: if they show other pixels, choose another --workdir"
         )
     if saved.get("teacher", []) != _teacher_arrays(config.train.teacher):
         raise UserError(

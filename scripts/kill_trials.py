@@ -57,7 +57,7 @@ SEEN: dict[str, Callable[[Path, Path], bool]] = {
     "evaluation": lambda run, cache: (run / "eval").exists(),
     "evaluation written": lambda run, cache: any(run.glob("eval/val/*")),
 }
-_BEFORE_SET_UP = ("phantoms drawn", "records written", "images stored")
+_BEFORE_SET_UP = ("phantoms being drawn", "phantoms drawn", "records written", "images stored")
 
 
 def command(run: Path, cache: Path) -> list[str]:
@@ -78,6 +78,8 @@ def kill_once(
     ready = (run / "config.json").exists()
     ahead = [name for name, is_seen in SEEN.items() if not is_seen(run, cache)]
     ahead = [name for name in ahead if not (ready and name in _BEFORE_SET_UP)]
+    if (run / "phantoms").exists() and "phantoms being drawn" in ahead:
+        ahead.remove("phantoms being drawn")
     seen = rng.choice([*ahead, "any time", "any time"])
     delay = rng.uniform(0, 0.7 * usual_s) if seen == "any time" else rng.choice((0, 0.05, 0.3))
     process = start(run, cache, log)

@@ -197,6 +197,12 @@ def test_no_image_is_its_own_mask_and_no_mask_is_two_images(tmp_path):
     rows = [Row(f.file, f.label, "test", "") for f in folder.files]
     with pytest.raises(UserError, match=r"A/masks/a.png fits several images, A/deep/a.png and A/l"):
         find_masks(folder, rows, str(tmp_path / "data"))
+    # Of masks that nobody asked for such a one is left out.
+    pixels.save(tmp_path / "data/A/a.jpg")
+    (tmp_path / "data/A/masks/b.png").write_bytes((tmp_path / "data/A/b.png").read_bytes())
+    folder = open_folder(str(tmp_path / "data"))
+    rows = [Row(f.file, f.label, "test", "") for f in folder.files]
+    assert len(rows) == 4 and find_masks(folder, rows).files == {"A/b.png": "A/masks/b.png"}
 
 
 def test_thumbnails_of_coloured_images_are_their_greys():

@@ -91,6 +91,20 @@ checkpoint.Checkpoints.load = misread
 flags.mark_flag_as_required("config")
 run_command(main._main, together=True)
 """
+# `main`, in which process 1 does not see the checkpoint of a step.
+_OVERLOOKS = """
+import sys
+import jax
+from absl import flags
+from covid_flax import checkpoint, main
+from covid_flax.command import run_command
+last, steps = int(sys.argv.pop(1)), checkpoint.Checkpoints.steps.fget
+def some(self):
+    return [s for s in steps(self) if s != last or jax.process_index() == 0]
+checkpoint.Checkpoints.steps = property(some)
+flags.mark_flag_as_required("config")
+run_command(main._main, together=True)
+"""
 # A command that waits, but for the process that is told to fail.
 _WAITS = """
 import sys, time
@@ -305,13 +319,16 @@ def test_who_holds_the_others_up_is_named(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_one_process_misreads_is_given_up_by_all(config, one_device, tmp_path):
+@pytest.mark.parametrize("fault", [_MISREADS, _OVERLOOKS], ids=["misreads", "overlooks"])
+def test_a_checkpoint_that_one_process_misreads_is_given_up_by_all(
+    fault, config, one_device, tmp_path
+):
     workdir = tmp_path / "run"
     command = ["-c", _UNTIL, 3, *_main(config, tmp_path, workdir)]
     _Processes(tmp_path / "until3", [command, command]).wait(2, 2)
     with Checkpoints(workdir / "checkpoints") as c:
         before = max(step for step in c.steps if step < 3) if len(c.steps) > 1 else None
-    command = ["-c", _MISREADS, 3, *_main(config, tmp_path, workdir)]
+    command = ["-c", fault, 3, *_main(config, tmp_path, workdir)]
     run = _Processes(tmp_path / "again", [command, command])
     if before is None:
         run.wait(2, 2)

@@ -501,10 +501,10 @@ def test_the_main_command_follows_moved_data(tiny_config, phantom_dir, tmp_path,
     assert evaluate(tmp_path / "run")["accuracy"] == report["accuracy"]  # where they lie now
     capsys.readouterr()
     setup(tiny_config, tmp_path / "run")
-    assert "image files are not those" not in capsys.readouterr().out
+    assert "note: the image files" not in capsys.readouterr().out
     os.utime(next((tmp_path / "after").rglob("COVID-*.png")), (1, 1))
     setup(tiny_config, tmp_path / "run")
-    assert "image files are not those of the run's beginning" in capsys.readouterr().out
+    assert "note: the image files, or the sources" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["null", '{"config": 5}', '{"config": {}, "data": {}}', "{"])

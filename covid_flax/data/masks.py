@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from covid_flax.console import say
 from covid_flax.data.decode import decode, resize
 from covid_flax.data.folder import KAGGLE_FOLDER, DataFolder
 from covid_flax.data.splits import Row
@@ -67,7 +68,8 @@ def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> 
       directory: another folder of `<Class>/masks/*.png` or `<Class>/*.png`.
 
     Raises:
-      UserError: `directory` holds no mask of any of the images, or one that fits several.
+      UserError: `directory` holds no mask of any of the images, or one that fits several (which
+        is left out where nobody asked for masks).
     """
     # Those of the folder may lie in a zip.
     top = Path(directory)
@@ -77,7 +79,7 @@ def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> 
         has, read = (lambda file: (top / file).is_file()), _read_from(top)
     label = {f.file: f.label for f in folder.files}  # the folder's own, not the run's
     found: dict[str, str] = {}
-    image_of: dict[str, str] = {}
+    images_of: dict[str, list[str]] = {}
     for row in rows:
         image = PurePosixPath(row.file)
         name = f"{image.stem}.png"
@@ -91,13 +93,18 @@ def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> 
             mask = str(place / name)
             if not has(mask) or _is(top / mask, folder.root / row.file, bool(directory)):
                 continue
-            if (other := image_of.setdefault(mask, row.file)) != row.file:
-                raise UserError(
-                    f"the mask {mask} fits several images, {other} and {row.file}: give the images "
-                    "names of their own"
-                )
             found[row.file] = mask
+            images_of.setdefault(mask, []).append(row.file)
             break
+    for mask, images in images_of.items():
+        if len(images) > 1 and directory:
+            raise UserError(
+                f"the mask {mask} fits several images, {images[0]} and {images[1]}: give the "
+                "images names of their own"
+            )
+        if len(images) > 1:
+            say(f"note: the mask {mask} fits {len(images)} images: taken for none")
+            found = {file: of for file, of in found.items() if of != mask}
     if directory and not found:
         raise UserError(
             f"{directory} holds no mask of the images (<Class>/masks/<image's name>.png): "

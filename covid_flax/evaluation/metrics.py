@@ -88,10 +88,10 @@ def classification_report(
       npv_at), macro and weighted (precision, recall, f1, specificity, npv, auroc, auprc),
       prevalence by name, and intervals: level, resamples, clusters (how many), seed, wilson and
       bootstrap, where `[low, high]` or None stands in the place of a figure. Wilson's interval
-      takes images as independent; there is none of the recall of a class whose several images are
-      all of one group. The bootstrap's are percentiles of the resamples in which the
-      figure is defined; with one cluster there are none. Those of ece lie high, since drawing an
-      image twice adds noise to every bin.
+      takes images as independent; a share of several images that are all of one group has none.
+      The bootstrap's are percentiles of the resamples in which the figure is defined; with one
+      cluster there are none. Those of ece lie high, since drawing an image twice adds noise to
+      every bin.
 
     Raises:
       ValueError: shapes, types or values are not as above.
@@ -114,7 +114,7 @@ def classification_report(
         "resamples": resamples,
         "clusters": len(np.unique(clusters)),
         "seed": seed,
-        "wilson": _wilson(matrix, names, _of_one_group(labels, clusters, len(names))),
+        "wilson": _wilson(labels, probabilities.argmax(1), clusters, names),
     }
     if resamples:
         drawn = _resample(sample, clusters, resamples, seed)
@@ -419,24 +419,25 @@ def _map(function: Callable[..., Any], *trees: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _of_one_group(labels: np.ndarray, clusters: np.ndarray, count: int) -> list[bool]:
-    """Of each class, whether its several images are all of one group: as much as of one image."""
-    groups = [clusters[labels == i] for i in range(count)]
-    return [len(of) > 1 == len(np.unique(of)) for of in groups]
+def _wilson(
+    labels: np.ndarray, predicted: np.ndarray, clusters: np.ndarray, names: list[str]
+) -> dict[str, Any]:
+    right = labels == predicted
 
+    def share(hits: np.ndarray, of: np.ndarray) -> list[float] | None:
+        groups = clusters[of]
+        if len(groups) > 1 and (groups == groups[0]).all():
+            return None
+        return wilson_interval(int(hits[of].sum()), len(groups))
 
-def _wilson(matrix: np.ndarray, names: list[str], one_group: list[bool]) -> dict[str, Any]:
-    hits, n = matrix.diagonal(), matrix.sum()
-    support, claimed = matrix.sum(axis=1), matrix.sum(axis=0)
-    true_negatives = n - support - claimed + hits
     return {
-        "accuracy": wilson_interval(hits.sum(), n),
+        "accuracy": share(right, np.full(len(labels), True)),
         "per_class": {
             name: {
-                "recall": None if one_group[i] else wilson_interval(hits[i], support[i]),
-                "specificity": wilson_interval(true_negatives[i], n - support[i]),
-                "precision": wilson_interval(hits[i], claimed[i]),
-                "npv": wilson_interval(true_negatives[i], n - claimed[i]),
+                "recall": share(right, labels == i),
+                "specificity": share(predicted != i, labels != i),
+                "precision": share(right, predicted == i),
+                "npv": share(labels != i, predicted != i),
             }
             for i, name in enumerate(names)
         },

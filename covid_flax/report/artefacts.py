@@ -27,6 +27,7 @@ _INTERVALS: dict[str, Any] = {
 }
 RUN: dict[str, Any] = {
     "config": {
+        "repeats": int,
         "data": {
             "val_fraction": float,
             "test_fraction": float,

@@ -136,6 +136,7 @@ def test_a_class_of_one_group_has_no_interval_and_the_class_map_is_told(tmp_path
     report = _report(p, split="all", class_map={"theirs": NAMES[1], "other": "-"})
     for name in NAMES[:2]:
         assert (class_interval(report, name, "recall") is None) == (name == NAMES[0])
+        assert class_interval(report, name, "specificity") is not None
     scored = _read(_write(tmp_path, report, p))["scored"]
     assert "all of /data/xrays" in scored
     assert f"theirs as {NAMES[1]}; other left out" in " ".join(scored.split())
