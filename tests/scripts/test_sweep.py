@@ -438,8 +438,11 @@ def test_a_grid_of_two_real_runs(tmp_path, phantom_dir, cache_dir):
         rate = trial["settings"]["optimizer.learning_rate"]
         assert about["optimizer"]["learning_rate"] == rate and about["train"]["epochs"] == 2
         assert trial["state"] == "complete" and trial["epochs"] == 2
-        losses = [r["loss"] for r in sweep.read_val(workdir / trial["trial"] / "metrics.jsonl")]
-        assert trial["val_loss"] == min(losses)
+        records = sweep.read_val(workdir / trial["trial"] / "metrics.jsonl")
+        assert trial["val_loss"] == records[trial["best_epoch"] - 1]["loss"]
+        # That of the checkpoint which the run keeps as its best, and has scored.
+        report = json.loads((workdir / trial["trial"] / "eval/val/report.json").read_text())
+        assert trial["val_loss"] == pytest.approx(report["loss"], rel=1e-5)
     assert (workdir / "sweep.png").exists() and (workdir / "sweep.csv").exists()
     done = command(f"--workdir={workdir}", "--set=optimizer.learning_rate=1e-3,1e-2")
     assert done.returncode == 2 and "another sweep" in done.stderr, done.stderr
