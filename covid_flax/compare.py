@@ -27,7 +27,7 @@ from covid_flax.evaluation.intervals import (
     LEVEL,
     has_width,
     percentile_interval,
-    wilson_interval,
+    wilson_of_images,
 )
 from covid_flax.evaluation.metrics import classification_report, resampled_figures
 from covid_flax.evaluation.predictions import Predictions, read_predictions
@@ -164,9 +164,7 @@ def compare(
         right, of = e.predictions.predicted == p.labels, np.full(len(p.labels), True)
         if key[0] == "recall":
             of = p.labels == p.class_names.index(key[1])
-            if of.sum() > 1 == len(np.unique(p.clusters[of])):
-                return None
-        return wilson_interval(int(right[of].sum()), int(of.sum()))
+        return wilson_of_images(right[of], p.clusters[of])
 
     runs = []
     for e, (values, drawn) in zip(evaluations, scored, strict=True):

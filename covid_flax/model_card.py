@@ -113,10 +113,10 @@ def card(a: Artefacts, facts: Mapping[str, Mapping[str, str]] | None = None) -> 
 
     def stated(*items: str) -> str:
         """What the authors state for items like `claim.13`."""
-        tables = [(facts or {}).get(item.partition(".")[0]) or {} for item in items]
-        numbers = [item.partition(".")[2] for item in items]
-        said = [of[n].strip() for of, n in zip(tables, numbers, strict=True) if n in of]
-        return f"The authors: {' '.join(dict.fromkeys(said))}" if said else NOT_KNOWN
+        named = [item.split(".") for item in items]
+        said = [(facts or {}).get(table, {}).get(number, "").strip() for table, number in named]
+        text = " ".join(dict.fromkeys(filter(None, said)))
+        return f"The authors: {text}" if text else NOT_KNOWN
 
     sections = [
         Section(

@@ -646,7 +646,7 @@ class _Halving:
         return self._trials[trial.name]
 
     def _best(self, trial: Trial, records: list[dict[str, Any]]) -> dict[str, Any] | None:
-        min_delta = _config_of(self._plan.config, trial).train.min_delta
+        min_delta = trial.settings.get("train.min_delta", self._plan.config.train.min_delta)
         return best_of(records, self._plan.monitor, min_delta)
 
     def judge(self, trial: Trial) -> Callable[[list[dict[str, Any]]], bool]:

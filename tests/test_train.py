@@ -86,6 +86,21 @@ def _train_killed_at(config, workdir, step, monkeypatch):
     monkeypatch.undo()
 
 
+def _train_killed_at_save(config, workdir, step, monkeypatch):
+    """The same, amid the save of that step."""
+    real = Checkpoints.save
+
+    def save(self, at, *args, **kwargs):
+        if at == step:
+            raise Killed
+        real(self, at, *args, **kwargs)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.raises(Killed):
+        train(setup(config, workdir))
+    monkeypatch.undo()
+
+
 @pytest.fixture(scope="module")
 def straight(request, tmp_path_factory):
     """A run that nothing disturbed: 60 images, batches of 16, 4 steps an epoch, 3 epochs."""
@@ -169,17 +184,8 @@ def test_a_kill_between_metrics_and_checkpoint_leaves_no_double_line(
 ):
     whole = straight(resumable)
     workdir = tmp_path / "run"
-    real = Checkpoints.save
-
-    def save(self, step, *args, **kwargs):
-        if step == 8:  # the end of epoch 2, its lines are written
-            raise Killed
-        real(self, step, *args, **kwargs)
-
-    monkeypatch.setattr(Checkpoints, "save", save)
-    with pytest.raises(Killed):
-        train(setup(resumable, workdir))
-    monkeypatch.undo()
+    # The end of epoch 2, its lines are written.
+    _train_killed_at_save(resumable, workdir, 8, monkeypatch)
     assert _lines(workdir) == _lines(whole)[:4]
     train(setup(resumable, workdir))
     _assert_same_run(workdir, whole)
@@ -199,17 +205,7 @@ def test_the_best_from_there_on_takes_the_place_of_a_damaged_one(
     """4 steps an epoch; nothing would ever be better than the first."""
     workdir = tmp_path / "run"
     tiny_config.train.epochs, tiny_config.train.min_delta = 3, 100.0
-    real = Checkpoints.save
-
-    def save(self, step, *args, **kwargs):
-        if step == 12:
-            raise Killed
-        real(self, step, *args, **kwargs)
-
-    monkeypatch.setattr(Checkpoints, "save", save)
-    with pytest.raises(Killed):
-        train(setup(tiny_config, workdir))
-    monkeypatch.undo()
+    _train_killed_at_save(tiny_config, workdir, 12, monkeypatch)
     _damage(workdir / "checkpoints/4")
     train(setup(tiny_config, workdir))
     assert "note: the best epoch so far, 1, is lost" in capsys.readouterr().out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -91,7 +90,9 @@ def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> 
             places = _masks(above)
         for place in places:
             mask = str(place / name)
-            if not has(mask) or _is(top / mask, folder.root / row.file, bool(directory)):
+            if not has(mask):
+                continue
+            if directory and _is_image(top / mask, folder.root / row.file):
                 continue
             found[row.file] = mask
             images_of.setdefault(mask, []).append(row.file)
@@ -113,9 +114,9 @@ def find_masks(folder: DataFolder, rows: Sequence[Row], directory: str = "") -> 
     return LungMasks(found, read)
 
 
-def _is(mask: Path, image: Path, elsewhere: bool) -> bool:
-    """Whether the mask's place in another folder is that of the image itself."""
-    return elsewhere and image.exists() and os.path.samefile(mask, image)
+def _is_image(mask: Path, image: Path) -> bool:
+    """Whether the mask's place is that of the image itself."""
+    return image.exists() and mask.samefile(image)
 
 
 def _masks(folder: PurePosixPath) -> list[PurePosixPath]:

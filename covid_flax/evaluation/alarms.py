@@ -529,7 +529,7 @@ def small_class(matrix: Any, class_names: Sequence[str] = ()) -> Alarm | None:
     matrix = _counts(matrix)
     names = class_names or [f"class {k}" for k in range(len(matrix))]
     small: dict[str, dict[str, Any]] = {}
-    said, independent = [], False
+    said = []
     for k, name in enumerate(names):
         right, n = int(matrix[k, k]), int(matrix[k].sum())
         if n >= _SMALL_CLASS:
@@ -545,14 +545,13 @@ def small_class(matrix: Any, class_names: Sequence[str] = ()) -> Alarm | None:
         else:
             low, high = interval
             said.append(f"{name} {n} (recall {low * 100:.0f} to {high * 100:.0f} %)")
-            independent = True
     if not small:
         return None
     return Alarm(
         "small-class",
         "caution",
         f"Classes with fewer than {_SMALL_CLASS} scored images tell little: {', '.join(said)}"
-        + (", if images are independent." if independent else "."),
+        + (", if images are independent." if any(of["interval"] for of in small.values()) else "."),
         {"classes": small},
     )
 

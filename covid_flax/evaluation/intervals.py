@@ -43,32 +43,41 @@ def wilson_interval(hits: float, total: float) -> list[float] | None:
     return [float(low), float(high)]
 
 
+def wilson_of_images(hits: np.ndarray, clusters: np.ndarray) -> list[float] | None:
+    """`wilson_interval` of a share of images, which it takes as independent.
+
+    Args:
+      hits: of each image, bool `[N]`.
+      clusters: group numbers `[N]`.
+
+    Returns:
+      None without an image, and for several that are all of one group: that says nothing of how
+      groups differ.
+    """
+    if len(hits) > 1 and (clusters == clusters[0]).all():
+        return None
+    return wilson_interval(int(hits.sum()), len(hits))
+
+
 def share_interval(
     hits: np.ndarray, clusters: np.ndarray, resamples: int = 2000
 ) -> list[float] | None:
     """`[low, high]` of a share of images: by groups where some share one, else Wilson's.
 
-    Wilson's too where all resamples agree, though it takes images as independent.
+    `wilson_of_images` too where all resamples agree.
 
     Args:
       hits: of each image, bool `[N]`.
       clusters: group numbers `[N]`.
       resamples: of the bootstrap.
-
-    Returns:
-      None without an image, and for several images that are all of one group: drawn again and
-      again, it says nothing of how groups differ.
     """
-    groups = len(np.unique(clusters))
-    if groups == 1 < len(hits):
-        return None
-    if groups < len(hits):
-        hits = hits.astype(np.float64)
-        drawn = [w @ hits / w.sum(1) for w in cluster_weights(clusters, resamples)]
+    if 1 < len(np.unique(clusters)) < len(hits):
+        counted = hits.astype(np.float64)
+        drawn = [w @ counted / w.sum(1) for w in cluster_weights(clusters, resamples)]
         found = percentile_interval(np.concatenate(drawn))
         if has_width(found):
             return found
-    return wilson_interval(int(hits.sum()), len(hits))
+    return wilson_of_images(hits, clusters)
 
 
 def student_interval(values: Sequence[float]) -> list[float]:

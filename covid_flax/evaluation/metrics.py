@@ -17,7 +17,7 @@ from covid_flax.evaluation.intervals import (
     LEVEL,
     cluster_weights,
     percentile_interval,
-    wilson_interval,
+    wilson_of_images,
 )
 
 BINS = 15
@@ -425,10 +425,7 @@ def _wilson(
     right = labels == predicted
 
     def share(hits: np.ndarray, of: np.ndarray) -> list[float] | None:
-        groups = clusters[of]
-        if len(groups) > 1 and (groups == groups[0]).all():
-            return None
-        return wilson_interval(int(hits[of].sum()), len(groups))
+        return wilson_of_images(hits[of], clusters[of])
 
     return {
         "accuracy": share(right, np.full(len(labels), True)),
