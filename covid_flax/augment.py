@@ -163,7 +163,7 @@ def _erase(key: Array, image: Array, most: float) -> Array:
     sides = jnp.array([height, width]) * most * jax.random.uniform(size_key, (2,), minval=0.1)
     # Centres anywhere: boxes hang over borders and corners too.
     centre = jnp.array([height, width]) * jax.random.uniform(place_key, (2,))
-    y, x = jnp.arange(height)[:, None, None], jnp.arange(width)[None, :, None]
+    y, x = jnp.arange(height)[:, None, None] + 0.5, jnp.arange(width)[None, :, None] + 0.5
     inside = (abs(y - centre[0]) < sides[0] / 2) & (abs(x - centre[1]) < sides[1] / 2)
     grey = 255 * jax.random.uniform(grey_key)
     return jnp.where(inside & jax.random.bernoulli(whether), grey, image)
@@ -334,7 +334,8 @@ def mix(key: Array, images: Array, how: Augment, real: Array | None = None) -> t
 
     With `mixup` greys are averaged (Zhang et al. 2018), with `cutmix` one box is the other
     image's (Yun et al. 2019); with both, each image's draw decides between them. The share that
-    stays is drawn from a Beta distribution of that strength, and never less than half.
+    stays is drawn from a Beta distribution of that strength, and is half or more (of a box, to
+    whole pixels).
 
     Args:
       key: a random key.

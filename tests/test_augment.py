@@ -292,6 +292,9 @@ def test_borders_and_boxes_are_where_they_may_be(images):
     inner = boxes[
         boxes.any((1, 2)) & ~boxes[:, [0, -1]].any((1, 2)) & ~boxes[..., [0, -1]].any((1, 2))
     ]
+    for edge, opposite in ((boxes[:, 0], boxes[:, -1]), (boxes[:, :, 0], boxes[:, :, -1])):
+        met = [lines.any(1).sum() for lines in (edge, opposite)]
+        assert abs(met[0] - met[1]) < 4 * np.sqrt(sum(met)) and min(met) > 20
     for side in (inner.any(1).sum(1), inner.any(2).sum(1)):
         assert side.min() < 13 and 42 < side.max() <= 51  # a tenth of the most, to the most
 

@@ -109,6 +109,14 @@ def test_a_stage_learns_at_a_share_of_the_next_one_s_rate():
         np.testing.assert_allclose(moved, factor * whole, rtol=1e-4)
 
 
+def test_weights_decay_at_their_stage_s_rate():
+    start = {stage: {"kernel": jnp.ones((2, 2))} for stage in ("stem", "block1", "head")}
+    tx = make_optimizer(_config(weight_decay=0.1, stage_decay=0.5), lambda _: 0.5, tuple(start))
+    moved = _run(tx, start, [jax.tree.map(jnp.zeros_like, start)])
+    for stage, factor in (("head", 1.0), ("block1", 0.5), ("stem", 0.25)):
+        np.testing.assert_allclose(moved[stage]["kernel"], 1 - 0.05 * factor, rtol=1e-6)
+
+
 def test_gradients_are_clipped_by_the_norm_of_all_arrays_together():
     start = {"a": {"kernel": jnp.zeros(4)}, "b": {"kernel": jnp.zeros(2)}}
     large = {"a": {"kernel": jnp.full(4, 3.0)}, "b": {"kernel": jnp.full(2, 4.0)}}

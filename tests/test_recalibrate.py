@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from small_resnet import with_batch_norm
 
-from covid_flax import preemption
+from covid_flax import preemption, recalibrate
 from covid_flax.data.pipeline import ArraySource
 from covid_flax.job import make_job
 from covid_flax.models import MODELS, create_model, preprocessing_of
@@ -38,6 +38,15 @@ def config(tiny_config):
 
 def _state(run, job):
     return create_state(run.params, run.batch_stats, frozenset(run.trained), job.tx, 0)
+
+
+def test_batches_of_unequal_means_add_to_the_variance():
+    """Of 0 and 2, each with a variance of 1: together 1 and 2."""
+    batches = [{"bn": {"mean": np.full(3, m), "var": np.ones(3)}} for m in (0.0, 2.0)]
+    totals = jax.tree.map(np.add, *map(recalibrate._sums, batches))
+    got = recalibrate._moments(totals, 2)["bn"]
+    np.testing.assert_array_equal(got["mean"], np.ones(3))
+    np.testing.assert_array_equal(got["var"], np.full(3, 2.0))
 
 
 @pytest.mark.parametrize("batch", [pytest.param(0, marks=pytest.mark.slow), 4096])

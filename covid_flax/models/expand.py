@@ -129,16 +129,16 @@ def _backward(
     slope = scale * deviation
     g_kernel = slope * (product - mean_x[:, None] * g_bias - cov_kernel * (deviation * g_scale))
 
-    # Batch norm's own share of y's gradient is -slope (a + b y) at every position.
+    # Batch norm's own share of y's gradient is -(slope sum_g / n + b (y - mean)) everywhere.
     sum_g, sum_gy = (
         (g_bias, g_scale) if axis_name is None else lax.pmean((g_bias, g_scale), axis_name)
     )
     b = slope * deviation * sum_gy / n
-    a = slope * sum_g / n - b * mean
-    share = jnp.dot(
-        x, _dot(kernel * b, kernel.T).astype(x.dtype), preferred_element_type=jnp.float32
-    )
-    share = (share + _dot(kernel, a)).astype(x.dtype)
+    matrix = _dot(kernel * b, kernel.T).astype(x.dtype)
+    share = jnp.dot(x, matrix, preferred_element_type=jnp.float32)
+    # Of what is computed: rounded matrices would leave the gradient a mean, which it has not.
+    offset = _dot(folded.astype(jnp.float32), sum_g / n)
+    share = (share + offset - _dot(mean_x, matrix.astype(jnp.float32))).astype(x.dtype)
     g_x = jnp.dot(g, folded.T)
     if every > 1:
         (_, h, w, _), (_, rows, columns, _) = x.shape, g.shape

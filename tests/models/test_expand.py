@@ -73,6 +73,20 @@ def test_half_precision_keeps_float32_statistics(arrays):
     np.testing.assert_allclose(np.asarray(y, np.float64), want[0], atol=0.05)
 
 
+def test_rounded_matrices_leave_the_gradient_no_mean(arrays):
+    """Batch norm takes the mean out of what it is given: a constant there changes nothing."""
+    x, *rest = arrays
+    x = jnp.asarray(x + 100 * x.std((0, 1, 2)), jnp.bfloat16)
+    weights = jnp.sin(jnp.arange(x.size * 4.0)).reshape(*x.shape[:3], 32) + 1
+
+    def loss(x):
+        z = conv1x1_batch_norm(x, *rest, EPSILON)[0].astype(jnp.float32)
+        return jnp.sum(weights * z**2)
+
+    g = np.asarray(jax.grad(loss)(x), np.float64)
+    assert np.all(abs(g.mean((0, 1, 2))) <= 0.006 * np.sqrt((g**2).mean((0, 1, 2))) + 1e-12)
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_gradients_equal_those_of_the_definition(arrays, every):
     def loss(function, xp, *arrays):
@@ -132,6 +146,23 @@ def test_light_networks_go_this_way_too():
     assert np.any(got[0] != want[0])  # they did go two ways
 
 
+@pytest.mark.parametrize("fill", [0.0, 50.0])
+def test_what_fills_a_batch_up_is_in_no_statistics(fill):
+    """Where a light network's widening layer would else take the covariance of all its input."""
+    rng = np.random.default_rng(5)
+    conv, bn = Conv(16, 96, 1, use_bias=False, rngs=nnx.Rngs(0)), BatchNorm(96)
+    x = rng.normal(size=(8, 3, 4, 16)).astype(np.float32)
+    x[5:] = fill
+    weights = jnp.asarray([0.2] * 5 + [0.0] * 3, jnp.float32)
+    how = {"epsilon": EPSILON, "momentum": 0.5, "use_batch_stats": True}
+    z = conv_batch_norm(conv, bn, jnp.asarray(x), **how, example_weights=weights)
+    kernel = np.asarray(conv.kernel[...][0, 0], np.float64)
+    want = definition(x[:5].astype(np.float64), kernel, np.ones(96), np.zeros(96), 1)
+    np.testing.assert_allclose(z[:5], want[0], atol=1e-4)
+    np.testing.assert_allclose(bn.mean[...], 0.5 * want[1], atol=1e-5)
+    np.testing.assert_allclose(bn.var[...], 0.5 + 0.5 * want[2], rtol=1e-5)
+
+
 def build(dtype):
     small = MODELS["resnet14_small"]
     return ResNet(small, num_classes=4, hidden_units=0, dtype=dtype, rngs=nnx.Rngs(0))
@@ -156,6 +187,33 @@ def test_the_stem_pools_first_and_gives_the_same(half_model):
     got = half_model(images, stop="conv1", batch_stats_in=STAGES)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(got, np.float32), np.max(windows, 0), rtol=2**-7)
+
+
+def test_what_fills_a_batch_up_is_in_no_statistics_of_half_precision(half_model):
+    graph, params, stats = nnx.split(half_model, nnx.Param, nnx.BatchStat)
+    images = np.random.default_rng(6).uniform(size=(8, 32, 32, 3)).astype(np.float32)
+    weights = jnp.asarray([0.2] * 5 + [0.0] * 3, jnp.float32)
+
+    @jax.jit
+    def statistics(images, weights):
+        model = nnx.merge(graph, params, stats, copy=True)
+        model(images, batch_stats_in=STAGES, example_weights=weights)
+        return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    other = images.copy()
+    other[5:] = 0.5
+    got, want, moved = (
+        jax.tree_util.tree_leaves_with_path(tree)
+        for tree in (
+            statistics(images, weights),
+            statistics(other, weights),
+            statistics(images, jnp.full(8, 0.125)),
+        )
+    )
+    assert {path[0].key for path, _ in got} >= {"conv1", "conv2", "conv3", "conv4", "conv5"}
+    for (path, g), (_, w), (_, m) in zip(got, want, moved, strict=True):
+        np.testing.assert_array_equal(g, w, err_msg=jax.tree_util.keystr(path))
+        assert np.any(g != m), jax.tree_util.keystr(path)
 
 
 @pytest.mark.slow

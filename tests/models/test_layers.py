@@ -67,6 +67,59 @@ def test_statistics_over_a_mapped_axis_equal_those_of_the_whole_batch():
         np.testing.assert_allclose(parts[2][part], var, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "tolerance"),
+    [((2048, 1024), 0.01), ((1024, 4), 0.03), ((7, 7, 3, 64), 0.03), ((3, 3, 128, 1), 0.06)],
+)
+def test_kernels_are_drawn_as_keras_draws_them(shape, tolerance):
+    keras = pytest.importorskip("keras")
+    want = np.asarray(keras.initializers.GlorotUniform(seed=0)(shape))
+    got = np.asarray(layers.glorot_uniform(nnx.Rngs(0), shape))
+    assert got.dtype == np.float32 and abs(got.mean()) < tolerance * got.std()
+    assert got.std() == pytest.approx(want.std(), rel=tolerance)
+    assert np.abs(got).max() == pytest.approx(np.abs(want).max(), rel=tolerance)
+
+
+def test_layers_of_no_weights_begin_at_keras_s_values():
+    layer = layers.ConvBN(
+        3, 4, 3, use_bias=True, epsilon=1e-3, momentum=0.9, dtype=jnp.float32, rngs=nnx.Rngs(0)
+    )
+    dense = layers.Dense(3, 4, rngs=nnx.Rngs(0))
+    for zero in (layer.conv.bias, layer.bn.bias, layer.bn.mean, dense.bias):
+        assert not np.any(zero[...])
+    for one in (layer.bn.scale, layer.bn.var):
+        assert np.all(one[...] == 1)
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 1.001e-5])
+def test_a_channel_without_variance_shows_the_epsilon(epsilon):
+    """At variances of about one a wrong epsilon is lost among rounding errors."""
+    layer = nnx.merge(*conv_bn(size=1, epsilon=epsilon))
+    layer.bn.var[...] = jnp.zeros(4)
+    x = np.random.default_rng(4).normal(size=(2, 3, 3, 3)).astype(np.float32)
+    y = x.astype(np.float64) @ np.asarray(layer.conv.kernel[0, 0], np.float64) + np.arange(4)
+    got = layer(jnp.asarray(x), use_batch_stats=False)
+    np.testing.assert_allclose(got, y / np.sqrt(epsilon), rtol=1e-4, atol=1e-3)
+
+
+def test_statistics_of_unequal_shares_are_those_of_the_real_examples():
+    """Four on one device and one on the other, weighted as a step weighs them."""
+    graph, state = conv_bn()
+    x = jax.random.normal(jax.random.key(3), (8, 5, 5, 3)) * jnp.arange(1, 9)[:, None, None, None]
+    weights = jnp.asarray([[1, 1, 1, 1], [1, 0, 0, 0]], jnp.float32) / 2.5  # of a mean of 2.5
+
+    def apply(x, weights=None, axis_name=None):
+        layer = nnx.merge(graph, state, copy=True)
+        layer(x, use_batch_stats=True, example_weights=weights, axis_name=axis_name)
+        return layer.bn.mean[...], layer.bn.var[...]
+
+    want = apply(x[:5])
+    mapped = jax.vmap(lambda x, w: apply(x, w, "devices"), axis_name="devices")
+    got = mapped(x.reshape(2, 4, 5, 5, 3), weights)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, np.broadcast_to(w, g.shape), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("hidden", [0, 64])
 def test_a_head_drops_out_before_its_last_layer_alone(hidden):
     """As Dense, ReLU, Dropout, Dense of the paper: by units that the last layer passes on."""
