@@ -11,7 +11,7 @@ import numpy as np
 
 from covid_flax.config import keeps_averages
 from covid_flax.console import say
-from covid_flax.job import make_job
+from covid_flax.job import make_job, step_flops
 from covid_flax.mesh import as_placed, jit_layout, make_mesh
 from covid_flax.models import MODELS
 from covid_flax.run import Run
@@ -66,16 +66,12 @@ def dry_run(run: Run) -> None:
     layout = jit_layout(mesh, shard_state=shard_state)  # under pmap a step costs as much
     step: Any = layout.compile_step(make_train_step(run.graphdef, job.tx, step_config))
     compiled = step.lower(state, examples).compile()
-    flops = (compiled.cost_analysis() or {}).get("flops", math.nan) * mesh.size
-    if config.train.micro_batch:  # a loop's body is counted once
-        whole = dataclasses.replace(step_config, micro_batch=0)
-        plain = jax.jit(make_train_step(run.graphdef, job.tx, whole))
-        flops = (plain.lower(state, examples).cost_analysis() or {}).get("flops", math.nan)
+    flops = step_flops(run, job) or math.nan
     memory = compiled.memory_analysis()
     each = f" on each of {mesh.size} devices" if mesh.size > 1 else ""
     say("")
     say(
-        f"a step: {batch} images, {flops / 1e9:,.1f} GFLOP, "
+        f"a step: {batch} images, {flops / 1e9:,.1f} GFLOP of the network, "
         f"{getattr(memory, 'temp_size_in_bytes', 0) / 1e9:.2f} GB temporary, "
         f"{state_bytes / 1e9:.2f} GB state{each}; {job.steps_per_epoch:,} steps an epoch, "
         f"at most {config.train.epochs} epochs"

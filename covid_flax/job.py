@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from covid_flax.console import say
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.pipeline import Source, usable_examples
 from covid_flax.feature_cache import features_from
+from covid_flax.files import expanded
 from covid_flax.mesh import Layout, make_layout
 from covid_flax.models import MODELS, batch_stats_stages, preprocessing_of
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
@@ -61,11 +61,7 @@ def make_job(run: Run) -> Job:
     usable = usable_examples(len(labels), batch_size, config.train.last_batch)
     steps_per_epoch = math.ceil(usable / batch_size)
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
-    if config.optimizer.warmup_epochs >= config.train.epochs:
-        say(
-            f"note: optimizer.warmup_epochs={config.optimizer.warmup_epochs:g} is all of "
-            f"train.epochs={config.train.epochs}: the learning rate never comes down from its peak"
-        )
+    _note_warm_up(config)
     start = features_from(run)
     weights = None
     if config.train.class_weights == "balanced":
@@ -94,6 +90,21 @@ def make_job(run: Run) -> Job:
     )
 
 
+def _note_warm_up(config: ml_collections.ConfigDict) -> None:
+    """Speaks of a rise that leaves nothing of the training, or ends after it."""
+    rise, epochs = config.optimizer.warmup_epochs, config.train.epochs
+    if rise > epochs:
+        ends = f"ends at {epochs / rise:.0%} of optimizer.learning_rate"
+    elif rise == epochs and config.optimizer.schedule == "cosine":
+        ends = "never comes down from its peak"
+    else:
+        return
+    say(
+        f"note: optimizer.warmup_epochs={rise:g} is all of train.epochs={epochs}: the learning "
+        f"rate {ends}"
+    )
+
+
 def step_config_of(config: ml_collections.ConfigDict, **others: Any) -> StepConfig:
     """A step's fields as the configuration says them, and `others`, which it does not say alone."""
     return StepConfig(
@@ -111,7 +122,7 @@ def _teacher(run: Run) -> Teacher | None:
     config = run.config.train
     if not config.teacher:
         return None
-    folder = Path(config.teacher).expanduser()
+    folder = expanded(config.teacher)
     teacher = open_run(folder)
     members = teacher.members if isinstance(teacher, Ensemble) else (teacher,)
     refuse_other_teacher(run, [member.step for member in members])
@@ -122,12 +133,21 @@ def _teacher(run: Run) -> Teacher | None:
 def peak_rate(run: Run, job: Job) -> float:
     """Images a second if all devices did nothing but a step's arithmetic, at their peak.
 
-    0 where the chip's peak is not known. The arithmetic is the network's, forward and back,
-    as lowered: with what rematerialisation repeats, where that is asked for.
+    0 where the chip's peak, or the arithmetic, is not known; see `step_flops`.
     """
     peak = peak_of(jax.devices()[0].device_kind)
     if peak is None:
         return 0.0
+    flops = step_flops(run, job)
+    return peak.flops * jax.device_count() * run.config.train.batch_size / flops if flops else 0.0
+
+
+def step_flops(run: Run, job: Job) -> float:
+    """Floating-point operations of a step of the whole batch; 0 where JAX cannot count them.
+
+    The network's, forward and back, as lowered for an accelerator: with what rematerialisation
+    repeats, where that is asked for; without augmentation and teacher.
+    """
     config = run.config
     trained = frozenset(run.trained)
     state = jax.eval_shape(
@@ -138,13 +158,17 @@ def peak_rate(run: Run, job: Job) -> float:
         job.step_config,
         axis_name=None,
         augment=Augment(),
-        micro_batch=0,
+        micro_batch=0,  # a loop's body is counted once
         ema_decay=0.0,
         swa_after=0,
         teacher=None,
         skip_non_finite=False,
     )
     step = jax.jit(make_train_step(run.graphdef, job.tx, how))
-    cost = step.lower(state, batch).cost_analysis()
-    flops = float((cost or {}).get("flops", 0.0))
-    return peak.flops * jax.device_count() * config.train.batch_size / flops if flops else 0.0
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]  # accelerators' plugins count compiled ones only
+    except RuntimeError:  # JAX_PLATFORMS is without it
+        return 0.0
+    with jax.default_device(cpu):
+        lowered = step.trace(state, batch).lower(lowering_platforms=("tpu",))
+        return float((lowered.cost_analysis() or {}).get("flops", 0.0))

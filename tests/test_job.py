@@ -14,9 +14,10 @@ from scipy import special
 from sklearn.utils.class_weight import compute_class_weight
 
 from covid_flax import feature_cache
+from covid_flax.compiler.chips import PEAKS
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
-from covid_flax.job import make_job
+from covid_flax.job import make_job, peak_rate
 from covid_flax.pretrained.fetch import resolve
 from covid_flax.pretrained.read import read_weights
 from covid_flax.run import setup
@@ -57,6 +58,34 @@ def test_every_setting_of_training_reaches_the_step(tiny_config, tmp_path):
     job = make_job(setup(c, tmp_path / "other"))
     assert job.step_config.class_weights is None
     assert (job.step_config.ema_decay, job.step_config.swa_after) == (0.9, 0)
+
+
+@pytest.mark.parametrize(
+    ("trainable", "batch_norm", "want"),
+    [
+        ("all", "train", {"conv1", "conv2", "conv3", "conv4", "conv5", "pool", "head"}),
+        ("conv5", "train", {"conv5", "pool", "head"}),
+        ("all", "frozen", set()),
+    ],
+)
+def test_frozen_stages_batch_norm_is_that_of_inference(
+    tiny_config, tmp_path, trainable, batch_norm, want
+):
+    tiny_config.model.name = "resnet14_small"
+    tiny_config.model.trainable, tiny_config.model.batch_norm = trainable, batch_norm
+    assert make_job(setup(tiny_config, tmp_path)).step_config.batch_stats_in == want
+
+
+def test_the_peak_rate_is_that_of_the_network_s_products(tiny_config, tmp_path, monkeypatch):
+    """Of LeNet-5, counted by hand: two a multiply-add; the first layer needs no gradient of x."""
+    run = setup(tiny_config, tmp_path)
+    job = make_job(run)
+    assert peak_rate(run, job) == 0  # a CPU's peak is not known
+    monkeypatch.setattr("covid_flax.job.peak_of", lambda kind: PEAKS["v5e"])
+    first = 28 * 28 * 6 * 25
+    others = 10 * 10 * 16 * 150 + 400 * 120 + 120 * 84 + 84 * 4
+    want = PEAKS["v5e"].flops * jax.device_count() / (2 * (2 * first + 3 * others))
+    assert peak_rate(run, job) == pytest.approx(want, rel=0.1)
 
 
 def test_class_weights_are_of_unequal_classes(tiny_config, tmp_path, phantom_dir):
@@ -151,7 +180,10 @@ def test_the_loss_with_a_teacher_is_its_share_and_the_labels_rest():
     batch = _batch(6)
     answers = np.random.default_rng(2).normal(size=(6, 4)).astype(np.float32)
     teacher = Teacher(lambda x: jnp.asarray(answers), weight=0.7, temperature=2.0)
-    step, state = _linear_step(batch, teacher=teacher, label_smoothing=0.1)
+    class_weights = (0.5, 2.0, 1.0, 3.5)  # of the labels' share alone
+    step, state = _linear_step(
+        batch, teacher=teacher, label_smoothing=0.1, class_weights=class_weights
+    )
     _, loss = jax.jit(step)(state, batch)
 
     x = np.asarray(batch["image"], np.float64).mean((1, 2)) / 255
@@ -163,6 +195,7 @@ def test_the_loss_with_a_teacher_is_its_share_and_the_labels_rest():
 
     targets = 0.9 * np.eye(4)[np.asarray(batch["label"])] + 0.1 / 4
     labels = -(targets * log_softmax(logits)).sum(-1)
+    labels *= np.array(class_weights)[np.asarray(batch["label"])]
     soft = -4 * (np.exp(log_softmax(answers / 2)) * log_softmax(logits / 2)).sum(-1)
     assert float(loss) == pytest.approx(np.mean(0.3 * labels + 0.7 * soft), rel=1e-5)
 
