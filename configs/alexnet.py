@@ -18,7 +18,6 @@ def get_config():
     c.data.interpolation = "bilinear"
     c.model.name = "alexnet_small"
     c.model.weights = "none"
-    c.model.dropout = 0.5
     c.optimizer.learning_rate = 2e-4
     c.optimizer.schedule = "cosine"
     c.optimizer.warmup_epochs = 1.0

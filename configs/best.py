@@ -15,7 +15,6 @@ def get_config():
     c.data.split = "grouped"
     c.data.val_fraction = 0.1
     c.data.test_fraction = 0.2
-    c.data.image_size = 128
     c.data.interpolation = "bicubic"
     c.model.name = "efficientnet_lite0"
     c.model.hidden_units = 0

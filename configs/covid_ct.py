@@ -22,7 +22,6 @@ def get_config():
     c.data.image_size = 224  # the slices' longest side
     c.data.interpolation = "bilinear"
     c.model.hidden_units = 0
-    c.model.dropout = 0.5
     c.model.trainable = "conv5"
     c.model.batch_norm = "frozen"
     c.optimizer.learning_rate = 1e-4

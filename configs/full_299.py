@@ -13,7 +13,6 @@ def get_config(variant: str = ""):
     c = base.start_from("full_224.py", __file__, variant)
     c.data.image_size = 299
     c.model.name = "resnet50"
-    c.model.bn_momentum = 0.9
     # finetune.py's 1e-4 for 32 images, times the root of the batch's growth.
     c.optimizer.learning_rate = 1e-4 * (c.train.batch_size / 32) ** 0.5
     c.augment.blur = 1.0

@@ -61,7 +61,6 @@ def get_config(variants: str = ""):
             c.data.split = "paper-random"
         elif variant == "nested":
             c.data.nested_test = True
-            c.data.val_fraction = 0.2
         else:
             raise ValueError(f"paper.py has no variant {variant!r}: {', '.join(VARIANTS)}")
     return c

@@ -32,7 +32,7 @@ from covid_flax.data.pipeline import eval_batches
 from covid_flax.data.splits import write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation.predictions import Predictions, predictions_of
-from covid_flax.files import write_json
+from covid_flax.files import expanded, write_json
 from covid_flax.report.summary import print_report
 from covid_flax.run import refuse_folds, saved_run
 from covid_flax.run_images import make_output, open_data
@@ -343,10 +343,10 @@ def _define_flags() -> None:
 def _main() -> None:
     f = flags.FLAGS
     baselines(
-        Path(f.workdir).expanduser(),
+        expanded(f.workdir),
         models=tuple(f.models),
         data_dir=f.data_dir,
-        output=Path(f.output).expanduser() if f.output else None,
+        output=expanded(f.output) if f.output else None,
     )
 
 

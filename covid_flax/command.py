@@ -33,6 +33,7 @@ _FULL_OR_LOCKED = {
     errno.EROFS: "it is read-only: choose another folder",
     errno.EACCES: "check its permissions, or choose another folder",
     errno.EPERM: "check its permissions, or choose another folder",
+    errno.ENAMETOOLONG: "give a shorter name",
 }
 
 
@@ -57,15 +58,15 @@ def run_command(
     logging.set_verbosity(logging.FATAL)
     logging.get_absl_logger().propagate = False
     std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # A second start finds its programs compiled; JAX_COMPILATION_CACHE_DIR overrides it.
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir("") / "xla"))
     threading.excepthook = _thread_error
     sys.excepthook = _error_of_nobody
     if together:
         distributed.define_flags()
     preemption.notice_interrupts()
     try:
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            # A second start finds its programs compiled; JAX_COMPILATION_CACHE_DIR overrides it.
+            jax.config.update("jax_compilation_cache_dir", str(cache_dir("") / "xla"))
         arguments = _parse(sys.argv, positional)
         if together:
             distributed.initialize()

@@ -31,7 +31,7 @@ from covid_flax.evaluation.intervals import (
 )
 from covid_flax.evaluation.metrics import classification_report, resampled_figures
 from covid_flax.evaluation.predictions import Predictions, read_predictions
-from covid_flax.files import peek, write_atomically, write_json
+from covid_flax.files import expanded, peek, write_atomically, write_json
 from covid_flax.report.artefacts import EVALUATION, RUN, read_object
 
 SCORED = ("test", "val")  # in the order of preference
@@ -558,10 +558,10 @@ def _compared_in(output: Path) -> list[str] | None:
 
 def _main(arguments: list[str]) -> None:
     f = flags.FLAGS
-    evaluations = read_evaluations([Path(a).expanduser() for a in arguments], f.split)
+    evaluations = read_evaluations([expanded(a) for a in arguments], f.split)
     comparison = compare(evaluations)
     split = comparison["split"]
-    output = Path(f.output).expanduser() if f.output else Path(f"compare-{split}".rstrip("-"))
+    output = expanded(f.output) if f.output else Path(f"compare-{split}".rstrip("-"))
     before, now = _compared_in(output), [run["name"] for run in comparison["runs"]]
     if before is not None and before != now:
         print(

@@ -53,7 +53,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "model.dropout": (0, 0.999),
     "model.bn_momentum": (0, 1),
     "optimizer.learning_rate": (0, None),
-    "optimizer.warmup_epochs": (0, None),
+    "optimizer.warmup_epochs": (0, 10_000),
     "optimizer.b1": (0, 0.999999),
     "optimizer.b2": (0, 0.999999),  # 0.99999999 is 1 in float32: no update at all
     "optimizer.epsilon": (0, None),
@@ -122,7 +122,13 @@ def changes(before: Any, after: Any, defaults: Any) -> dict[str, str]:
 def check_keys(config: Any, file: str) -> None:
     """Refuses what is not built on `base.get_config()`, as another's file may be. UserError."""
     known = flatten(base.get_config())
-    found = flatten(config) if hasattr(config, "items") else {}
+    try:
+        found = flatten(config) if hasattr(config, "items") else {}
+    except OSError as e:  # of the file itself, as ml_collections tells it: where the keys are asked
+        raise UserError(
+            f"--config={file}: {e.filename or e}: {e.strerror or 'cannot be read'}: put the file "
+            "that it starts from beside it"
+        ) from e
     strange = sorted(known.keys() ^ found.keys())
     if strange or not isinstance(config, ml_collections.ConfigDict):
         what = f" ({strange[0]}, {len(strange):,} keys in all)" if strange else ""
@@ -141,6 +147,15 @@ def check(config: ml_collections.ConfigDict) -> None:
         if not low <= flat[key] <= (sys.float_info.max if high is None else high):
             bound = f"of at least {low}, finite" if high is None else f"from {low} to {high}"
             raise UserError(f"config.{key}={flat[key]!r}: set a value {bound}")
+    if 0 < flat["data.intermediate_size"] < 32:
+        raise UserError(
+            f"config.data.intermediate_size={flat['data.intermediate_size']}: set a side in pixels "
+            "of at least 32, or 0"
+        )
+    if flat["data.folds"] > 1 and flat["data.split"] != "grouped":
+        raise UserError(
+            f"config.data.folds={flat['data.folds']} needs data.split=grouped: set that"
+        )
     if flat["train.swa_start"] and flat["train.ema_decay"]:
         raise UserError(
             "config.train.swa_start and train.ema_decay each say which weights are evaluated: "

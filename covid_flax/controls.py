@@ -50,7 +50,7 @@ from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sources, source_only
 from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
-from covid_flax.files import write_json
+from covid_flax.files import expanded, write_json
 from covid_flax.run import learned_files, saved_run
 from covid_flax.run_images import (
     CLASS_MAP_HELP,
@@ -499,7 +499,7 @@ def _define_flags() -> None:
 def _main() -> None:
     f = flags.FLAGS
     run_controls(
-        Path(f.workdir).expanduser(),
+        expanded(f.workdir),
         checkpoint=f.checkpoint,
         split=f.split,
         data_dir=f.data_dir,
@@ -507,7 +507,7 @@ def _main() -> None:
         masks=f.masks,
         pairs=f.pairs,
         limit=f.limit,
-        output=Path(f.output).expanduser() if f.output else None,
+        output=expanded(f.output) if f.output else None,
     )
 
 

@@ -13,6 +13,7 @@ if __name__ == "__main__":
     die_of_interrupts()
     prepare_allocator()
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,9 @@ from covid_flax.data.splits import PARTS
 from covid_flax.errors import UserError
 from covid_flax.evaluation.metrics import check_prevalence
 from covid_flax.evaluation.predictions import Predictions, predictions_of
-from covid_flax.files import locked, parse_json, write_json
+from covid_flax.files import expanded, locked, parse_json, write_json
 from covid_flax.report.summary import print_report
-from covid_flax.report.write import refuse_foreign_groups
+from covid_flax.report.write import refuse_foreign_files
 from covid_flax.run import saved_run
 from covid_flax.run_images import (
     CLASS_MAP_HELP,
@@ -92,7 +93,7 @@ def evaluate(
     calibration = _calibration(run, saved, checkpoint, split, calibrated)
     output = output or workdir / "eval" / split
     make_output(output, data)
-    refuse_foreign_groups(output)
+    refuse_foreign_files(output)
     answers = None
     if isinstance(run, Ensemble):
         answers = answers_of_members(run, data, split)
@@ -105,7 +106,7 @@ def evaluate(
     predictions = predictions_of(data, split, probabilities)
     # Elsewhere they are the images that training held out only if they were moved there.
     root = images_root(workdir, saved)
-    own = not data_dir or not root.exists() or root.samefile(data.folder.root)
+    own = not data_dir or not os.path.exists(root) or root.samefile(data.folder.root)
     fits = split == "val" and own
     if fits:
         calibration = _fit_calibration(predictions)
@@ -251,7 +252,7 @@ def _define_flags() -> None:
 
 def _main() -> None:
     f = flags.FLAGS
-    workdir = Path(f.workdir).expanduser()
+    workdir = expanded(f.workdir)
     evaluate(
         workdir,
         checkpoint=f.checkpoint,
@@ -260,7 +261,7 @@ def _main() -> None:
         class_map=parse_class_map(f.class_map),
         calibrated=f.calibrated,
         prevalence=parse_prevalence(f.prevalence, saved_run(workdir)["class_names"]),
-        output=Path(f.output).expanduser() if f.output else None,
+        output=expanded(f.output) if f.output else None,
     )
 
 

@@ -17,10 +17,23 @@ from typing import Any
 from covid_flax.errors import UserError
 
 
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """With the home folder for `~`, where there is one, as shells have it; else as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def cache_dir(configured: str) -> Path:
-    """Where prepared data and downloaded weights are kept between runs."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(configured).expanduser() if configured else Path(home) / "covid_flax"
+    """Where prepared data and downloaded weights are kept between runs.
+
+    Raises:
+      UserError: `configured` is empty and the system knows no home folder.
+    """
+    if configured:
+        return expanded(configured)
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if home.startswith("~"):
+        raise UserError("the home folder is not known: set XDG_CACHE_HOME to a folder")
+    return Path(home) / "covid_flax"
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -76,6 +89,28 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
     # What stands for the bytes of a file name that is not UTF-8: no text, but JSON can say it.
     text = re.sub("[\ud800-\udfff]", lambda lone: f"\\u{ord(lone[0]):04x}", text)
     write_atomically(path, f"{text}\n".encode())
+
+
+@contextlib.contextmanager
+def written_together(folder: Path, last: str) -> Iterator[Path]:
+    """A folder to write in, whose files then become those of `folder`: all, or none.
+
+    `last` is the last of them, and an old one is gone before the others come: where there is one,
+    what lies beside it is of the same writing.
+
+    Raises:
+      UserError: nothing can be written in `folder`.
+    """
+    make_writable(folder)
+    part = part_of(folder / "files")
+    part.mkdir()
+    try:
+        yield part
+        (folder / last).unlink(missing_ok=True)
+        for name in sorted(os.listdir(part), key=lambda name: (name == last, name)):
+            os.replace(part / name, folder / name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextlib.contextmanager

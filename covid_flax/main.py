@@ -21,6 +21,7 @@ from covid_flax.console import say
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
+from covid_flax.files import expanded
 from covid_flax.members import check_members, train_members
 from covid_flax.run import default_workdir, setup
 from covid_flax.train import train
@@ -39,7 +40,7 @@ def _main() -> None:
         raise UserError(no_such_config(name))
     check_keys(_CONFIG.value, name)
     profiled = _profiled_steps(_PROFILE.value)
-    workdir = Path(_WORKDIR.value).expanduser() if _WORKDIR.value else default_workdir(name)
+    workdir = expanded(_WORKDIR.value) if _WORKDIR.value else default_workdir(name)
     if is_repeated(_CONFIG.value):
         if profiled:
             raise UserError("--profile is for one run: set repeats=1, data.fold=0")

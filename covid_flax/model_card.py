@@ -20,7 +20,7 @@ from markupsafe import Markup, escape
 
 from covid_flax.command import run_command
 from covid_flax.errors import UserError
-from covid_flax.files import parse_json, write_atomically
+from covid_flax.files import expanded, parse_json, write_atomically
 from covid_flax.report.artefacts import Artefacts, read_artefacts
 from covid_flax.report.checklists import CLAIM, TRIPOD_AI, Item
 from covid_flax.report.statements import (
@@ -439,10 +439,10 @@ def write_card(
 
 def _main() -> None:
     f = flags.FLAGS
-    workdir = Path(f.workdir).expanduser()
+    workdir = expanded(f.workdir)
     artefacts = read_artefacts(workdir)
-    facts = read_facts(Path(f.facts).expanduser()) if f.facts else None
-    output = Path(f.output).expanduser() if f.output else workdir
+    facts = read_facts(expanded(f.facts)) if f.facts else None
+    output = expanded(f.output) if f.output else workdir
     write_card(output, artefacts, facts)
     for row in card(artefacts, facts)[-1].tables[0].rows:
         listed = (f"{n} {status}" for n, status in zip(row[2:], _STATUSES, strict=True))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import textwrap
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,7 +32,7 @@ from covid_flax.evaluation.alarms import (
 )
 from covid_flax.evaluation.intervals import wilson
 from covid_flax.evaluation.predictions import Predictions, read_predictions
-from covid_flax.files import write_json
+from covid_flax.files import expanded, write_json
 from covid_flax.models import create_model
 from ml_collections_configs import base
 
@@ -411,7 +410,7 @@ def _main() -> None:
     f = flags.FLAGS
     shuffled, title = None, ""
     if f.workdir:
-        workdir = Path(f.workdir).expanduser()
+        workdir = expanded(f.workdir)
         predictions = read_predictions(workdir / "eval" / f.split / "predictions.csv")
         shuffled, title = shuffle_predictions(predictions), f"{workdir.name}, {f.split} images"
     findings, evidence = paper_findings(), paper_evidence()
@@ -420,7 +419,7 @@ def _main() -> None:
     if shuffled is not None:
         _print_shuffled(shuffled, predictions.class_names, title)
     if f.output:
-        path = Path(f.output).expanduser() / "paper_audit.json"
+        path = expanded(f.output) / "paper_audit.json"
         document: dict[str, Any] = {
             "findings": [dataclasses.asdict(finding) for finding in findings],
             "alarms": [dataclasses.asdict(alarm) for alarm in alarms],

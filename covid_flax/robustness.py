@@ -26,7 +26,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import share_interval
 from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.sampling import stratified_sample
-from covid_flax.files import write_json
+from covid_flax.files import expanded, write_json
 from covid_flax.run import saved_run
 from covid_flax.run_images import (
     CLASS_MAP_HELP,
@@ -221,13 +221,13 @@ def _main(arguments: list[str]) -> None:
     if len(folders) != 1:
         raise UserError("give one run's folder: python -m covid_flax.robustness RUN_DIR")
     robustness(
-        Path(folders[0]).expanduser(),
+        expanded(folders[0]),
         checkpoint=f.checkpoint,
         split=f.split,
         data_dir=f.data_dir,
         class_map=parse_class_map(f.class_map),
         limit=f.limit,
-        output=Path(f.output).expanduser() if f.output else None,
+        output=expanded(f.output) if f.output else None,
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from covid_flax.data.pipeline import usable_examples
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.data.tables import from_class_on
 from covid_flax.errors import UserError
-from covid_flax.files import cache_dir, parse_json, write_json
+from covid_flax.files import cache_dir, expanded, parse_json, write_json
 from covid_flax.models import (
     MODELS,
     RESNETS,
@@ -122,6 +123,8 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
             f"{workdir} holds several runs ({', '.join(saved['members'])}): choose another "
             "--workdir"
         )
+    if saved is None and not resumed:
+        _refuse_foreign_files(workdir)
     if not resumed and not has_figures(workdir):
         saved = None  # a dry run's, or of a training that never took a step
     if resumed and saved is None:
@@ -131,26 +134,30 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         )
     if saved is not None:
         refuse_changes(saved["config"], config_lib.to_json(config), workdir)
+    # Before the images are read, which may take long, what can be told without them.
+    check_devices(config)
+    if config.train.teacher:
+        _saved_teacher(expanded(config.train.teacher))
+    weights_file = None if resumed else _weights_file(config)
     say(f"data: reading {config.data.dir or 'synthetic phantoms'}")
     data = dataset_lib.load_dataset(config.data, config.seed, workdir)
     _describe_data(data)
     check_batches(config, len(data.files("train")))
     if config.train.teacher:
-        teacher = Path(config.train.teacher).expanduser()
-        check_teacher(teacher, data, config)
+        check_teacher(expanded(config.train.teacher), data, config)
     graphdef, params, batch_stats = create_model(config.model, len(data.class_names), config.seed)
 
     if resumed:
         assert saved is not None
         _check_resumed(workdir, saved, config, data)
-        if not Path(saved["data"]["root"]).exists() and jax.process_index() == 0:  # moved
+        if not os.path.exists(saved["data"]["root"]) and jax.process_index() == 0:  # moved
             now = {key: dataset_lib.summary(data)[key] for key in ("root", "fingerprint")}
             with only_trainer(workdir):
                 about = saved | {"data": saved["data"] | now}
                 write_json(workdir / "config.json", about, allow_nan=True)
         _meet(workdir)
         return Run(config, workdir, data, graphdef, params, batch_stats, resumed=True)
-    params, batch_stats, weights = _initial_weights(config, params, batch_stats)
+    params, batch_stats, weights = _initial_weights(config, params, batch_stats, weights_file)
     taught_by = _teacher_arrays(config.train.teacher)
     if jax.process_index() == 0:
         _write_run(config, workdir, data, weights, taught_by)
@@ -184,16 +191,11 @@ def _check_resumed(
             "beginning, by sizes and times: if they show other pixels, choose another --workdir"
         )
     if saved.get("teacher", []) != _teacher_arrays(config.train.teacher):
+        its = saved["config"].get("train", {}).get("teacher") or "none"
         raise UserError(
             f"train.teacher={config.train.teacher!r} is not the network that {workdir} has learned "
-            f"from: give that one ({saved['config']['train']['teacher'] or 'none'}, as it was), or "
-            "choose another --workdir"
+            f"from: give that one ({its}, as it was), or choose another --workdir"
         )
-
-
-def _folder(path: str) -> Path:
-    """From wherever a later command is given."""
-    return Path(path).expanduser().resolve()
 
 
 def refuse_other_teacher(run: Run, steps: Sequence[int]) -> None:
@@ -219,7 +221,7 @@ def _teacher_arrays(folder: str, steps: Sequence[int] = ()) -> list[str]:
     """
     if not folder:
         return []
-    teacher = Path(folder).expanduser()
+    teacher = expanded(folder)
     names = saved_run(teacher).get("members", [""])
     digests = []
     for i, directory in enumerate(teacher / name / "checkpoints" for name in names):
@@ -231,17 +233,24 @@ def _teacher_arrays(folder: str, steps: Sequence[int] = ()) -> list[str]:
     return digests
 
 
-def _initial_weights(
-    config: ml_collections.ConfigDict, params: dict[str, Any], batch_stats: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Parameters and batch statistics to begin with, and what config.json says of them."""
+def _weights_file(config: ml_collections.ConfigDict) -> Path | None:
+    """The file of the first weights, downloaded if need be; None: they are drawn."""
     if config.model.weights_may_miss and config.model.name not in RESNETS:
         raise UserError(
             f"model.weights_may_miss names stages of ResNets: set it to () for {config.model.name}"
         )
-    about: dict[str, Any] = {"source": config.model.weights}
     cache = cache_dir(config.data.cache_dir) / "weights"
-    path = resolve(config.model.weights, config.model.name, cache)
+    return resolve(config.model.weights, config.model.name, cache)
+
+
+def _initial_weights(
+    config: ml_collections.ConfigDict,
+    params: dict[str, Any],
+    batch_stats: dict[str, Any],
+    path: Path | None,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Parameters and batch statistics to begin with, and what config.json says of them."""
+    about: dict[str, Any] = {"source": config.model.weights}
     if path is None:
         say("weights: none, everything starts at random")
         _note_frozen_norms(config, set(batch_stats))
@@ -288,6 +297,7 @@ def _write_run(
     weights: dict[str, Any],
     teacher: list[str],
 ) -> None:
+    teacher_dir = config.train.teacher
     about = {
         "config": config_lib.to_json(config),
         "class_names": list(data.class_names),
@@ -299,7 +309,8 @@ def _write_run(
         | {p: importlib.metadata.version(p) for p in _PACKAGES},
         "devices": [str(d.device_kind) for d in jax.devices()],
         "teacher": teacher,
-        "teacher_folder": str(_folder(config.train.teacher)) if config.train.teacher else "",
+        # From wherever a later command is given.
+        "teacher_folder": os.path.realpath(expanded(teacher_dir)) if teacher_dir else "",
     }
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -311,14 +322,23 @@ def _write_run(
         write_json(workdir / "config.json", about, allow_nan=True)
 
 
-def check_batches(config: ml_collections.ConfigDict, num_train: int) -> None:
-    """Refuses batches that cannot be made of these images on these devices. Raises UserError."""
+def check_devices(config: ml_collections.ConfigDict) -> None:
+    """Refuses batches that cannot be made on these devices. Raises UserError."""
     train = config.train
     check_division(train, jax.device_count())
     if train.parallel == "pmap" and (train.shard_state or config.data.on_device == "always"):
         raise UserError(
             "train.shard_state and data.on_device=always need train.parallel=jit: set that"
         )
+    in_a_step = train.batch_size // (jax.device_count() if train.parallel == "pmap" else 1)
+    for key in ("mixup", "cutmix"):
+        if config.augment[key] and in_a_step < 2:
+            raise UserError(f"config.augment.{key} mixes pairs: raise config.train.batch_size")
+
+
+def check_batches(config: ml_collections.ConfigDict, num_train: int) -> None:
+    """Refuses batches that cannot be made of these images. Raises UserError."""
+    train = config.train
     if not usable_examples(num_train, train.batch_size, train.last_batch):
         raise UserError(
             f"{num_train} training images do not fill a batch of {train.batch_size}: "
@@ -359,11 +379,28 @@ def learned_files(workdir: Path) -> set[str]:
         if not teacher:
             break
         # Where it was, whatever the working directory; or as given, where all were moved together.
-        places = [Path(p).expanduser() for p in (saved.get("teacher_folder"), teacher) if p]
+        places = [expanded(p) for p in (saved.get("teacher_folder"), teacher) if p]
         folder = next((p for p in places if read_run(p) is not None), places[0])
         if read_run(folder) is None:
             say(f"note: {folder}, a teacher, is gone: what it has learned from cannot be told")
     return learned
+
+
+def _saved_teacher(folder: Path) -> dict[str, Any]:
+    """The config.json of a teacher. Raises UserError."""
+    try:
+        saved = read_run(folder)
+    except UserError as e:
+        raise UserError(
+            f"train.teacher={folder} is a file, a baseline, or a run whose config.json is damaged: "
+            "give the folder of a run"
+        ) from e
+    if saved is None:
+        raise UserError(
+            f"train.teacher={folder} holds no run (no config.json): train the teacher "
+            "first, or give the folder of one, or none: --config.train.teacher="
+        )
+    return saved
 
 
 def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict) -> None:
@@ -373,12 +410,7 @@ def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict
       UserError: no run, one of other classes or images of another size, or one that has
         learned from images that are held out here.
     """
-    saved = read_run(folder)
-    if saved is None:
-        raise UserError(
-            f"train.teacher={folder} holds no run (no config.json): train the teacher "
-            "first, or give the folder of one, or none: --config.train.teacher="
-        )
+    saved = _saved_teacher(folder)
     if saved["class_names"] != list(data.class_names):
         raise UserError(
             f"train.teacher={folder} knows the classes {saved['class_names']}, the data has "
@@ -434,6 +466,19 @@ def _refuse_file(workdir: Path) -> None:
         raise UserError(f"{workdir} is a file: give a folder as --workdir")
 
 
+def _refuse_foreign_files(workdir: Path) -> None:
+    """In a folder that holds no run. Raises UserError: what is not a run's would be lost."""
+    foreign = workdir / "metrics.jsonl" if has_figures(workdir) else None
+    split = workdir / "split.csv"
+    if split.exists():
+        try:
+            read_split_csv(split)  # of a run that was killed before it had a config.json
+        except UserError:
+            foreign = split
+    if foreign:
+        raise UserError(f"{foreign} is of no run and would be lost: choose another --workdir")
+
+
 def read_run(workdir: Path) -> dict[str, Any] | None:
     """The `config.json` of a run's folder, None where there is none. Raises UserError."""
     _refuse_file(workdir)
@@ -451,6 +496,7 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
         whole = (
             isinstance(saved["config"], dict)
             and isinstance(saved["data"]["root"], str)
+            and isinstance(saved["data"]["images"], dict)
             and isinstance(saved["preprocessing"], str)
             and isinstance(names, list)
             and all(isinstance(name, str) for name in names)
@@ -500,6 +546,11 @@ def only_trainer(workdir: Path) -> Iterator[None]:
                 f"{workdir} is being trained by another process: wait for it, or choose another "
                 "--workdir"
             ) from None
+        except OSError as e:  # a file system without locks, as Lustre and NFS may be
+            say(
+                f"note: {workdir} cannot be locked ({e.strerror}): nothing keeps a second process "
+                "from training there too"
+            )
         yield
 
 

@@ -51,7 +51,7 @@ def open_data(
     """
     config = config_lib.from_json(saved["config"])
     root = os.path.expanduser(data_dir) or str(images_root(workdir, saved))
-    if not data_dir and not Path(root).exists():
+    if not data_dir and not os.path.exists(root):
         raise UserError(f"the run's images are no longer at {root}: give --data_dir=DIR")
     if class_map and not (data_dir and split == "all"):
         raise UserError("--class_map is for another folder: give --data_dir=DIR --split=all too")
@@ -95,13 +95,21 @@ def open_data(
         _refuse_missing(wanted, folder, records.bad if records else {})
     if records is None:
         folder, records = _prepared(folder, config.data)
+    unmoved = saved["data"]["root"] == str(Path(root).absolute())
+    if not elsewhere and unmoved:
+        its = folder.only({row.file for row in rows})
+        if its.fingerprint() != saved["data"].get("fingerprint"):
+            say(
+                f"note: the images in {root}, or the sources named for them, have changed since "
+                "the run began, by sizes and times: do they show the same pixels?"
+            )
     return Dataset(folder, records, rows, class_names, bad_images=records.bad)
 
 
 def images_root(workdir: Path, saved: Mapping[str, Any]) -> Path:
     """Where a run's images lie; its phantoms may have moved with its folder."""
     own = workdir / (saved["members"][0] if "members" in saved else "") / "phantoms"
-    drawn = not saved["config"]["data"]["dir"]
+    drawn = not saved["config"].get("data", {}).get("dir")
     return own if drawn and own.exists() else Path(saved["data"]["root"])
 
 

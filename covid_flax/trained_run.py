@@ -23,6 +23,7 @@ from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.mesh import make_layout
 from covid_flax.models import MODELS, create_model, trained_stages
+from covid_flax.models.preprocess import MODES
 from covid_flax.optimizer import make_optimizer
 from covid_flax.predict import compile_apply, log_softmax, predict
 from covid_flax.recalibrate import is_due as recalibration_is_due
@@ -223,6 +224,12 @@ def _say_if_unfinished(workdir: Path, checkpoints: Checkpoints, epochs: int) -> 
 
 def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str, data_dir: str) -> TrainedRun:
     config = config_lib.from_json(saved["config"])
+    for known, name in ((MODELS, config.model.name), (MODES, saved["preprocessing"])):
+        if name not in known:
+            raise UserError(
+                f"{workdir}/config.json names {name!r}, which this version does not know: "
+                f"it has {', '.join(known)}"
+            )
     class_names = tuple(saved["class_names"])
     graphdef, params, batch_stats = create_model(config.model, len(class_names), config.seed)
     state = create_state(

@@ -46,9 +46,9 @@ def get_config() -> ml_collections.ConfigDict:
     d.image_size = 128  # side in pixels that the network sees
     d.intermediate_size = 0  # > 0: resize to this side first, then to image_size (the paper: 224)
     d.interpolation = "nearest"  # nearest, box, bilinear, hamming, bicubic or lanczos (Pillow's)
-    d.store_gb = 16.0  # disk space in cache_dir for the decoded images; 0 decodes every epoch anew
-    d.num_threads = 4  # that decode images; 0 decodes in the training thread
-    d.prefetch = 8  # batches decoded ahead
+    d.store_gb = 16.0  # of cache_dir for a size's decoded images; 0 decodes every epoch anew
+    d.num_threads = 4  # that decode images in training without a store; 0: the training thread
+    d.prefetch = 8  # batches decoded ahead without a store
     d.on_device = "auto"  # training images in device memory: auto (accelerators), always, never
 
     c.model = m = ml_collections.ConfigDict()
@@ -107,7 +107,7 @@ def get_config() -> ml_collections.ConfigDict:
     t.on_non_finite = "stop"  # at a loss or gradient that is not finite: stop, or skip that update
     # Where batch norm's statistics follow augmented images, or with swa_start, they are
     # recomputed from plain training images before every validation.
-    t.recalibrate = 2560  # how many of those images; 0: off
+    t.recalibrate = 2560  # how many of those images, in whole batches, one at least; 0: off
     t.shard_state = False  # spread parameters and optimiser over the devices (jit)
     t.feature_cache_gb = 8.0  # memory for the outputs of frozen stages, where caching is exact
     t.feature_disk_gb = 50.0  # disk for them, beside the run, where that memory does not do

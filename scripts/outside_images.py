@@ -42,7 +42,7 @@ from covid_flax.data.groups import groups_csv
 from covid_flax.errors import UserError, run_script
 from covid_flax.evaluation.intervals import cluster_weights, percentile_interval
 from covid_flax.evaluation.predictions import read_predictions
-from covid_flax.files import write_atomically
+from covid_flax.files import expanded, write_atomically
 
 SIDE = 112
 _RESAMPLES = 1000
@@ -204,7 +204,7 @@ def score(path: Path) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    return expanded(text)
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import os
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ from covid_flax.data.decode import decode, resize
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.errors import UserError, run_script
 from covid_flax.evaluation.twins import find_twins
+from covid_flax.files import expanded
 from covid_flax.run import learned_files
 from covid_flax.run_images import open_data
 from covid_flax.trained_run import Ensemble, TrainedRun, open_run, saved_run
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pairs", required=True, help="twins: <Class>/images/<name of an image>")
     parser.add_argument("--data_dir", default="", help="where the run's images lie now")
     args = parser.parse_args(arguments)
-    workdir, twin_folder = Path(args.workdir).expanduser(), os.path.expanduser(args.pairs)
+    workdir, twin_folder = expanded(args.workdir), os.path.expanduser(args.pairs)
     run = open_run(workdir, data_dir=args.data_dir)
     # Not "all": a folder given with that is another's, and has no split.
     data = open_data(workdir, saved_run(workdir), "val", args.data_dir)

@@ -32,7 +32,7 @@ from covid_flax.data.decode import decode, resize
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.data.groups import groups_csv
 from covid_flax.errors import UserError, run_script
-from covid_flax.files import make_writable, write_atomically
+from covid_flax.files import expanded, make_writable, write_atomically
 
 SIDE = 112  # pixels at which images are compared
 _QUANTILES = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9, 0.98)
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise UserError(f"--styles={args.styles}: give at least 2")
     if args.threads < 1:
         raise UserError(f"--threads={args.threads}: give at least 1")
-    output = args.output.expanduser()
+    output = expanded(args.output)
     if output.exists():
         raise UserError(f"{output} exists: give another --output, or remove it")
     make_writable(output.parent)

@@ -48,7 +48,7 @@ from covid_flax.console import duration, say
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import LEVEL, student_interval
-from covid_flax.files import write_atomically
+from covid_flax.files import expanded, write_atomically
 from covid_flax.run import WITHOUT_EFFECT, only_trainer
 from ml_collections_configs import base
 
@@ -842,7 +842,7 @@ def _main() -> None:
         sweep_seed=given.sweep_seed,
         fixed=config_flags.get_override_values(given["config"]),
     )
-    sweep(plan, Path(given.workdir).expanduser())
+    sweep(plan, expanded(given.workdir))
 
 
 def _define_flags() -> None:

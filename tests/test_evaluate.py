@@ -396,6 +396,8 @@ def test_a_csv_that_tells_no_groups_of_another_folder_is_none(
     with pytest.raises(UserError, match="lies in the data folder .*another --output"):
         evaluate(trained, **given | {"output": tmp_path / "data" / "scores"})
     assert not (tmp_path / "data" / "scores").exists()
+    with pytest.raises(UserError, match="is the data folder.*another --output"):
+        evaluate(trained, **given | {"output": tmp_path / "data"})
 
 
 def test_a_run_s_phantoms_move_with_it(make_tiny_config, tmp_path):

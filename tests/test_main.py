@@ -88,6 +88,9 @@ def test_train_evaluate_and_no_tensorflow(tmp_path, args):
         (["--config.train.batch_size=0"], ["train.batch_size"]),
         (["--config.data.dir=/nowhere"], ["/nowhere"]),
         (["--config.model.weights=/nowhere.h5"], ["/nowhere.h5"]),
+        (["--config.model.weights=~no-such-user/x.h5"], ["~no-such-user/x.h5"]),
+        (["--config.data.dir=~no-such-user/x"], ["~no-such-user/x"]),
+        ([f"--config.model.weights={'x' * 300}"], ["xxx", "give a shorter name"]),
         (["--splat=1"], ["splat"]),
         (["--epochs=3"], ["unknown flag --epochs: here it is --config.train.epochs"]),
         (["--data_dir=x"], ["unknown flag --data_dir: here it is --config.data.dir"]),
@@ -119,6 +122,9 @@ def test_bad_config_files(tmp_path, args):
         "    return ml_collections.ConfigDict({'train': {'epochs': 1}})\n"
     )
     _refused(forked.main(f"--config={bad}", cwd=ROOT), "base.get_config()")
+    lost = tmp_path / "mine.py"
+    lost.write_text((ROOT / "configs" / "student.py").read_text())
+    _refused(forked.main(f"--config={lost}", cwd=ROOT), "best.py", "beside it")
 
 
 def _truncate(image):

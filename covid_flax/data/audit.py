@@ -32,7 +32,7 @@ from covid_flax.data.folder import DataFolder, open_folder, refuse_inside
 from covid_flax.data.groups import connected, groups_csv
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
-from covid_flax.files import make_writable, peek, write_atomically
+from covid_flax.files import expanded, make_writable, peek, write_atomically
 
 # Below it a pair may also be two exposures of one patient.
 _SURELY_COPIED = 0.95
@@ -419,10 +419,10 @@ def _define_flags() -> None:
 
 def _main() -> None:
     f = flags.FLAGS
-    data_dir, output = os.path.expanduser(f.data_dir), Path(f.output).expanduser()
+    data_dir, output = os.path.expanduser(f.data_dir), expanded(f.output)
     rows = read_split_csv(os.path.expanduser(f.split_csv)) if f.split_csv else []
     folder = open_folder(data_dir, require_two_classes=False)
-    refuse_inside(output, data_dir, "--output")
+    refuse_inside(output, data_dir, "--output", makes_folders=False)
     make_writable(output)
     _refuse_to_lose(output, folder)
     if others := folder.passed_over():

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from covid_flax.data.decode import decode
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.errors import UserError, printable
-from covid_flax.files import parse_json, write_atomically
+from covid_flax.files import expanded, parse_json, write_atomically
 
 # Part of the cache's key: raise it when what a record holds changes.
 RECORDS_VERSION = "1.0.0"
@@ -145,7 +145,7 @@ def prepare(
       UserError: images that cannot be read, all of them named, in a file where they are many;
         a class of which no image can be; or a cache folder that is full or not writable.
     """
-    cache_dir = Path(cache_dir).expanduser()
+    cache_dir = expanded(cache_dir)
     place = cache_dir / _cache_key(folder)
     records = _open(place, folder)
     if records is None:

@@ -16,6 +16,7 @@ from covid_flax.data.decode import is_image
 from covid_flax.data.file_tree import LAYOUTS, FileTree, join, open_tree
 from covid_flax.data.tables import Tables, refuse_mislabelled
 from covid_flax.errors import UserError
+from covid_flax.files import expanded
 
 KAGGLE_FOLDER = "COVID-19_Radiography_Dataset"
 
@@ -56,6 +57,7 @@ class DataFolder:
       unreadable: metadata workbooks that could not be read; their sources are left out.
       empty: class folders without an image, where those are passed over.
       loose: how many images lie beside the class folders.
+      masks: folders beside the classes whose names say that they hold masks, and that hold images.
     """
 
     root: Path
@@ -68,6 +70,7 @@ class DataFolder:
     _tree: FileTree = dataclasses.field(repr=False)
     empty: tuple[str, ...] = ()
     loose: int = 0
+    masks: tuple[str, ...] = ()
 
     def read(self, file: str) -> bytes:
         """The content of `file`. Thread safe. UserError where it cannot be read."""
@@ -133,7 +136,13 @@ class DataFolder:
             said.append(f"{_by_suffix(self.ignored)} in the class folders, no images")
         if self.loose:
             said.append(f"{self.loose:,} images beside the class folders, of no class")
+        if self.masks:
+            said.append(f"{', '.join(self.masks)}, masks by name: no class")
         return "; ".join(said)
+
+    def only(self, files: Collection[str]) -> DataFolder:
+        """The folder as if it had these images alone, or those of them that it has."""
+        return self._with_files([f for f in self.files if f.file in files])
 
     def _with_files(self, files: list[ImageFile]) -> DataFolder:
         groups = self.groups and {f.file: self.groups[f.file] for f in files}
@@ -224,24 +233,33 @@ def open_folder(
         tree,
         empty,
         loose=_loose(tree, dataset),
+        masks=_masks(tree, dataset),
     )
 
 
-def refuse_inside(output: Path, data_dir: str | Path, flag: str) -> None:
-    """Refuses to write below a data folder, where folders are classes.
+def refuse_inside(
+    output: Path, data_dir: str | Path, flag: str, *, makes_folders: bool = True
+) -> None:
+    """Refuses to make folders in a data folder, where folders are classes.
 
     Args:
-      output: folder to be written to; the data folder itself is none of them.
+      output: folder to be written to.
       data_dir: the folder (or zip) of images.
       flag: what names `output`, for the message.
+      makes_folders: whether folders are made in `output` too, or files alone.
 
     Raises:
-      UserError: it lies where the classes lie.
+      UserError: it lies where the classes lie, or is the folder that holds them.
     """
-    data, place = (Path(p).expanduser().resolve() for p in (data_dir, output))
+    data, place = (Path(os.path.realpath(expanded(p))) for p in (data_dir, output))
     classes = data / KAGGLE_FOLDER
     if classes.is_dir():
         data = classes
+    if makes_folders and place == data and place.is_dir():
+        raise UserError(
+            f"{output} is the data folder, where what is written would be taken for classes: "
+            f"choose another {flag}"
+        )
     if data not in place.parents:
         return
     top = place.relative_to(data).parts[0]
@@ -338,6 +356,17 @@ def _list_images(
 def _loose(tree: FileTree, dataset: str) -> int:
     """How many images lie in no class folder."""
     return sum(map(is_image, tree.children(dataset)[1]))
+
+
+def _masks(tree: FileTree, dataset: str) -> tuple[str, ...]:
+    """Folders in place of classes that are passed over for their names, though they hold images."""
+    names = tree.children(dataset)[0]
+    return tuple(
+        name
+        for name in sorted(names)
+        if name.lower().endswith("masks") and _SKIPPED_FOLDER.fullmatch(name)
+        if any(is_image(n) for _, n in _walk(tree, join(dataset, name)))
+    )
 
 
 def _kind(name: str) -> str:

@@ -23,7 +23,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from covid_flax.errors import UserError
-from covid_flax.files import part_of
+from covid_flax.errors import UserError, run_script
+from covid_flax.files import expanded, part_of
 
 CLASSES = ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia")
 SETTINGS_FILE = "phantoms.json"
@@ -135,8 +134,8 @@ def write_dataset(directory: Path, per_class: int, *, seed: int = 0, size: int =
         shutil.rmtree(part, ignore_errors=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python -m covid_flax.data.phantoms")
     parser.description = "Draws synthetic chest X-rays of four classes."
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
@@ -144,13 +143,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=int, default=128, help="side in pixels")
     args = parser.parse_args(arguments)
-    try:
-        write_dataset(args.output, args.per_class, seed=args.seed, size=args.size)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"{len(CLASSES) * args.per_class} phantoms in {args.output}")
-    return 0
+    output = expanded(args.output)
+    write_dataset(output, args.per_class, seed=args.seed, size=args.size)
+    print(f"{len(CLASSES) * args.per_class} phantoms in {output}")
 
 
 def _holds(directory: Path, settings: dict[str, int]) -> bool:
@@ -457,4 +452,4 @@ def _interstitial(chest: _Chest, rng: np.random.Generator) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

@@ -171,7 +171,7 @@ def train_iterator(
     threads = 0 if isinstance(source, Gatherable) else num_threads
     ds = (
         order.map(lambda batch: {**gather(source, batch.pop("index")), **batch})
-        .to_iter_dataset(grain.ReadOptions(threads, prefetch))
+        .to_iter_dataset(_read_options(threads, prefetch))
         .map(put)
     )
     if num_threads:
@@ -232,7 +232,12 @@ def eval_batches(
         num_threads, prefetch = min(1, num_threads), 2
     count = _share_count(size, total, process_index, process_count)
     ds = grain.MapDataset.range(count).map(build)
-    return iter(ds.to_iter_dataset(grain.ReadOptions(num_threads, prefetch)))
+    return iter(ds.to_iter_dataset(_read_options(num_threads, prefetch)))
+
+
+def _read_options(num_threads: int, prefetch: int) -> grain.ReadOptions:
+    # Each thread makes one batch at a time: of more threads than batches some would idle.
+    return grain.ReadOptions(num_threads, max(prefetch, num_threads))
 
 
 def _share(k: int, size: int, total: int, process_index: int, process_count: int) -> np.ndarray:

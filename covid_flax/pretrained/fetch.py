@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from covid_flax.errors import UserError
+from covid_flax.files import expanded
 
 _CHUNK = 1 << 18
 _TIMEOUT_S = 30
@@ -123,7 +124,7 @@ def resolve(weights: str, model: str, cache_dir: Path) -> Path | None:
         return installed_weights(model)
     if weights == "imagenet":
         return fetch_imagenet_weights(cache_dir, model=model)
-    path = Path(weights).expanduser()
+    path = expanded(weights)
     if not path.is_file():
         raise UserError(
             f"model.weights={weights!r}: no such file; give a path to an .h5 or .npz, imagenet, "
@@ -155,9 +156,9 @@ def fetch_imagenet_weights(cache_dir: Path, *, model: str = "resnet50") -> Path:
             f"{', '.join([*IMAGENET, *INSTALLED])}; give the path of a file, or none"
         )
     file = IMAGENET[model]
-    keras_home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+    keras_home = expanded(os.environ.get("KERAS_HOME", "~/.keras"))
     keras_copy = keras_home / "models" / file.name
-    folder = cache_dir.expanduser()
+    folder = expanded(cache_dir)
     if not (folder / file.name).exists() and _is(keras_copy, file):
         return keras_copy
     if not file.url.startswith("https://"):

@@ -17,6 +17,7 @@ import h5py
 import numpy as np
 
 from covid_flax.errors import UserError, printable
+from covid_flax.files import expanded
 from covid_flax.pretrained.names import from_lite_pytorch
 from covid_flax.pretrained.torch_file import MAGIC, NoStateDictError, read_torch
 
@@ -50,7 +51,7 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
       UserError: no such file, not of these layouts, truncated, without layer names, one name
         twice, or an array that is not of a float type or not finite.
     """
-    path = Path(path).expanduser()
+    path = expanded(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the weight file (.h5 or .npz) inside it")
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from covid_flax.data.groups import groups_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation.predictions import Predictions, predictions_csv
-from covid_flax.files import write_atomically, write_json
+from covid_flax.files import write_atomically, write_json, written_together
 
 
 def write_evaluation(
@@ -41,24 +41,30 @@ def write_evaluation(
     from covid_flax.report.plots import plot_confusion_matrix
 
     output = Path(output)
-    refuse_foreign_groups(output)
+    refuse_foreign_files(output)
     n = report["num_examples"]
     if len(predictions.files) != n or list(predictions.class_names) != report["class_names"]:
         raise ValueError(f"{len(predictions.files)} predictions for a report on {n} images")
-    write_atomically(output / "predictions.csv", predictions_csv(predictions))
-    if predictions.groups:
-        listed = groups_csv(predictions.files, predictions.groups)
-        write_atomically(output / "groups.csv", listed)
-    else:
-        (output / "groups.csv").unlink(missing_ok=True)  # of an earlier evaluation
-    plot_confusion_matrix(report, output / "confusion_matrix.png", title)
-    write_report_page(output / "report.html", report, predictions, title=title, run=run)
-    # Last, so that a script that waits for it finds the others.
-    write_json(output / "report.json", report)
+    # report.json last, so that a script that waits for it finds the others.
+    with written_together(output, "report.json") as part:
+        write_atomically(part / "predictions.csv", predictions_csv(predictions))
+        if predictions.groups:
+            listed = groups_csv(predictions.files, predictions.groups)
+            write_atomically(part / "groups.csv", listed)
+        plot_confusion_matrix(report, part / "confusion_matrix.png", title)
+        write_report_page(part / "report.html", report, predictions, title=title, run=run)
+        write_json(part / "report.json", report)
+        if not predictions.groups:
+            (output / "groups.csv").unlink(missing_ok=True)  # of an earlier evaluation
 
 
-def refuse_foreign_groups(output: Path) -> None:
-    """Where a groups.csv would be lost that no evaluation wrote. Raises UserError."""
-    listed = output / "groups.csv"
-    if listed.exists() and not (output / "predictions.csv").exists():
-        raise UserError(f"{listed} is of no evaluation and would be lost: choose another --output")
+def refuse_foreign_files(output: Path) -> None:
+    """Where tables would be lost that no evaluation wrote. Raises UserError."""
+    table, listed = output / "predictions.csv", output / "groups.csv"
+    foreign = listed if listed.exists() and not table.exists() else None
+    if table.exists():
+        with open(table, "rb") as file:
+            if not file.readline().startswith(b"file,label,predicted,"):
+                foreign = table
+    if foreign:
+        raise UserError(f"{foreign} is of no evaluation and would be lost: choose another --output")

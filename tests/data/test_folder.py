@@ -81,14 +81,14 @@ def test_plain_layout_and_what_is_ignored(tmp_path):
         tmp_path, "b/2.JPG", "b/1.tiff", "b/deep/3.webp", "a/x.png", "a/.hidden.png",
         "a/Thumbs.db", "a/notes.txt", "a/masks/x.png", ".git/x.png", "__MACOSX/a/x.png",
         "a/lung masks/x.png", "b/infection_Masks/y.png",
-        "loose.png",
+        "loose.png", "Face_Masks/x.png", "masks/readme.txt",
     )  # fmt: skip
     folder = open_folder(str(tmp_path))
     assert [f.file for f in folder.files] == ["a/x.png", "b/1.tiff", "b/2.JPG", "b/deep/3.webp"]
     assert folder.ignored == {"hidden": 1, ".db": 1, ".txt": 1}
     assert folder.passed_over() == (
         "1 .db, 1 .txt, 1 hidden in the class folders, no images; "
-        "1 images beside the class folders, of no class"
+        "1 images beside the class folders, of no class; Face_Masks, masks by name: no class"
     )
     for name in ("a/1.2.840.17", "a/1.2.840.18", "b/x.caf\udce9"):  # DICOM's own names
         (tmp_path / name).touch()

@@ -174,7 +174,7 @@ def test_bad_arguments_are_named(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_command(tmp_path, capsys):
+def test_command(tmp_path):
     folder = tmp_path / "out"
     command = [sys.executable, "-m", "covid_flax.data.phantoms", f"--output={folder}"]
     done = subprocess.run([*command, "--per_class=1", "--size=32"], capture_output=True, text=True)
@@ -182,9 +182,9 @@ def test_command(tmp_path, capsys):
     assert (folder / "Viral Pneumonia/images/Viral Pneumonia-1.png").is_file()
     assert str(folder) in done.stdout
 
-    assert phantoms.main([f"--output={folder}", "--per_class=2", "--size=32"]) == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1 and str(folder) in message
+    done = subprocess.run([*command, "--per_class=2", "--size=32"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and str(folder) in done.stderr
 
 
 def test_needs_no_jax():

@@ -112,6 +112,51 @@ def test_predictions_that_do_not_fit_are_refused_before_anything_is_written(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_table_of_something_else_is_not_replaced(tmp_path):
+    report, predictions = _evaluation()
+    (tmp_path / "predictions.csv").write_text("patient,risk\n1,0.5\n")
+    with pytest.raises(UserError, match=r"predictions\.csv is of no evaluation.*another --output"):
+        write_evaluation(tmp_path, report, predictions)
+    assert (tmp_path / "predictions.csv").read_text() == "patient,risk\n1,0.5\n"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_evaluation_that_fails_half_way_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    report, predictions = _evaluation()
+    write_evaluation(tmp_path, report, predictions)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("covid_flax.report.page.write_report_page", interrupted)
+    groups = dataclasses.replace(predictions, groups=tuple("abcdef"))
+    with pytest.raises(KeyboardInterrupt):
+        write_evaluation(tmp_path, {**report, "loss": 9.0}, groups)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_report_never_lies_beside_another_s_predictions(tmp_path, monkeypatch):
+    """Killed amid the renaming, the old report is gone and the new one not there yet."""
+    report, predictions = _evaluation()
+    write_evaluation(tmp_path, report, predictions)
+    renamed, replace = [], os.replace
+
+    def killed(source, target):
+        # What each file is written by has its own renaming, in the part's folder.
+        if os.path.dirname(target) == str(tmp_path):
+            assert not (tmp_path / "report.json").exists()
+            renamed.append(os.path.basename(target))
+            if len(renamed) == 2:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_evaluation(tmp_path, report, predictions)
+    assert len(renamed) == 2 and not (tmp_path / "report.json").exists()
+
+
 def test_output_that_cannot_be_written_is_named(tmp_path):
     report, predictions = _evaluation()
     (tmp_path / "file").write_text("in the way")
