@@ -190,6 +190,12 @@ def _check_resumed(
             "note: the image files, or the sources named for them, are not those of the run's "
             "beginning, by sizes and times: if they show other pixels, choose another --workdir"
         )
+    grain = saved.get("versions", {}).get("grain"), importlib.metadata.version("grain")
+    if grain[0] != grain[1]:
+        say(
+            f"note: the run began under Grain {grain[0]}, this is {grain[1]}: if it shuffles "
+            "otherwise, an epoch that was interrupted takes some images twice and others not at all"
+        )
     if saved.get("teacher", []) != _teacher_arrays(config.train.teacher):
         its = saved["config"].get("train", {}).get("teacher") or "none"
         raise UserError(

@@ -322,6 +322,7 @@ class _Training:
             "metrics_bytes": self.log.metrics_bytes,
             "train_losses": list(self.losses),
             "skipped": skipped,
+            "class_names": list(self.run.data.class_names),
             **self.meter.clocks,
         }
         self.checkpoints.save(self.step, state, loop, best=best)

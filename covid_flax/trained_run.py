@@ -244,7 +244,13 @@ def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str, data_dir: s
         raise UserError(f"{workdir} has no checkpoint yet: train it first")
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         step = resolve_step(checkpoints, checkpoint)
-        state, _ = checkpoints.load(step, make_layout("jit").place(state))
+        state, loop = checkpoints.load(step, make_layout("jit").place(state))
+        its = tuple(loop.get("class_names", class_names))
+        if its != class_names:
+            raise UserError(
+                f"{workdir}/checkpoints/{step} answers with the classes {list(its)}, config.json "
+                f"names {list(class_names)}: restore the run's own"
+            )
         _say_if_unfinished(workdir, checkpoints, config.train.epochs)
     amid_an_epoch = float(state.sums["count"]) > 0
     if amid_an_epoch and recalibration_is_due(config, batch_stats):

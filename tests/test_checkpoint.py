@@ -3,6 +3,7 @@
 import errno
 import gc
 import os
+import resource
 import shutil
 import threading
 import time
@@ -265,6 +266,25 @@ def test_what_the_machine_lacks_is_not_damage(fault, tmp_path, monkeypatch):
             c.resume(trees[8])
     assert met.value is fault and not (tmp_path / "checkpoints_damaged").exists()
     assert (tmp_path / "c/8").is_dir()
+
+
+@pytest.mark.parametrize("met_by", ["the end", "the next save"])
+def test_a_save_that_fails_in_its_thread_is_told(tmp_path, met_by):
+    """The system's limit on a file's size stands for the full disk."""
+    state = make_layout("jit").put_state(
+        {"x": jnp.asarray(np.random.default_rng(0).random(500_000))}
+    )
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        with pytest.raises(Exception, match="File too large"), Checkpoints(tmp_path) as c:
+            c.save(1, state, {}, best=True)
+            if met_by == "the next save":
+                with pytest.raises(Exception, match="File too large"):
+                    c.save(2, state, {}, best=True)
+                raise OSError("File too large")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_damaged_best_is_never_replaced_in_silence(tmp_path, capsys):

@@ -536,6 +536,12 @@ def test_the_command_takes_folders_and_flags_in_any_order(tmp_path):
     tables = [line for line in done.stdout.splitlines() if not line.startswith(("caution", "w"))]
     assert max(map(len, tables)) <= 100
     assert "written: compare-test/compare.html" in done.stdout
+    elsewhere = forked.command(
+        "covid_flax.compare", a, b, "--split=test", "--output=there/too", cwd=tmp_path
+    )
+    assert elsewhere.returncode == 0, elsewhere.stderr
+    made = [tmp_path / place / "compare.json" for place in ("there/too", "compare-test")]
+    assert made[0].read_bytes() == made[1].read_bytes()
     found = json.loads((tmp_path / "compare-test/compare.json").read_text())
     # The same draws as the run's own report.
     assert (

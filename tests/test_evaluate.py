@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -331,6 +332,43 @@ def test_an_epoch_that_val_did_not_choose_is_not_called_optimistic(trained, tmp_
         data = open_data(run, saved_run(run), "val")
         by_val = report["stopped_on"] == "val"
         assert (what_they_chose(run, "val", data, by_val=by_val) is not None) == optimistic
+
+
+def test_a_checkpoint_of_other_classes_is_refused(trained, tmp_path):
+    """Its arrays have the same shapes."""
+    shutil.copytree(trained, tmp_path / "run")
+    about = json.loads((trained / "config.json").read_text())
+    about["class_names"][0] = "Cats"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"answers with the classes .*COVID.*Cats"):
+        open_run(tmp_path / "run")
+
+
+def test_a_network_of_another_version_is_named(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    for where, key in (("config", "model"), ("", "preprocessing")):
+        about = json.loads((trained / "config.json").read_text())
+        if where:
+            about[where][key]["name"] = "resnet51"
+        else:
+            about[key] = "resnet51"
+        (tmp_path / "run" / "config.json").write_text(json.dumps(about))
+        with pytest.raises(UserError, match="'resnet51', which this version does not know"):
+            open_run(tmp_path / "run")
+
+
+def test_images_that_changed_since_training_are_told_of(trained, phantom_dir, capsys, tmp_path):
+    """Under the same names, where they were: by size or time, as no pixel is compared."""
+    image = next((phantom_dir / "COVID" / "images").iterdir())
+    kept = image.stat()
+    evaluate(trained, output=tmp_path / "a")
+    assert "have changed since" not in capsys.readouterr().out
+    os.utime(image, ns=(kept.st_atime_ns, kept.st_mtime_ns + 10**9))
+    try:
+        evaluate(trained, output=tmp_path / "b")
+    finally:
+        os.utime(image, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert "have changed since the run began" in capsys.readouterr().out
 
 
 def test_every_flag_reaches_the_evaluation(trained, monkeypatch):

@@ -57,7 +57,8 @@ def test_train_evaluate_and_no_tensorflow(tmp_path, args):
     for name in ("tensorflow", "torch", "keras"):
         (blocker / f"{name}.py").write_text(f"raise ImportError('{name} was imported')\n")
     env = {"PYTHONPATH": str(blocker)}
-    small = ["--config.train.epochs=1", "--config.data.image_size=32", "--config.seed=3"]
+    small = ["--config.train.epochs=2", "--config.data.image_size=32", "--config.seed=3"]
+    small.append("--config.train.min_delta=100")  # so the first epoch, of four steps, is best
     small.append("--config.train.batch_size=20")  # of 60: one shape to compile
     small.append("--config.model.name=lenet5")  # a third of the small ResNet's compiling
     what = ["--config=configs/quickstart.py", f"--workdir={tmp_path / 'run'}"]
@@ -65,6 +66,13 @@ def test_train_evaluate_and_no_tensorflow(tmp_path, args):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "accuracy" in done.stdout and "confusion_matrix.png" in done.stdout
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 3
+    report = tmp_path / "run" / "eval" / "val" / "report.json"
+    found = json.loads(report.read_text())
+    assert (found["checkpoint"]["which"], found["checkpoint"]["step"]) == ("best", 4)
+    report.unlink()
+    again = forked.command("covid_flax.evaluate", f"--workdir={tmp_path / 'run'}", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert json.loads(report.read_text()) == found
     done = _command(
         "evaluate",
         f"--workdir={tmp_path / 'run'}",
@@ -74,7 +82,8 @@ def test_train_evaluate_and_no_tensorflow(tmp_path, args):
         **env,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["num_examples"] == 80
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["num_examples"] == 80 and found["checkpoint"]["step"] == 8
     _refused(_command("evaluate", f"--workdir={tmp_path / 'run'}", "--split=test"), "no test")
     _refused(_command("evaluate", "--split=val"), "workdir")
 

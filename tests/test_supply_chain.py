@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -24,6 +25,24 @@ def _locked(name):
 def _declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [Requirement(text) for text in project["dependencies"]]
+
+
+def test_the_integration_runs_the_tests_and_what_checks_the_code():
+    script = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert script[-1] == "make test" and "set -euo pipefail" in script
+    done = subprocess.run(
+        ["make", "-n", "-W", "pyproject.toml", "test"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for command in ("ruff check .", "ruff format --check .", "mypy", "python -m pytest"):
+        assert re.search(rf"(?m)^\S*/{re.escape(command)}$", done.stdout), command
+    done = subprocess.run(
+        ["make", "-n", "quickstart"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "python -m covid_flax.main --config=configs/quickstart.py" in done.stdout
 
 
 @pytest.mark.parametrize("name", LOCKS)

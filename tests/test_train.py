@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import importlib.metadata
 import json
 import os
 import re
@@ -209,8 +210,13 @@ def test_the_best_from_there_on_takes_the_place_of_a_damaged_one(
     tiny_config.train.epochs, tiny_config.train.min_delta = 3, 100.0
     _train_killed_at_save(tiny_config, workdir, 12, monkeypatch)
     _damage(workdir / "checkpoints/4")
+    about = json.loads((workdir / "config.json").read_text())
+    about["versions"]["grain"] = "0.0.1"
+    (workdir / "config.json").write_text(json.dumps(about))
     train(setup(tiny_config, workdir))
-    assert "note: the best epoch so far, 1, is lost" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "note: the best epoch so far, 1, is lost" in told
+    assert "note: the run began under Grain 0.0.1, this is " in told
     with Checkpoints(workdir / "checkpoints") as c:
         assert c.best_step == 12
     assert evaluate(workdir)["checkpoint"] == {"which": "best", "step": 12}
@@ -256,6 +262,9 @@ def test_metrics_lines_and_files_are_the_contract_s(resumable, straight):
     assert list((workdir / "tensorboard").glob("events*"))
     about = json.loads((workdir / "config.json").read_text())
     assert {"config", "versions", "seed", "devices", "class_names"} <= set(about)
+    for package in ("jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy"):
+        assert about["versions"][package] == importlib.metadata.version(package)
+    assert about["devices"] == [d.device_kind for d in jax.devices()]
     with open(workdir / "split.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 80

@@ -191,6 +191,15 @@ def test_the_order_is_grains(n, batch, usable, seed, index, count):
             assert np.all(taken.get("mask", True))
 
 
+def test_the_order_is_that_of_earlier_versions():
+    """Of this package and of Grain's: a run goes on in the order in which it began."""
+    batches = index_iterator(10, batch_size=10, usable=10, seed=0)
+    assert [next(batches)["index"].tolist() for _ in range(2)] == [
+        [0, 4, 6, 7, 8, 3, 1, 9, 5, 2],
+        [5, 7, 6, 0, 4, 8, 9, 2, 1, 3],
+    ]
+
+
 @pytest.mark.parametrize(("usable", "fill", "length"), [(23, 4, 4), (21, 4, 4), (22, 2, 2)])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_short_batch_is_filled_up(usable, fill, length, count):

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 from keras_judge import keras
 
-from covid_flax.models import create_model
+from covid_flax.models import MODELS, create_model
 from covid_flax.pretrained.load import load_weights
 from ml_collections_configs import base
 
@@ -38,6 +38,8 @@ def test_every_stage_is_keras_s():
     network = keras.applications.DenseNet121(
         weights=None, include_top=False, input_shape=(64, 64, 3)
     )
+    epsilons = {layer.epsilon for layer in network.layers if hasattr(layer, "epsilon")}
+    assert epsilons == {MODELS["densenet121"].epsilon}
     rng = np.random.default_rng(0)
     arrays = {}
     for layer in network.layers:

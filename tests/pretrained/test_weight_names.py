@@ -2,6 +2,7 @@
 
 import pytest
 
+from covid_flax.models import MODELS
 from covid_flax.pretrained.names import keras_name, tree_path
 
 
@@ -16,6 +17,12 @@ def test_every_array_of_the_model_has_its_name_in_keras(keras_resnet50, model_tr
     assert ours == theirs
     assert len(ours) == 320
     assert all(keras_name(tree_path(name)) == name for name in theirs)
+
+
+def test_batch_norm_s_epsilon_is_keras_s(keras_resnet50):
+    """Outputs do not show it where variances are about one."""
+    theirs = {layer.epsilon for layer in keras_resnet50.layers if hasattr(layer, "epsilon")}
+    assert theirs == {MODELS["resnet50"].epsilon}
 
 
 @pytest.mark.parametrize(
