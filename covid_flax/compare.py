@@ -32,7 +32,7 @@ from covid_flax.evaluation.intervals import (
 from covid_flax.evaluation.metrics import classification_report, resampled_figures
 from covid_flax.evaluation.predictions import Predictions, read_predictions
 from covid_flax.files import expanded, peek, write_atomically, write_json
-from covid_flax.report.artefacts import EVALUATION, RUN, read_object
+from covid_flax.report.artefacts import EVALUATION, RUN, own_folder, read_object
 
 SCORED = ("test", "val")  # in the order of preference
 # Where `classification_report` keeps each figure.
@@ -447,7 +447,7 @@ def _alarms(e: Evaluation) -> list[tuple[str, str, str]]:
     p = e.predictions
     k = len(p.class_names)
     split = e.report.get("split") or e.folder.name
-    elsewhere = split == "all" and not _same_folder(e)
+    elsewhere = split == "all" and not own_folder(e.about, e.report)
     evidence = Evidence(
         matrix=np.bincount(p.labels * k + p.predicted, minlength=k * k).reshape(k, k),
         class_names=p.class_names,
@@ -466,14 +466,6 @@ def _alarms(e: Evaluation) -> list[tuple[str, str, str]]:
     raised, made = {name for _, name, _ in found}, set(checks_made(evidence)) - _OF_THE_FOLDER
     kept = [a for a in told if a["name"] not in raised | made]
     return found + [(a["level"], a["name"], a["text"]) for a in kept]
-
-
-def _same_folder(e: Evaluation) -> bool:
-    """Whether the folder scored is the one that trained."""
-    root, scored = (e.about.get("data") or {}).get("root"), e.report.get("data_dir")
-    if not root or not scored:
-        return False
-    return os.path.realpath(root) == os.path.realpath(scored)
 
 
 def _csv(comparison: Mapping[str, Any]) -> bytes:

@@ -170,7 +170,7 @@ def _calibration(
     Raises:
       UserError: there is none, and it was asked for.
     """
-    found = _stored_calibration(run.workdir, run.step)
+    found = _read_calibrations(run.workdir / "calibration.json").get(str(run.step))
     # Its val images were each answered by one run, all others by all of them together.
     if split != "val" and "members" in saved and is_cross_validation(run.config.data):
         if asked:
@@ -185,10 +185,6 @@ def _calibration(
             f"first (--split=val --checkpoint={checkpoint})"
         )
     return found
-
-
-def _stored_calibration(workdir: Path, step: int) -> dict[str, Any] | None:
-    return _read_calibrations(workdir / "calibration.json").get(str(step))
 
 
 def _read_calibrations(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.members import FIGURES
 from covid_flax.files import write_json
-from covid_flax.run import has_figures, read_run, refuse_changes, setup
+from covid_flax.run import has_figures, read_run, refuse_changes, saved_run, setup
 from covid_flax.train import train
 
 
@@ -119,8 +119,7 @@ def _figures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, fl
 
 def _write_whole(config: ml_collections.ConfigDict, workdir: Path, names: Sequence[str]) -> None:
     """The files that make the folder a run, from its first member's."""
-    first = read_run(workdir / names[0])
-    assert first is not None
+    first = saved_run(workdir / names[0])
     rows = read_split_csv(workdir / names[0] / "split.csv")
     if config_lib.is_cross_validation(config.data):
         rows = [

@@ -1,6 +1,6 @@
 """Where arrays live: one program over a mesh of devices (jit), or one a device (pmap).
 
-The training loop sees only `Layout`; the step function is the same under both.
+`Layout` is what differs between them; the step function is the same.
 """
 
 from __future__ import annotations

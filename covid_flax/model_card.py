@@ -413,7 +413,7 @@ def _cell(text: str) -> Markup:
 
 def write_card(
     output: Path, a: Artefacts, facts: Mapping[str, Mapping[str, str]] | None = None
-) -> None:
+) -> tuple[Path, list[Section]]:
     """Writes the card as Markdown and as a page.
 
     Args:
@@ -421,6 +421,9 @@ def write_card(
         for that and the other beside it.
       a: of the run.
       facts: of `read_facts`.
+
+    Returns:
+      The path of the one or the other, and what they hold.
 
     Raises:
       UserError: the files cannot be written.
@@ -435,6 +438,7 @@ def write_card(
     )
     for suffix, text in ((".md", markdown(title, sections)), (".html", page)):
         write_atomically(path.with_suffix(suffix), text.encode("utf-8", "replace"))
+    return path, sections
 
 
 def _main() -> None:
@@ -443,11 +447,10 @@ def _main() -> None:
     artefacts = read_artefacts(workdir)
     facts = read_facts(expanded(f.facts)) if f.facts else None
     output = expanded(f.output) if f.output else workdir
-    write_card(output, artefacts, facts)
-    for row in card(artefacts, facts)[-1].tables[0].rows:
+    path, sections = write_card(output, artefacts, facts)
+    for row in sections[-1].tables[0].rows:
         listed = (f"{n} {status}" for n, status in zip(row[2:], _STATUSES, strict=True))
         print(f"{row[0]}: of {row[1]} items {', '.join(listed)}")
-    path = output if output.suffix in (".md", ".html") else output / "model_card.md"
     print(f"written: {path.with_suffix('.md')}, {path.with_suffix('.html')}")
 
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from covid_flax.compiler.xla import compiler_options
 from covid_flax.data.pipeline import Source, eval_batches
 from covid_flax.errors import no_command
+from covid_flax.evaluation.metrics import log_softmax
 from covid_flax.mesh import make_mesh, put_batch, replicated
 
 
@@ -92,12 +93,6 @@ def predict(
     if outputs is None or not np.all(seen == 1):
         raise RuntimeError(f"evaluation did not see each of {len(source)} examples exactly once")
     return outputs
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """In float64, on the host."""
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -88,8 +88,8 @@ def make_recalibration(
         params, batch_stats = state.for_evaluation()
         totals: Tree = None
         for batch in batches:
-            images = {"image": gather(source, batch[jax.process_index()])["image"]}
-            of_batch = apply(params, batch_stats, put_batch(images, mesh)["image"])
+            images = gather(source, batch[jax.process_index()])["image"]
+            of_batch = apply(params, batch_stats, put_batch(images, mesh))
             sums = _sums(jax.device_get(of_batch))
             totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
         new = jax.tree.map(

@@ -21,11 +21,12 @@ from covid_flax.data.pipeline import Source
 from covid_flax.data.splits import read_split_csv
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
+from covid_flax.evaluation.metrics import log_softmax
 from covid_flax.mesh import make_layout
 from covid_flax.models import MODELS, create_model, trained_stages
 from covid_flax.models.preprocess import MODES
 from covid_flax.optimizer import make_optimizer
-from covid_flax.predict import compile_apply, log_softmax, predict
+from covid_flax.predict import compile_apply, predict
 from covid_flax.recalibrate import is_due as recalibration_is_due
 from covid_flax.recalibrate import make_recalibration
 from covid_flax.run import saved_run

@@ -48,7 +48,7 @@ from covid_flax.console import duration, say
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import LEVEL, student_interval
-from covid_flax.files import expanded, write_atomically
+from covid_flax.files import expanded, write_atomically, write_json
 from covid_flax.run import WITHOUT_EFFECT, only_trainer
 from ml_collections_configs import base
 
@@ -482,7 +482,7 @@ def _open(plan: Plan, workdir: Path) -> dict[str, dict[str, Any]]:
     if not path.exists():
         if (workdir / "config.json").exists():
             raise UserError(f"{workdir} holds a run: choose another --workdir")
-        write_atomically(path, _json(_document(plan, {})))
+        write_json(path, _document(plan, {}), allow_nan=True)
         return {}
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -491,7 +491,7 @@ def _open(plan: Plan, workdir: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} is damaged: restore it, or choose another --workdir") from e
     # Keys that came after the sweep was begun had their defaults.
     defaults = {"config": config_lib.to_json(base.get_config())}
-    now = json.loads(_json(plan.spec))
+    now = json.loads(json.dumps(plan.spec))
     free = {f"config.{key}" for key in WITHOUT_EFFECT}
     changed = {k: v for k, v in config_lib.changes(spec, now, defaults).items() if k not in free}
     if not changed and list(spec["set"]) != list(now["set"]):  # trials are named by that order
@@ -724,10 +724,6 @@ def rank(trials: Sequence[Mapping[str, Any]], monitor: str) -> list[dict[str, An
     )
 
 
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def _document(plan: Plan, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """What sweep.json holds."""
     trials = [results[t.name] for t in plan.trials if t.name in results]
@@ -744,7 +740,7 @@ def _document(plan: Plan, results: Mapping[str, dict[str, Any]]) -> dict[str, An
 
 def _save(plan: Plan, workdir: Path, results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     document = _document(plan, results)
-    write_atomically(workdir / "sweep.json", _json(document))
+    write_json(workdir / "sweep.json", document, allow_nan=True)
     return document
 
 
@@ -795,12 +791,10 @@ def table(ranking: Sequence[Mapping[str, Any]], keys: Sequence[str], monitor: st
 def _png(ranking: Sequence[Mapping[str, Any]], monitor: str) -> bytes:
     """A line a setting, best on top: each seed, the mean and its interval."""
     # Here, for matplotlib is slow to import.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     shown = [r for r in ranking if r["mean"] is not None][:_PLOTTED]
     figure = Figure(figsize=(9, 1.4 + 0.32 * len(shown)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for y, r in enumerate(shown):
         color = "#0072B2" if r["state"] == "complete" else "#999999"

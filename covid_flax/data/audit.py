@@ -12,7 +12,6 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from covid_flax.data.folder import DataFolder, open_folder, refuse_inside
 from covid_flax.data.groups import connected, groups_csv
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
-from covid_flax.files import expanded, make_writable, peek, write_atomically
+from covid_flax.files import expanded, make_writable, peek, write_atomically, write_json
 
 # Below it a pair may also be two exposures of one patient.
 _SURELY_COPIED = 0.95
@@ -187,9 +186,8 @@ def audit(folder: DataFolder, rows: Sequence[Row] = (), *, progress: bool = Fals
 
 def write_audit(result: Audit, folder: DataFolder, output: Path) -> None:
     """Writes `groups.csv` and `audit.json` into `output`. UserError where it cannot."""
-    text = json.dumps(_as_dict(result, folder), indent=1, ensure_ascii=False)
     # First, for it tells that the other is an audit's.
-    write_atomically(output / "audit.json", text.encode("utf-8", "replace") + b"\n")
+    write_json(output / "audit.json", _as_dict(result, folder))
     write_atomically(output / "groups.csv", groups_csv(result.files, result.groups))
 
 

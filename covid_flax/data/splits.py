@@ -32,7 +32,7 @@ class Row:
     Attributes:
       file: relative to the data folder.
       label: class name.
-      split: train, val or test.
+      split: train, val or test; "" of images of another folder.
       group: what never crosses splits under `grouped`; "" where groups are unknown.
     """
 

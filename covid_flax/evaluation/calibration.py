@@ -6,7 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from covid_flax.evaluation.metrics import expected_calibration_error, negative_log_likelihood
+from covid_flax.evaluation.metrics import (
+    expected_calibration_error,
+    log_softmax,
+    negative_log_likelihood,
+)
 
 _BOUNDS = (0.05, 20.0)
 
@@ -28,7 +32,7 @@ def temperature_scale(probabilities: np.ndarray, temperature: float) -> np.ndarr
     """
     if not temperature > 0:
         raise ValueError(f"temperature must be over 0, got {temperature}")
-    return np.exp(_log_scaled(_log(probabilities), temperature))
+    return np.exp(log_softmax(_log(probabilities) / temperature))
 
 
 def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
@@ -48,14 +52,14 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
     logs = _log(probabilities)
 
     def loss(log_temperature: float) -> float:
-        scaled = _log_scaled(logs, float(np.exp(log_temperature)))
+        scaled = log_softmax(logs / float(np.exp(log_temperature)))
         return -float(scaled[np.arange(len(labels)), labels].mean())
 
     bounds = tuple(np.log(_BOUNDS))
     found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-7})
     temperature = float(np.exp(found.x))
     # The report's figure, clipped, must not grow either.
-    better = _nll(labels, np.exp(_log_scaled(logs, temperature))) < _nll(labels, np.exp(logs))
+    better = _nll(labels, np.exp(log_softmax(logs / temperature))) < _nll(labels, np.exp(logs))
     return temperature if better else 1.0
 
 
@@ -123,10 +127,3 @@ def _nll(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 def _log(probabilities: np.ndarray) -> np.ndarray:
     return np.log(np.maximum(np.asarray(probabilities, np.float64), np.finfo(np.float64).tiny))
-
-
-def _log_scaled(logs: np.ndarray, temperature: float) -> np.ndarray:
-    """Log probabilities [N, K] after scaling."""
-    scaled = logs / temperature
-    scaled = scaled - scaled.max(axis=1, keepdims=True)
-    return scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))

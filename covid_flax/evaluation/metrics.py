@@ -173,6 +173,12 @@ def resampled_figures(
     return _resample(_prepare(labels, probabilities, names, prevalence), clusters, resamples, seed)
 
 
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Of the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
 def negative_log_likelihood(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
     """-log of the true class's probability, clipped as scikit-learn's log_loss: nats, float64 [N].
 

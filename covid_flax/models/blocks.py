@@ -88,6 +88,12 @@ def conv_batch_norm(conv: Conv, bn: BatchNorm, x: Array, stride: int = 1, **norm
     return batch_norm(bn, conv_same(conv, x, stride), **norm)
 
 
+def multiple_of_8(channels: float) -> int:
+    """The nearest multiple of 8, from 8 on, but no more than a tenth below."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
 def global_average(x: Array) -> Array:
     """Means over rows and columns of `[N, H, W, C]`: float32 `[N, C]`."""
     return jnp.mean(x.astype(jnp.float32), (1, 2))

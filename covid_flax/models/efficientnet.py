@@ -27,6 +27,7 @@ from covid_flax.models.blocks import (
     conv_batch_norm,
     conv_same,
     global_average,
+    multiple_of_8,
 )
 from covid_flax.models.layers import BatchNorm, Conv
 
@@ -80,10 +81,8 @@ class EfficientNetSpec:
         return ("stem", *(f"block{i}" for i in numbers), *top, "pool", "head")
 
     def channels(self, base: int) -> int:
-        """`base` channels scaled: a multiple of 8, no more than a tenth below."""
-        wanted = base * self.width
-        rounded = max(8, int(wanted + 4) // 8 * 8)
-        return rounded + 8 if rounded < 0.9 * wanted else rounded
+        """`base` channels, scaled."""
+        return multiple_of_8(base * self.width)
 
     def outer_channels(self, base: int) -> int:
         """Those of stem and top."""

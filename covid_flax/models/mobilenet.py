@@ -26,6 +26,7 @@ from covid_flax.models.blocks import (
     conv_batch_norm,
     conv_same,
     global_average,
+    multiple_of_8,
 )
 from covid_flax.models.layers import BatchNorm, Conv
 
@@ -168,13 +169,6 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def _narrow(wide: int) -> int:
-    """Channels of the squeeze: a quarter, a multiple of 8, no more than a tenth below."""
-    wanted = wide / 4
-    rounded = max(8, int(wanted + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * wanted else rounded
-
-
 class _Stage(nnx.Module):
     """The blocks of one stage, their layers side by side."""
 
@@ -191,8 +185,9 @@ class _Stage(nnx.Module):
             layers["depthwise"] = DepthwiseConv(b.wide, b.size, rngs=rngs)
             layers[f"depthwise_{bn}"] = BatchNorm(b.wide)
             if b.excite:
-                layers["squeeze_excite_conv"] = conv(b.wide, _narrow(b.wide), use_bias=True)
-                layers["squeeze_excite_conv_1"] = conv(_narrow(b.wide), b.wide, use_bias=True)
+                narrow = multiple_of_8(b.wide / 4)
+                layers["squeeze_excite_conv"] = conv(b.wide, narrow, use_bias=True)
+                layers["squeeze_excite_conv_1"] = conv(narrow, b.wide, use_bias=True)
             layers |= {"project": conv(b.wide, b.outputs), f"project_{bn}": BatchNorm(b.outputs)}
             add_named(self, {b.prefix + name: layer for name, layer in layers.items()})
 

@@ -114,6 +114,19 @@ _CONTROLS: dict[str, Any] = {
 Origin = Literal["own", "unsure", "external", "alike", "seen", "unknown"]
 
 
+def own_folder(saved: Mapping[str, Any], report: Mapping[str, Any]) -> bool | None:
+    """Whether images were scored in the folder that trained; None where a file tells not.
+
+    Args:
+      saved: config.json of the run.
+      report: report.json of the evaluation.
+    """
+    root, scored = (saved.get("data") or {}).get("root"), report.get("data_dir")
+    if not root or not scored:
+        return None
+    return os.path.realpath(root) == os.path.realpath(scored)
+
+
 @dataclasses.dataclass(frozen=True)
 class Artefacts:
     """What a run's folder holds; empty where a file is missing.
@@ -161,12 +174,8 @@ class Artefacts:
         return str(self.reports[name].get("split") or name)
 
     def own_folder(self, report: Mapping[str, Any]) -> bool | None:
-        """Whether images were scored in the folder that trained; None where a file tells not."""
-        root = (self.saved.get("data") or {}).get("root")
-        scored = report.get("data_dir")
-        if not root or not scored:
-            return None
-        return os.path.realpath(root) == os.path.realpath(scored)
+        """See the function `own_folder`."""
+        return own_folder(self.saved, report)
 
     def of_folder(self, report: Mapping[str, Any]) -> str:
         """`, images of DIR` where that is not the folder that trained, else ""."""

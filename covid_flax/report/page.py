@@ -23,7 +23,6 @@ from covid_flax.evaluation.intervals import class_interval, has_width, one_group
 from covid_flax.evaluation.predictions import Predictions
 from covid_flax.files import write_atomically
 from covid_flax.report import pictures
-from covid_flax.report.pictures import picture as picture  # the other pages' way in
 from covid_flax.report.summary import checkpoint_of, seeds_of
 
 _UNDEFINED = Markup('<span class="undefined" title="undefined on these images">–</span>')

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import MaxNLocator
@@ -108,7 +107,6 @@ def confusion_matrix_figure(report: Mapping[str, Any], title: str = "Confusion m
     share = np.divide(matrix, support, out=np.zeros(matrix.shape), where=support > 0)
 
     figure = Figure(figsize=(8, 7.4), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     cmap = colormaps["Blues"]
     axes.imshow(share, cmap=cmap, vmin=0, vmax=1)
@@ -179,7 +177,6 @@ def curves_figure(records: Iterable[Mapping[str, Any]], *, best_epoch: int | Non
         best_epoch = min(losses, key=losses.__getitem__) if losses else None
 
     figure = Figure(figsize=(10, 4.3), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
     epochs = sorted({epoch for split in by_split.values() for epoch in split})
     for axes, key in zip(figure.subplots(1, 2), ("accuracy", "loss"), strict=True):
         for split, style in _LINES.items():

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from covid_flax.files import write_atomically
@@ -20,7 +19,6 @@ def robustness_figure(report: Mapping[str, Any], title: str) -> Figure:
     """One panel a corruption; the dashed line is the accuracy on plain images."""
     rows = -(-len(report["corruptions"]) // _COLUMNS)
     figure = Figure(figsize=(2.6 * _COLUMNS, 2.3 * rows + 0.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, _COLUMNS, sharey=True, squeeze=False).ravel()
     plain = report["plain"]["accuracy"]
     for ax, row in zip(axes, report["corruptions"], strict=False):

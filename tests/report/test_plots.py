@@ -80,7 +80,7 @@ def test_no_text_of_a_confusion_matrix_leaves_its_place(k):
     names = [f"A long name of a class {i} $x_{i}$" for i in range(k)]
     matrix = np.full((k, k), 1234)
     figure = confusion_matrix_figure(_report(names, matrix))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     (axes,) = figure.axes
     cell = axes.get_window_extent().width / k
     for text in axes.texts:
@@ -99,7 +99,7 @@ def test_a_matrix_of_many_classes_holds_counts_alone():
     matrix = np.eye(k, dtype=int) * 1234
     matrix[3, 4] = 7
     figure = confusion_matrix_figure(_report([f"c{i}" for i in range(k)], matrix))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     (axes,) = figure.axes
     assert sorted({t.get_text() for t in axes.texts}) == ["1,234", "7"]
     assert len(axes.texts) == k + 1
@@ -119,7 +119,7 @@ def test_names_that_the_font_cannot_write_are_numbered(tmp_path, recwarn, monkey
 
 def test_a_long_name_without_a_space_leaves_room_for_the_matrix():
     figure = confusion_matrix_figure(_report(["x" * 90, "y" * 60], [[3, 1], [0, 4]]))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     assert figure.axes[0].get_window_extent().width > 0.4 * figure.bbox.width
 
 
@@ -155,7 +155,7 @@ def test_curves_pass_over_nan_when_they_look_for_the_best():
 @pytest.mark.parametrize("epochs", [1, 2, 100])
 def test_epoch_ticks_are_whole_numbers_and_points_are_visible(epochs):
     figure = curves_figure(_records(range(1, epochs + 1)))
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     for axes in figure.axes:
         low, high = axes.get_xlim()
         ticks = [t for t in axes.get_xticks() if low <= t <= high]

@@ -181,7 +181,11 @@ def test_draws_are_of_their_seed():
         ("random", {"sets": ["train.batch_size=uniform(8,9)"], "trials": 3}, ["only 2"]),
         ("halving", {"trials": 2, "seeds": ["0", "1"]}, ["one seed"]),
         ("grid", {"sets": ["repeats=1,3"]}, ["--seeds"]),
-        ("grid", {"sets": ["data.folds=0,5"]}, ["--set=data.fold="]),
+        (
+            "grid",
+            {"sets": ["data.folds=0,5"], "fixed": {"data.split": "grouped"}},
+            ["--set=data.fold="],
+        ),
     ],
 )
 def test_plans_that_are_refused(kind, options, words):
