@@ -12,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from covid_flax.errors import UserError
 
@@ -113,6 +113,15 @@ def written_together(folder: Path, last: str) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def wait_for_lock(file: IO[str] | int) -> None:
+    """Until no other process has the lock of an open file or folder.
+
+    Goes on without it where the file system has no locks, as Lustre and NFS may.
+    """
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time, where the file system has locks; the others wait.
@@ -125,8 +134,7 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot open {folder} ({error.strerror}): name another folder") from error
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        wait_for_lock(descriptor)
         yield
     finally:
         os.close(descriptor)

@@ -143,6 +143,7 @@ def pmap_layout() -> Layout:
     """The step mapped over the local devices, averages over all of them by name."""
     devices = jax.local_device_count()
     mesh = make_mesh()
+    spread = jax.pmap(lambda x: x)  # one function, so that it is compiled once
 
     def place(state: Any) -> Any:
         return jax.device_put(state, replicated(mesh), may_alias=False)
@@ -150,7 +151,7 @@ def pmap_layout() -> Layout:
     def put_state(state: Any) -> Any:
         host = jax.device_get(state)
         stacked = jax.tree.map(lambda x: np.broadcast_to(x, (devices, *x.shape)), host)
-        return jax.pmap(lambda x: x)(stacked)
+        return spread(stacked)
 
     def get_state(state: Any) -> Any:
         # Onto the mesh: a checkpoint then looks the same whichever layout wrote it.

@@ -8,6 +8,7 @@ import fcntl
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ _FREE_ON_RESUME = (
     "data.on_bad_image",
     "train.teacher",
 )
+# Until what one host wrote is seen by another, where they share a disk.
+_NETWORK_DELAY_S = 5.0
 _PACKAGES = (
     "jax jaxlib flax optax orbax-checkpoint grain tensorflow-datasets ml_collections numpy pillow"
 ).split()
@@ -162,6 +165,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     if jax.process_index() == 0:
         _write_run(config, workdir, data, weights, taught_by)
     _meet(workdir)
+    _refuse_other_split(workdir, data)
     return Run(config, workdir, data, graphdef, params, batch_stats)
 
 
@@ -454,10 +458,35 @@ def _of_the_whole(config: Any) -> list[str]:
 def _meet(workdir: Path) -> None:
     """Where all processes have what they need, and process 0's files are there."""
     distributed.barrier("set up")
-    if not (workdir / "config.json").exists():
+    if not _appears(workdir / "config.json"):
         raise UserError(
             f"process {jax.process_index()} does not see the {workdir} that process 0 wrote: "
             "give a --workdir on a file system that all hosts share"
+        )
+
+
+def _appears(path: Path) -> bool:
+    """Whether another host's file is there.
+
+    NFS remembers for a minute that a file was missing, until its folder is read again.
+    """
+    end = time.monotonic() + _NETWORK_DELAY_S
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        for folder in (path.parent.parent, path.parent):
+            with contextlib.suppress(OSError):
+                os.listdir(folder)
+        time.sleep(0.5)
+    return True
+
+
+def _refuse_other_split(workdir: Path, data: Dataset) -> None:
+    """In each process, of a split that is not process 0's. Raises UserError."""
+    if read_split_csv(workdir / "split.csv") != list(data.rows):
+        raise UserError(
+            f"process {jax.process_index()} has other images, or another split of them, than "
+            f"process 0: give all hosts the same {data.folder.root}, and the same csv of groups"
         )
 
 

@@ -47,8 +47,8 @@ LIMIT_S = 600  # of one start, after which it hangs
 SEEN: dict[str, Callable[[Path, Path], bool]] = {
     "phantoms being drawn": lambda run, cache: any(run.glob(".phantoms.*/*/*/*")),
     "phantoms drawn": lambda run, cache: any(run.glob("phantoms/*/*")),
-    "records written": lambda run, cache: any(cache.glob(".partial-*")),
-    "images stored": lambda run, cache: any(cache.glob("*/.partial-*")),
+    "records written": lambda run, cache: any(cache.glob(".*.part")),
+    "images stored": lambda run, cache: any(cache.glob("*/.*.part")),
     "run set up": lambda run, cache: (run / "config.json").exists(),
     "training": lambda run, cache: (run / "metrics.jsonl").exists(),
     "checkpoint under way": lambda run, cache: any(run.glob("checkpoints/*tmp*")),
@@ -218,9 +218,7 @@ def main() -> int:
                         found = outcome(home / "run")
                         result["faults"] = differences(found, wanted)
                     leftovers = [
-                        p.name
-                        for p in home.rglob("*")
-                        if re.search(r"\.part\b|\.partial|tmp", p.name)
+                        p.name for p in home.rglob("*") if re.search(r"\.part\b|tmp", p.name)
                     ]
                     result["faults"] += [f"left over: {name}" for name in leftovers]
                     counts.update(map(tuple, result["kills"]))

@@ -5,10 +5,11 @@
 #       [--version=v2-alpha-tpuv5-lite] [--project=PROJECT] [STEP ...] -- --config=FILE
 #       --workdir=DIR [FLAG ...]
 #
-# STEP is create, install, run or delete; without one: create, install, run. The slice costs
-# money until it is deleted. What follows -- goes to covid_flax.main on every host; DIR must lie
-# on a file system that all hosts have mounted (Filestore, for example). The processes find each
-# other by the TPU's metadata.
+# STEP is create, install, run, stop or delete; without one: create, install, run. The slice costs
+# money until it is deleted. What follows -- goes to covid_flax.main on every host, with what it
+# says in ~/covid_flax/run.log: it goes on if the connection breaks, until its end or `stop`. DIR
+# must lie on a file system that all hosts have mounted (Filestore, for example). The processes
+# find each other by the TPU's metadata.
 set -euo pipefail
 worker=all
 # shellcheck source=scripts/tpu_steps.bash

@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
     --type=*) type=${1#*=} ;;
     --version=*) version=${1#*=} ;;
     --project=*) project=${1#*=} ;;
-    create | install | run | delete) steps+=("$1") ;;
+    create | install | run | stop | delete) steps+=("$1") ;;
     --) shift && break ;;
     *) usage ;;
   esac
@@ -64,8 +64,14 @@ tar xzf covid_flax.tar.gz && cd covid_flax && \$python -m venv .venv && \
 .venv/bin/python -m pip install --quiet --editable '.[tpu,lite0]'"
       ;;
     run)
+      # Apart from the connection, which may break: what it says goes to run.log, which is followed.
       # Quoted once more, for the shell at the other end.
-      on_workers "cd covid_flax && .venv/bin/python -m covid_flax.main$(printf ' %q' "$@")"
+      on_workers "cd covid_flax || exit; : >run.log; \
+nohup .venv/bin/python -m covid_flax.main$(printf ' %q' "$@") >run.log 2>&1 </dev/null & run=\$!; \
+tail -n +1 --pid=\$run -f run.log; wait \$run"
+      ;;
+    stop) # it saves, and ends with status 143
+      on_workers "pkill -TERM -f 'python -m [c]ovid_flax.main'"
       ;;
     delete)
       run "${tpu[@]}" delete "$name" "${where[@]}" --quiet

@@ -1,6 +1,7 @@
 """The loop as a whole: it learns, stops, resumes bit for bit, refuses another run's folder."""
 
 import csv
+import dataclasses
 import errno
 import importlib.metadata
 import json
@@ -10,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,7 +29,7 @@ from covid_flax.feed import make_feed
 from covid_flax.job import make_job
 from covid_flax.models import MODELS, create_model
 from covid_flax.pretrained.names import keras_name
-from covid_flax.run import only_trainer, read_run, setup
+from covid_flax.run import _appears, _refuse_other_split, only_trainer, read_run, setup
 from covid_flax.train import train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
@@ -677,6 +679,26 @@ def test_another_s_files_are_not_a_run_s_to_lose(tiny_config, tmp_path):
         with pytest.raises(UserError, match=f"{name} is of no run .*another --workdir"):
             setup(tiny_config, folder)
         assert [p.read_text() for p in folder.iterdir()] == [text]
+
+
+def test_a_process_that_splits_otherwise_is_refused(tiny_config, tmp_path):
+    run = setup(tiny_config, tmp_path / "run")
+    other = dataclasses.replace(run.data, rows=run.data.rows[::-1])
+    with pytest.raises(UserError, match="process 0 has other images, or another split"):
+        _refuse_other_split(tmp_path / "run", other)
+
+
+def test_a_file_of_another_host_may_appear_late(tmp_path, monkeypatch):
+    """Until the folder is read again, NFS says that it is not there."""
+    path, listed = tmp_path / "run" / "config.json", []
+    path.parent.mkdir()
+    path.touch()
+    real = Path.exists
+    monkeypatch.setattr(os, "listdir", lambda folder: listed.append(folder) or [])
+    monkeypatch.setattr(Path, "exists", lambda p: real(p) and (p != path or bool(listed)))
+    assert _appears(path) and listed == [tmp_path, path.parent]
+    monkeypatch.setattr("covid_flax.run._NETWORK_DELAY_S", 0.0)
+    assert not _appears(tmp_path / "run" / "other.json")
 
 
 def test_a_file_system_without_locks_is_told_of(tiny_config, tmp_path, monkeypatch, capsys):

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import platform
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +22,7 @@ from tqdm import tqdm
 from covid_flax.data.decode import decode
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.errors import UserError, printable
-from covid_flax.files import expanded, parse_json, write_atomically
+from covid_flax.files import expanded, parse_json, part_of, wait_for_lock, write_atomically
 
 # Part of the cache's key: raise it when what a record holds changes.
 RECORDS_VERSION = "1.0.0"
@@ -169,14 +167,12 @@ def _cache_key(folder: DataFolder) -> str:
 
 
 def _write(folder: DataFolder, cache_dir: Path, place: Path, on_bad_image: str) -> None:
-    # By host: where a lock does not reach other hosts, each writes records of its own.
-    partial = cache_dir / f".partial-{place.name}-{platform.node()}"
     cache_dir.mkdir(parents=True, exist_ok=True)
+    partial = part_of(place)
     with open(cache_dir / f".lock-{place.name}", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it: wait for its records
+        wait_for_lock(lock)  # another process may be at it: wait for its records
         if _is_complete(place):
             return
-        shutil.rmtree(partial, ignore_errors=True)
         if shutil.disk_usage(cache_dir).free < _needed_bytes(folder):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         bar = tqdm(

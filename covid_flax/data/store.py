@@ -10,11 +10,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import errno
-import fcntl
 import io
 import itertools
 import os
-import platform
 import shutil
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +24,7 @@ import PIL
 from tqdm import tqdm
 
 from covid_flax.data.pipeline import ImageSource
+from covid_flax.files import part_of, wait_for_lock
 
 # Raise it when `decode` or `resize` gives other pixels, or the file changes.
 STORE_VERSION = 1
@@ -77,11 +76,10 @@ def build_store(source: ImageSource, directory: Path, budget_gb: float) -> np.nd
     if images is not None:
         return images  # also where the folder is read-only
     path = directory / _name(source)
-    # By host, for on a network's disk a lock may not hold between hosts.
-    part = directory / f".partial-{path.name}-{platform.node()}"
     try:
+        part = part_of(path)
         with open(directory / f".lock-{path.name}", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it: wait for its store
+            wait_for_lock(lock)  # another process may be at it: wait for its store
             images = open_store(source, directory)
             if images is not None:
                 return images

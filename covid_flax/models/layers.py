@@ -28,7 +28,8 @@ Array = jax.Array
 def glorot_uniform(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
     """Keras's default for Conv2D and Dense kernels (Glorot and Bengio 2010), float32.
 
-    NumPy draws it, for JAX would compile a program for every shape: seconds, for a ResNet50.
+    NumPy draws it, for JAX would compile a program for every shape: seconds, for a ResNet50. Where
+    shapes alone are asked for (`jax.eval_shape`) nothing is drawn.
     """
     limit = math.sqrt(6 / (math.prod(shape[:-2]) * (shape[-2] + shape[-1])))
 
@@ -36,8 +37,10 @@ def glorot_uniform(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
         rng = np.random.default_rng(np.asarray(seed))
         return rng.uniform(-limit, limit, shape).astype(np.float32)
 
-    result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.pure_callback(draw, result, jax.random.key_data(rngs.params()))
+    seed = jax.random.key_data(rngs.params())
+    if isinstance(seed, jax.core.Tracer):
+        return jax.pure_callback(draw, jax.ShapeDtypeStruct(shape, jnp.float32), seed)
+    return jnp.asarray(draw(np.asarray(seed)))
 
 
 def _filled(value: float, size: int) -> Array:

@@ -7,7 +7,6 @@ The file is never under its final name before its size and MD5 (as Keras publish
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import http.client
 import importlib.util
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from covid_flax.errors import UserError
-from covid_flax.files import expanded
+from covid_flax.files import expanded, wait_for_lock
 
 _CHUNK = 1 << 18
 _TIMEOUT_S = 30
@@ -215,7 +214,7 @@ def _fetch(file: Published, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f".{file.name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it: wait for its file
+            wait_for_lock(lock)  # another process may be at it: wait for its file
             if not final.exists():
                 _fetch_part(file, part, folder)
                 os.replace(part, final)

@@ -1,5 +1,6 @@
 """Records: the files' own bytes, complete or not there at all, and no TensorFlow."""
 
+import errno
 import io
 import json
 import os
@@ -147,10 +148,18 @@ def test_what_a_killed_run_left_is_not_used(tmp_path):
     folder = make_folder(tmp_path / "data")
     place = builder.prepare(folder, tmp_path / "cache").place
     (place / "complete.json").unlink()  # as if killed before the end
-    place.rename(place.with_name(f".partial-{place.name}-{platform.node()}"))
+    place.rename(place.with_name(f".{place.name}.{platform.node()}.4194305.part"))
     records = builder.prepare(folder, tmp_path / "cache")
     assert records[0]["file"] == folder.files[0].file
-    assert not any(p.name.startswith(".partial-") for p in (tmp_path / "cache").iterdir())
+    assert not any(p.name.endswith(".part") for p in (tmp_path / "cache").iterdir())
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(*args):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("covid_flax.files.fcntl.flock", flock)
+    assert len(builder.prepare(make_folder(tmp_path / "data"), tmp_path / "cache")) == 8
 
 
 def test_unwritable_cache(tmp_path):

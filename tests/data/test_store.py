@@ -75,7 +75,7 @@ def stores(data: Dataset) -> list[Path]:
 
 
 def leftovers(data: Dataset) -> list[Path]:
-    return list(data.records.place.glob(".partial-*"))
+    return list(data.records.place.glob(".*.part"))
 
 
 def decodes(monkeypatch) -> list[int]:
@@ -245,7 +245,7 @@ def test_what_a_killed_process_left_is_not_used(tmp_path):
     data = make_data(tmp_path)
     expected = everything(data.source("train", make_config()))
     (path,) = stores(data)
-    part = path.with_name(f".partial-{path.name}-{platform.node()}")
+    part = path.with_name(f".{path.name}.{platform.node()}.4194305.part")
     path.rename(part)
     with open(part, "ab") as f:
         f.write(b"more")

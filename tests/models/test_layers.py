@@ -80,6 +80,19 @@ def test_kernels_are_drawn_as_keras_draws_them(shape, tolerance):
     assert np.abs(got).max() == pytest.approx(np.abs(want).max(), rel=tolerance)
 
 
+def test_drawing_needs_no_device_of_the_host_s(monkeypatch):
+    """JAX has none where JAX_PLATFORMS names the accelerator alone; callbacks want one."""
+
+    def none(*args, **kwargs):
+        raise RuntimeError("failed to find a local CPU device")
+
+    monkeypatch.setattr(jax, "pure_callback", none)
+    drawn = layers.Dense(3, 4, rngs=nnx.Rngs(0)).kernel[...]
+    monkeypatch.undo()
+    alike = jax.eval_shape(lambda: layers.Dense(3, 4, rngs=nnx.Rngs(0)).kernel[...])
+    assert (alike.shape, alike.dtype) == (drawn.shape, drawn.dtype)
+
+
 def test_layers_of_no_weights_begin_at_keras_s_values():
     layer = layers.ConvBN(
         3, 4, 3, use_bias=True, epsilon=1e-3, momentum=0.9, dtype=jnp.float32, rngs=nnx.Rngs(0)

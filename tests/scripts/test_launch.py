@@ -1,7 +1,9 @@
 """A dry run prints the commands that a real run runs: stand-ins for gcloud and Slurm say so."""
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -76,9 +78,43 @@ def test_the_commands_of_a_pod(call):
     assert pack[0] == "git" and copy[:5] == [*tpu, "scp"]
     assert all("--worker=all" in c and "--zone=us-west4-a" in c for c in (copy, install, run))
     assert "'.[tpu,lite0]'" in install[-1]
-    # The shell of the other host takes the command apart again, and runs nothing inside it.
-    there = shlex.split(run[-1].removeprefix("--command="))
-    assert there == ["cd", "covid_flax", "&&", ".venv/bin/python", "-m", "covid_flax.main", *_TRAIN]
+    stop = _printed(call("tpu_pod.sh", "--dry_run", *_TPU, "stop")[0])[0]
+    assert "--worker=all" in stop and "-TERM" in stop[-1]
+
+
+def test_what_the_host_s_shell_makes_of_a_run(call, tmp_path):
+    """It takes the command apart again and runs nothing inside it; the status comes back."""
+    (run,) = _printed(call("tpu_vm.sh", "--dry_run", *_TPU, "run", "--", *_TRAIN)[0])
+    python = tmp_path / "covid_flax" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nfor x; do echo "$x"; done\nsleep 0.2\necho end\nexit 143\n')
+    python.chmod(0o755)
+    command = run[-1].removeprefix("--command=")
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 143
+    assert done.stdout.splitlines() == ["-m", "covid_flax.main", *_TRAIN, "end"]
+    assert not (tmp_path / "covid_flax" / "x").exists()
+
+
+def test_a_run_outlives_its_connection(call, tmp_path):
+    (run,) = _printed(call("tpu_vm.sh", "--dry_run", *_TPU, "run", "--", *_TRAIN)[0])
+    python = tmp_path / "covid_flax" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho begin\nsleep 1\necho more\ntouch finished\n")
+    python.chmod(0o755)
+    command = run[-1].removeprefix("--command=")
+    there = subprocess.Popen(
+        ["bash", "-c", command], cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert there.stdout.readline() == b"begin\n"
+    there.stdout.close()
+    os.kill(there.pid, signal.SIGHUP)
+    there.wait()
+    for _ in range(100):
+        if (tmp_path / "covid_flax" / "finished").exists():
+            break
+        time.sleep(0.1)
+    assert (tmp_path / "covid_flax" / "run.log").read_text() == "begin\nmore\n"
 
 
 def test_a_vm_is_one_worker(call):
