@@ -426,8 +426,9 @@ def _cautions(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
         )
     calibrated = [e.name for e in evaluations if _about(e)["calibrated"]]
     if calibrated and calibrated != everyone:
-        text = "Probabilities are scaled by a temperature here, not in the others: ECE and NLL "
-        said["caution", "calibration-differs", text + "show that too."] = calibrated
+        text = "Probabilities are scaled by a temperature here, not in the others: ECE, NLL and "
+        text += "AUROC (of three classes or more) show that too."
+        said["caution", "calibration-differs", text] = calibrated
     if not evaluations[0].predictions.groups and not any(n == "groups-unknown" for _, n, _ in said):
         text = "No groups are known (patients, near-duplicates): the intervals take images as "
         said["caution", "groups-unknown", text + "independent."] = everyone
@@ -485,7 +486,7 @@ def print_comparison(comparison: Mapping[str, Any]) -> None:
     """The figures, and the differences from the first, on the console."""
     runs, against = comparison["runs"], comparison["against_first"]
     groups = f" in {comparison['clusters']:,} groups" if comparison["groups_known"] else ""
-    kind = f"{comparison['split']} " if comparison["split"] else ""
+    kind = f"{comparison['split']} " if comparison["split"] not in ("", "all") else ""
     print(f"{comparison['num_examples']:,} {kind}images{groups}, 95 % intervals in brackets")
     rows = {run["name"]: run["figures"] for run in runs}
     _print_table("", {_words(n): [_figure(row[n]) for row in rows.values()] for n in FIGURES}, rows)

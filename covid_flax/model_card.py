@@ -274,6 +274,8 @@ def _evaluation_tables(a: Artefacts) -> list[Table]:
         if report.get("split") == "all" and origin == "unknown":
             return NOT_KNOWN
         known = roles.get(str(report.get("split")), NOT_KNOWN)
+        if report.get("split") == "val" and report.get("stopped_on", "val") is None:
+            known = roles["test"]  # the last epoch, where no patience ended it
         # The files of the split in another folder: it may be the same one, moved.
         moved = a.own_folder(report) is False
         return f"{known}, if the folder holds the images of the run" if moved else known

@@ -24,6 +24,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.assess import assess
 from covid_flax.evaluation.predictions import Predictions, predictions_csv
 from covid_flax.files import write_atomically
+from covid_flax.report.comparison import _verdict
 from covid_flax.report.write import write_evaluation
 
 NAMES = ("COVID", "Normal", "Viral Pneumonia")
@@ -234,6 +235,7 @@ def test_evaluations_that_lie_elsewhere_keep_their_groups(tmp_path):
         write_evaluation(tmp_path / name, assess(p, split="all")[0], p)
     found = compare(read_evaluations([tmp_path / "a", tmp_path / "b"]), resamples=10)
     assert found["groups_known"] and found["clusters"] == 20
+    assert cautions(found, "training-images-scored") == []
 
 
 def test_what_cannot_be_compared_is_refused_in_a_line(tmp_path):
@@ -522,6 +524,36 @@ def test_the_table_for_other_programs_has_a_row_for_each_figure(tmp_path):
     assert len(rows) == 3 * (6 + 3)
     row = next(r for r in rows if (r["run"], r["figure"]) == ("b,\n", "recall Normal"))
     assert float(row["value"]) == found["runs"][1]["figures"]["recall"]["Normal"]["value"]
+
+
+def test_every_list_of_tests_is_corrected_for_its_length():
+    labels, _ = images(150, 1)
+    skills = {"a": 2, "b": 1, "c": 0.3}
+    runs = [
+        evaluation(name, labels, predict(labels, skill, i))
+        for i, (name, skill) in enumerate(skills.items())
+    ]
+    found = compare(runs, resamples=2)
+    for family in ("against_first", "pairs"):
+        tests = [entry["mcnemar"] for entry in found[family]]
+        least = min(tests, key=lambda test: test["p"])
+        assert least["p"] < 0.05
+        assert least["p_holm"] == pytest.approx(min(1, len(tests) * least["p"]))
+
+
+@pytest.mark.parametrize(
+    ("joint", "shown"),
+    [
+        ([0.01, 0.2], "better"),
+        ([-0.2, -0.01], "worse"),
+        ([-0.1, 0.2], "no difference shown"),
+    ],
+)
+def test_the_verdict_is_that_of_the_joint_interval(joint, shown):
+    figure = {"value": 0.05, "interval": [0.01, 0.1], "joint_interval": joint}
+    test = {"only_first": 1, "only_second": 2, "p": 0.01, "p_holm": 0.03}
+    got = _verdict({"second": "b", "difference": {"accuracy": figure}, "mcnemar": test})
+    assert (got["shown"], got["p"]) == (shown, "0.030")
 
 
 def test_the_command_takes_folders_and_flags_in_any_order(tmp_path):

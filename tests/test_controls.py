@@ -816,7 +816,23 @@ def test_a_run_s_controls_are_written_and_agree_with_its_evaluation(make_tiny_co
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     for condition in report["conditions"]:
         assert condition["title"].replace("'", "&#39;") in page
+    of_all = controls.run_controls(workdir, split="all", limit=8, output=tmp_path / "all")
+    assert all(c["simple_model"] is None for c in of_all["conditions"])  # which learned from some
     with pytest.raises(UserError, match="no twin"):
         controls.run_controls(workdir, split="train", pairs=str(tmp_path / "pairs"))
     with pytest.raises(UserError, match="--pairs=.*does not exist"):
         controls.run_controls(workdir, pairs=str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(("low", "told"), [(0.51, True), (0.49, False)])
+def test_a_source_is_carried_where_the_whole_interval_is_above_chance(low, told):
+    report, _ = _told(20, {"whole": 0.9})
+    probe = {"balanced_accuracy": 0.6, "interval": [low, 0.7], "chance": 0.5}
+    report["sources"] = {
+        "alone": {"num_sources": 3, "accuracy": 0.8, "majority": 0.4},
+        "within": {"COVID": {"answers": probe}},
+        "not_applicable": None,
+    }
+    text = " ".join(explain(report))
+    assert ("carry the source beside" in text) is told
+    assert "gives 80.0 % accuracy (the commonest class 40.0 %)" in text

@@ -18,10 +18,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from run_update import update
 from small_resnet import with_batch_norm
 from tensorboardX.proto.event_pb2 import Event
 
+from covid_flax import distributed
 from covid_flax.checkpoint import Checkpoints
 from covid_flax.distributed import Cluster, from_flags
 from covid_flax.errors import UserError
@@ -495,3 +497,10 @@ def test_a_run_of_one_process_starts_nothing(tmp_path):
     done = _Processes(tmp_path / "run", [["-c", code]]).wait(0)
     assert done.out(0) == "1 None\n"
     shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize(("said", "found"), [([True, False], True), ([False, False], False)])
+def test_what_one_process_meets_all_know(said, found, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda here: np.array(said))
+    assert distributed.anywhere(False) is found

@@ -183,7 +183,8 @@ def test_what_a_card_says_of_several_runs(folds):
     assert "seed 0, 3 folds, each val in turn, test share 0.2." in said["partition"]
     assert "val share" not in said["partition"] and "One training" not in said["limits"]
     assert "3 trainings, alike but for their images" in said["limits"]
-    assert said["selection"] == "In each run, the epoch with the best val_loss of at most 2."
+    chosen = "In each run, the epoch with the best val_loss, of at most 2 epochs."
+    assert said["selection"] == chosen
     said = statements(read_artefacts(workdir / "fold1"))
     assert "3 folds, number 1 (from 0) val, test share 0.2." in said["partition"]
     assert said["ensemble"] == "None: one network answers."

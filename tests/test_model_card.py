@@ -2,6 +2,7 @@ import copy
 import functools
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import forked
@@ -293,7 +294,8 @@ def test_a_link_to_the_training_images_is_the_same_folder(tmp_path):
         change(folder / f"eval/{name}/report.json", data_dir=str(link))
     text = text_of(folder)
     assert item(text, "33 Testing on external data") == ("not known", "not known")
-    assert "No evaluation on images of another folder is among" in section(text, "Limits")
+    none = "No evaluation on images of another folder without the run's is among"
+    assert none in section(text, "Limits")
     assert "elsewhere, test, val: images of the same folder" in text
     assert "scored in the folder" not in text
 
@@ -305,7 +307,8 @@ def test_a_copy_of_the_training_images_is_no_external_test(tmp_path, name):
     change(folder / "eval/elsewhere/report.json", alarms=[alarm])
     text = text_of(folder)
     assert item(text, "33 Testing on external data") == ("not known", "not known")
-    assert "No evaluation on images of another folder is among" in section(text, "Limits")
+    none = "No evaluation on images of another folder without the run's is among"
+    assert none in section(text, "Limits")
     assert "elsewhere: another folder, but with images of the run" in section(text, "Limits")
 
 
@@ -556,3 +559,49 @@ def test_the_command_writes_both_files_and_says_where(tmp_path):
     assert (tmp_path / "my.md").exists() and (tmp_path / "my.html").exists()
     assert re.search(r"CLAIM 2024: of 44 items \d+ reported", done.stdout)
     assert not (folder / "model_card.md").exists()
+
+
+def test_wrong_answers_name_the_true_class_first(tmp_path):
+    folder = write_run(tmp_path / "run")
+    change(folder / "eval/test/report.json", confusion_matrix=[[30, 10], [3, 37]])
+    assert statements(read_artefacts(folder))["failures"] == (
+        "test, most often: COVID answered as Normal 10 of 40; Normal answered as COVID 3 of 40."
+    )
+
+
+def test_the_best_epoch_by_loss_has_the_least(tmp_path):
+    folder = write_run(tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())["config"]
+    config["train"]["monitor"] = "val_loss"
+    change(folder / "config.json", config=config)
+    losses = {1: 0.9, 2: 0.7, 3: 0.8}
+    lines = [
+        {"step": e, "epoch": e, "split": "val", "loss": x, "accuracy": 0.5}
+        for e, x in losses.items()
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "best val_loss: 2 of 3 trained" in text_of(folder)
+
+
+def test_images_that_stopped_nothing_chose_nothing(tmp_path):
+    """Those of val, where the last epoch is scored and no patience ended the training."""
+    folder = write_run(tmp_path / "run")
+    shutil.copytree(folder / "eval/test", folder / "eval/val", dirs_exist_ok=True)
+    roles = {None: "neither trained nor chose", "val": "chose the epoch or setting"}
+    for stopped_on, said in roles.items():
+        change(folder / "eval/val/report.json", split="val", stopped_on=stopped_on)
+        rows = [line for line in text_of(folder).splitlines() if line.startswith("| val | 80 |")]
+        assert rows and all(said in row for row in rows)
+
+
+def test_corruptions_and_warnings_of_controls_are_told(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "robustness" / "test").mkdir(parents=True)
+    found = {"plain": {"accuracy": 0.9}, "mean_drop": 0.123, "corruptions": [{"name": "blur"}] * 12}
+    (folder / "robustness" / "test" / "robustness.json").write_text(json.dumps(found))
+    (folder / "controls" / "val").mkdir(parents=True, exist_ok=True)
+    mind = {"conditions": [], "text": [], "warning": "these images chose the epoch"}
+    (folder / "controls" / "val" / "controls.json").write_text(json.dumps(mind))
+    text = text_of(folder)
+    assert "90.0% of the images plain are right, 12.3 points fewer on average over 12 kinds" in text
+    assert "Shortcut controls (val): Mind: these images chose the epoch." in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS
 from covid_flax.data.pipeline import ArraySource
+from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.sampling import stratified_sample
@@ -112,6 +114,9 @@ def test_a_run_s_table_and_plot(tiny_config, tmp_path, monkeypatch, capsys):
     robustness(workdir, split="val", data_dir=str(other), limit=8)
     assert titles[1:] == [f"val images of run, in {other} (8 of them)"]
     assert f"replaces robustness.json of {Path(report['data_dir'])}" in capsys.readouterr().out
+    rows = [dataclasses.replace(r, group=r.label) for r in read_split_csv(workdir / "split.csv")]
+    write_split_csv(workdir / "split.csv", rows)
+    assert robustness(workdir, limit=8, output=tmp_path / "grouped")["clusters"] == 4
     with pytest.raises(UserError, match="the run has no test split"):
         robustness(workdir, split="test")
     shutil.rmtree(workdir / "checkpoints")

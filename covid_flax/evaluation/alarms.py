@@ -313,7 +313,7 @@ def class_never_predicted(matrix: Any, class_names: Sequence[str] = ()) -> Alarm
     }
     if not unseen:
         return None
-    listed = ", ".join(f"{name} ({n:,} images)" for name, n in unseen.items())
+    listed = ", ".join(f"{name} ({n:,} image{'s' * (n != 1)})" for name, n in unseen.items())
     level: Literal["alarm", "caution"] = (
         "alarm" if max(unseen.values()) >= _LEAST_IMAGES_TO_MISS else "caution"
     )

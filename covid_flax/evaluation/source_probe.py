@@ -25,7 +25,8 @@ def source_only(scored: _Known, others: _Known) -> dict[str, Any] | None:
     Args:
       scored: class and source ("" where unknown) of the images.
       others: of other images of the same data, from which each source's commonest class is
-        learned; where they name no source, it is learned from `scored` itself.
+        learned; where they name no source, it is learned from `scored` itself, of sources that
+        have two images or more there.
 
     Returns:
       `num_examples` (of known source), `num_sources`, `accuracy`, `majority` (of always answering
@@ -33,9 +34,12 @@ def source_only(scored: _Known, others: _Known) -> dict[str, Any] | None:
       source is known.
     """
     known = [(label, source) for label, source in scored if source]
+    elsewhere = [(label, source) for label, source in others if source]
+    if not elsewhere:  # of a single image, a source would tell that image's class
+        images = Counter(source for _, source in known)
+        known = [(label, source) for label, source in known if images[source] > 1]
     if not known:
         return None
-    elsewhere = [(label, source) for label, source in others if source]
     by_source: dict[str, Counter[str]] = defaultdict(Counter)
     for label, source in elsewhere or known:
         by_source[source][label] += 1

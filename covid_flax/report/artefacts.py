@@ -108,6 +108,13 @@ _CONTROLS: dict[str, Any] = {
         }
     ],
     "text": [str],
+    "warning": str,
+    "data_dir": str,
+}
+_CORRUPTIONS: dict[str, Any] = {
+    "plain!": {"accuracy!": float},
+    "mean_drop!": float,
+    "corruptions!": [{"name!": str}],
     "data_dir": str,
 }
 
@@ -139,6 +146,7 @@ class Artefacts:
       reports: eval/<name>/report.json by name.
       calibration: calibration.json, by the checkpoint's step.
       controls: controls/<name>/controls.json by name.
+      corruptions: robustness/<name>/robustness.json by name.
       baselines: baselines/<name>/eval/<split>/report.json by both names.
       checkpoints: whether there is a folder of them.
       named_alike: of an evaluation of all images of a folder, by its name, the share of files with
@@ -152,6 +160,7 @@ class Artefacts:
     reports: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     calibration: dict[str, Any] = dataclasses.field(default_factory=dict)
     controls: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    corruptions: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     baselines: dict[tuple[str, str], dict[str, Any]] = dataclasses.field(default_factory=dict)
     checkpoints: bool = False
     named_alike: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -241,6 +250,7 @@ def read_artefacts(workdir: Path) -> Artefacts:
     rows = read_split_csv(workdir / "split.csv") if (workdir / "split.csv").exists() else []
     reports = {name: _read_report(p) for name, p in by_name("eval/*/report.json", 1).items()}
     controls = by_name("controls/*/controls.json", 1)
+    corruptions = by_name("robustness/*/robustness.json", 1)
     baselines = by_name("baselines/*/eval/*/report.json", 1, 3)
     return Artefacts(
         name=workdir.resolve().name,
@@ -250,6 +260,7 @@ def read_artefacts(workdir: Path) -> Artefacts:
         reports=reports,
         calibration=read_object(workdir / "calibration.json", _CALIBRATION),
         controls={name: read_object(path, _CONTROLS) for name, path in controls.items()},
+        corruptions={name: read_object(path, _CORRUPTIONS) for name, path in corruptions.items()},
         baselines={names: _read_report(path) for names, path in baselines.items()},
         checkpoints=(workdir / "checkpoints").is_dir(),
         named_alike={

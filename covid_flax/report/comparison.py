@@ -34,7 +34,7 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
         "compare.html.j2",
         title=f"{first} and {names[1]}" if len(names) == 2 else f"{len(names)} runs compared",
         first=first,
-        best=max(runs, key=lambda run: run["figures"]["accuracy"]["value"])["name"],
+        best=_best(runs),
         images=comparison["num_examples"],
         split=comparison["split"],
         clusters=comparison["clusters"] if comparison["groups_known"] else None,
@@ -109,6 +109,12 @@ def _difference(figure: Mapping[str, Any], form: Any = _points) -> Markup:
 
 def _p(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _best(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Whose accuracy is greatest; all that tie."""
+    accuracy = {run["name"]: run["figures"]["accuracy"]["value"] for run in runs}
+    return ", ".join(name for name, a in accuracy.items() if a == max(accuracy.values()))
 
 
 def _verdict(entry: Mapping[str, Any]) -> dict[str, Any]:

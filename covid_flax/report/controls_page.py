@@ -136,7 +136,7 @@ def _offered(conditions: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _coarse(c: Mapping[str, Any]) -> str:
-    start = f"Of images of {c['title']}, where no finding can be seen, it classes {_score(c)}"
+    start = f"Of images of {c['title']}, where no fine detail is left, it classes {_score(c)}"
     if not c["above_chance"]:
         return f"{start}: not shown to be better than a fixed answer."
     return (
@@ -204,6 +204,10 @@ def _twins(pairs: Mapping[str, Any]) -> str:
     return f"{said}; they were not shown to be drawn towards any class."
 
 
+def _of_itself(alone: Mapping[str, Any]) -> bool:
+    return alone.get("learned_from") == "the same images"
+
+
 def _sources(sources: Mapping[str, Any]) -> list[str]:
     said = []
     alone = sources["alone"]
@@ -212,7 +216,8 @@ def _sources(sources: Mapping[str, Any]) -> list[str]:
             f"Knowing only the source of an image, as the data folder names it (perhaps only where "
             f"the copies were downloaded; here {alone['num_sources']:,}), gives "
             f"{_percent(alone['accuracy'])} accuracy (the commonest class "
-            f"{_percent(alone['majority'])})."
+            f"{_percent(alone['majority'])})"
+            + (", learned from these very images." if _of_itself(alone) else ".")
         )
     for label, probes in sources["within"].items():
         answers = probes["answers"]
@@ -417,7 +422,8 @@ def _probe_table(sources: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     scored, available = report["num_examples"], report["num_available"]
-    images = f"{scored:,} of the {report['split']} split of {report['data_dir']}"
+    of_split = "" if report["split"] == "all" else f"the {report['split']} split of "
+    images = f"{scored:,} of {of_split}{report['data_dir']}"
     if scored < available:
         images += f", drawn class by class from {available:,}"
     masks = report["masks"]

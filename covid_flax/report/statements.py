@@ -267,10 +267,13 @@ def _selection(a: Artefacts) -> str | None:
     monitor, lines = a.config("train", "monitor"), _epochs(a)
     if monitor and a.members:
         most = a.config("train", "epochs")
-        return f"In each run, the epoch with the best {monitor} of at most {most}."
+        return f"In each run, the epoch with the best {monitor}, of at most {most} epochs."
     if not monitor or not lines:
         return None
     best = _best_epoch(a)
+    which = at(a.reports.get(a.headline) or {}, "checkpoint", "which")
+    if which not in (None, "best"):
+        return f"Not by its score on the val images: the {checkpoint_of(a.reports[a.headline])}."
     return (
         f"The epoch with the best {monitor}: {best} of {max(line['epoch'] for line in lines)} "
         f"trained (at most {a.config('train', 'epochs')})."
@@ -374,7 +377,16 @@ def _robustness(a: Artefacts) -> str | None:
         for name, found in a.controls.items()
         if found.get("conditions")
     ]
-    return "Shortcut controls, accuracy: " + " ".join(said) if said else None
+    if said:
+        said.insert(0, "Shortcut controls, accuracy:")
+    for name, found in a.corruptions.items():
+        plain = at(found, "plain", "accuracy")
+        said.append(
+            f"Corruptions ({name}{a.of_folder(found)}): {plain:.1%} of the images plain are right, "
+            f"{100 * found['mean_drop']:.1f} points fewer on average over "
+            f"{len(found['corruptions'])} kinds at five strengths."
+        )
+    return " ".join(said) if said else None
 
 
 def _condition(condition: Mapping[str, Any]) -> str:
@@ -497,6 +509,8 @@ def _recalibration(a: Artefacts) -> str | None:
         # A whole's step is the sum of its members': no checkpoint's.
         of = "" if a.members else f"step {step}: "
         text = f"{of}temperature {found['temperature']:.3f} fitted on {found['split']}"
+        if _is_cross_validation(a):
+            text += ", to single runs' answers and not to their mean"
         ece = found.get("ece") or {}
         if "before" in ece and "after" in ece:
             text += f" (calibration error {ece['before']:.3f} before, {ece['after']:.3f} after)"
@@ -582,7 +596,7 @@ def limits(a: Artefacts) -> list[str]:
             )
     unsure = any(a.origin(name) == "unsure" for name in a.reports)
     if not a.external:
-        known = "that are known to be others" if unsure else "of another folder"
+        known = "that are known to be others" if unsure else "of another folder without the run's"
         said.append(
             f"No evaluation on images {known} is among the run's files: nothing is known of other "
             "hospitals."
@@ -613,7 +627,7 @@ def limits(a: Artefacts) -> list[str]:
         of = f"{name}{a.of_folder(found)}"
         said += [f"Shortcut controls ({of}): {text}" for text in sentences(found)]
     if not a.controls:
-        said.append("No shortcut controls were run.")
+        said.append("No shortcut controls are among the run's files.")
     if a.members:
         said.append(
             f"{len(a.members)} trainings, alike but for their "
@@ -636,7 +650,8 @@ def alarm_text(a: Artefacts, name: str) -> str | None:
 
 def sentences(controls: Mapping[str, Any]) -> list[str]:
     """What a controls.json says in words."""
-    return list(controls.get("text") or [])
+    warning = controls.get("warning")
+    return [*(controls.get("text") or ()), *([f"Mind: {warning.rstrip('.?')}."] if warning else ())]
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -54,7 +54,8 @@ def checkpoint_of(report: Mapping[str, Any]) -> str:
     which, step, runs = found.get("which"), found.get("step"), found.get("runs")
     if runs:
         steps = ", ".join(f"{name} step {step:,}" for name, step in runs.items())
-        return f"{which} checkpoints of {len(runs)} runs: {steps}"
+        kind = f"checkpoints of step {which}" if str(which).isdigit() else f"{which} checkpoints"
+        return f"{kind} of {len(runs)} runs: {steps}"
     known = f"{step:,}" if isinstance(step, int) else "not known"
     return (
         f"checkpoint of step {known}" if which == str(step) else f"{which} checkpoint, step {known}"

@@ -94,6 +94,10 @@ def test_copies_across_splits(folder):
     text = summary(result)
     assert "2 of 3 val images have one of their group in train; 1 images are in no split" in text
 
+    tested = [Row(r.file, r.label, "test" if r.split == "val" else r.split, "") for r in rows]
+    text = summary(run(folder, tested))
+    assert "2 of 3 test images have one of their group in train" in text
+
     apart = [Row(r.file, r.label, "train", "") for r in rows]
     assert run(folder, apart).shared() == {}
     assert "across splits: no group" in summary(run(folder, apart))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import skimage.exposure
 import skimage.filters
+from PIL import Image
 from scipy import ndimage
 
 from covid_flax.data.corruptions import CORRUPTIONS, STRENGTHS
@@ -83,3 +84,9 @@ def test_a_narrow_picture_keeps_its_height_and_repeats_its_edges(image):
     np.testing.assert_array_equal(narrow[:, 11:101], want)
     np.testing.assert_array_equal(narrow[:, :11], np.repeat(want[:, :1], 11, 1))
     np.testing.assert_array_equal(narrow[:, 101:], np.repeat(want[:, -1:], 11, 1))
+
+
+def test_a_black_border_frames_the_whole_picture(image):
+    want = Image.fromarray(image[..., 0]).resize((90, 90), Image.Resampling.BILINEAR)
+    got = change("black_border", image, 4)
+    np.testing.assert_array_equal(got[11:101, 11:101, 0], np.asarray(want))

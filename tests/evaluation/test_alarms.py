@@ -21,6 +21,7 @@ from covid_flax.evaluation.alarms import (
     count_sources,
     duplicate_leak,
     find_alarms,
+    group_leak,
     independence,
     kappa,
 )
@@ -465,3 +466,9 @@ def test_what_is_no_matrix_of_counts(matrix):
 def test_class_names_must_fit():
     with pytest.raises(ValueError, match="3 class names"):
         find_alarms(Evidence(np.eye(2), ("a", "b", "c")))
+
+
+def test_a_leak_s_share_is_of_images():
+    scored = [Row(f"{i}.png", "a", "test", "g" if i < 3 else "h") for i in range(4)]
+    alarm = group_leak([Row("t.png", "a", "train", "g")], scored)
+    assert alarm.figures["share"] == 0.75 and "(75.00 %)" in alarm.text

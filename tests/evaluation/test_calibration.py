@@ -5,12 +5,14 @@ import json
 import numpy as np
 import pytest
 
+from covid_flax.evaluation.assess import assess
 from covid_flax.evaluation.calibration import (
     abstain_threshold,
     fit_calibration,
     fit_temperature,
     temperature_scale,
 )
+from covid_flax.evaluation.predictions import Predictions
 
 special = pytest.importorskip("scipy.special")
 
@@ -123,3 +125,17 @@ def test_no_threshold_where_the_surest_image_is_wrong():
 def test_a_temperature_is_positive(temperature):
     with pytest.raises(ValueError, match="over 0"):
         temperature_scale(np.eye(2), temperature)
+
+
+def test_what_is_withheld_goes_by_the_scaled_probability():
+    labels, p, truth = _planted(3.0, n=500)
+    chosen = {
+        "split": "val",
+        "temperature": 3.0,
+        "abstain": {"target_accuracy": 0.9, "threshold": 0.6},
+    }
+    predictions = Predictions(tuple("abcd"), tuple(map(str, range(500))), labels, p)
+    got = assess(predictions, split="test", calibration=chosen)[0]["abstain"]
+    kept = truth.max(1) >= 0.6
+    assert got["coverage"] == kept.mean()
+    assert got["accuracy"] == (truth.argmax(1) == labels)[kept].mean()

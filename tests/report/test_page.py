@@ -330,9 +330,12 @@ def test_calibration_abstention_and_what_was_scored(tmp_path):
     assert "to which it was fitted" in fitted["calibration"]
     assert "on these very images" in fitted["pictures"]
     report["abstain"] = abstain | {"threshold": None, "coverage": None, "accuracy": None}
-    assert "No threshold reaches" in _read(_write(tmp_path, report, p, run))["pictures"]
+    assert (
+        "No threshold reached the accuracy asked for on these images"
+        in _read(_write(tmp_path, report, p, run))["pictures"]
+    )
     report["calibration"] = None
-    assert "No temperature was fitted" in _read(_write(tmp_path, report, p))["calibration"]
+    assert "No temperature fits these answers" in _read(_write(tmp_path, report, p))["calibration"]
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -419,3 +422,12 @@ def test_chromium_refuses_what_the_page_may_not_do(tmp_path, browser):
         assert len(seen.errors) >= 2
         assert seen.overflow > 300
         assert [image["width"] for image in seen.pictures] == [0]
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_the_matrix_s_table_has_true_rows(tmp_path):
+    p = _predictions()
+    text = _read(_write(tmp_path, _report(p), p))["pictures"]
+    for i, name in enumerate(NAMES):
+        row = np.bincount(p.predicted[p.labels == i], minlength=4)
+        assert f"{name} {' '.join(map(str, row))}" in text

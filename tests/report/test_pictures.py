@@ -166,3 +166,11 @@ def test_odd_names_stay_text_apart_and_drawable():
         if name in ("roc", "precision_recall", "decision", "confusion"):
             assert "$x^{2" in shown and "新冠" in shown
             assert "5. aaaa" in shown and "6. aaaa" in shown
+
+
+def test_each_picture_names_its_own_area():
+    p = _predictions()
+    report = classification_report(p.labels, p.probabilities, NAMES, resamples=0)
+    made = evaluation_pictures(report, p)
+    for key, area in (("roc", roc_auc_score), ("precision_recall", average_precision_score)):
+        assert f"COVID {area(p.labels == 0, p.probabilities[:, 0]):.3f}" in made[key]
