@@ -128,7 +128,8 @@ def baselines(
     refuse_folds(workdir, saved, "classical models")
     config = config_lib.from_json(saved["config"])
     if data_dir:  # the same images, elsewhere
-        saved = saved | {"data": saved["data"] | {"root": os.path.expanduser(data_dir)}}
+        there = {"root": os.path.expanduser(data_dir), "fingerprint": ""}
+        saved = saved | {"data": saved["data"] | there}
     data = open_data(workdir, saved)
     output = output or workdir / "baselines"
     make_output(output, data)

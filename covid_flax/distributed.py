@@ -286,11 +286,11 @@ def initialize() -> None:
             ) from e
     state = jax_distributed.global_state
     if state.num_processes > 1:
+        _watch = Watch(state.client, state.process_id, state.num_processes, values.peer_timeout)
         if jax.default_backend() == "gpu":
             # XLA shares the search for the fastest kernels among the processes: one that finds its
             # program compiled shares nothing, and another, which does not, would wait for it.
             jax.config.update("jax_enable_compilation_cache", False)
-        _watch = Watch(state.client, state.process_id, state.num_processes, values.peer_timeout)
 
 
 @contextlib.contextmanager

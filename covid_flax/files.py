@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -92,34 +92,46 @@ def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def written_together(folder: Path, last: str) -> Iterator[Path]:
-    """A folder to write in, whose files then become those of `folder`: all, or none.
+def written_together(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A folder to write in, whose files take the places of `folder`'s once all are written.
 
-    `last` is the last of them, and an old one is gone before the others come: where there is one,
-    what lies beside it is of the same writing.
+    The last of `names` is gone before the others come: where there is one, what lies beside it is
+    of the same writing.
+
+    Args:
+      folder: made if it is not there.
+      names: of the files, in the order in which they take their places; one that is not written
+        is removed from `folder` too.
 
     Raises:
       UserError: nothing can be written in `folder`.
     """
     make_writable(folder)
     part = part_of(folder / "files")
-    part.mkdir()
+    shutil.rmtree(part, ignore_errors=True)  # of a process of this number that was killed
     try:
+        part.mkdir()
         yield part
-        (folder / last).unlink(missing_ok=True)
-        for name in sorted(os.listdir(part), key=lambda name: (name == last, name)):
-            os.replace(part / name, folder / name)
+        (folder / names[-1]).unlink(missing_ok=True)
+        for name in names:
+            if (part / name).exists():
+                os.replace(part / name, folder / name)
+            else:
+                (folder / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def wait_for_lock(file: IO[str] | int) -> None:
+def wait_for_lock(file: IO[str] | int) -> bool:
     """Until no other process has the lock of an open file or folder.
 
-    Goes on without it where the file system has no locks, as Lustre and NFS may.
+    Goes on without it where the file system has no locks, as Lustre and NFS may: False then.
     """
-    with contextlib.suppress(OSError):
+    try:
         fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import importlib.metadata
 import os
 import platform
@@ -113,7 +114,8 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     a checkpoint must be of this configuration too.
 
     Raises:
-      UserError: nothing is written then but the folder's phantoms, where the data are those.
+      UserError: nothing is written then but the folder's phantoms, where the data are those; and
+        `config.json` and `split.csv`, where another process has other images or splits.
     """
     config_lib.check(config)
     _refuse_file(workdir)
@@ -582,11 +584,17 @@ def only_trainer(workdir: Path) -> Iterator[None]:
                 "--workdir"
             ) from None
         except OSError as e:  # a file system without locks, as Lustre and NFS may be
-            say(
-                f"note: {workdir} cannot be locked ({e.strerror}): nothing keeps a second process "
-                "from training there too"
-            )
+            _say_no_lock(workdir, e.strerror)
         yield
+
+
+@functools.cache
+def _say_no_lock(workdir: Path, why: str) -> None:
+    """Once."""
+    say(
+        f"note: {workdir} cannot be locked ({why}): nothing keeps a second process from training "
+        "there too"
+    )
 
 
 def refuse_changes(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -96,14 +97,21 @@ def open_data(
     if records is None:
         folder, records = _prepared(folder, config.data)
     unmoved = saved["data"]["root"] == str(Path(root).absolute())
-    if not elsewhere and unmoved:
-        its = folder.only({row.file for row in rows})
-        if its.fingerprint() != saved["data"].get("fingerprint"):
-            say(
-                f"note: the images in {root}, or the sources named for them, have changed since "
-                "the run began, by sizes and times: do they show the same pixels?"
-            )
+    before = saved["data"].get("fingerprint")
+    if not elsewhere and unmoved and before:
+        now = folder.only({row.file for row in rows}).fingerprint()
+        if now != before:
+            _say_changed(root, now)
     return Dataset(folder, records, rows, class_names, bad_images=records.bad)
+
+
+@functools.cache
+def _say_changed(root: str, fingerprint: str) -> None:
+    """Once for each `fingerprint`."""
+    say(
+        f"note: the images in {root}, or the sources named for them, have changed since the run "
+        "began, by sizes and times: do they show the same pixels?"
+    )
 
 
 def images_root(workdir: Path, saved: Mapping[str, Any]) -> Path:

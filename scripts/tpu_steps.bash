@@ -30,6 +30,8 @@ if [[ " ${steps[*]} " == *' run '* && $# -eq 0 ]]; then usage; fi
 where=("--zone=$zone")
 [ -z "$project" ] || where+=("--project=$project")
 tpu=(gcloud compute tpus tpu-vm)
+# Not the shell that waits for it, whose command line names it too.
+running='^[^ ]*python -m [c]ovid_flax.main'
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 run() {
@@ -65,13 +67,15 @@ tar xzf covid_flax.tar.gz && cd covid_flax && \$python -m venv .venv && \
       ;;
     run)
       # Apart from the connection, which may break: what it says goes to run.log, which is followed.
+      # gcloud then gives the command again, and a run that is still there is followed on.
       # Quoted once more, for the shell at the other end.
-      on_workers "cd covid_flax || exit; : >run.log; \
-nohup .venv/bin/python -m covid_flax.main$(printf ' %q' "$@") >run.log 2>&1 </dev/null & run=\$!; \
-tail -n +1 --pid=\$run -f run.log; wait \$run"
+      on_workers "cd covid_flax || exit; : >>run.log; from=1; run=\$(pgrep -o -f '$running'); \
+[ -n \"\$run\" ] || { from=\$((\$(wc -c <run.log) + 1)); \
+nohup .venv/bin/python -m covid_flax.main$(printf ' %q' "$@") >>run.log 2>&1 </dev/null & own=\$!; }; \
+tail -c +\$from --pid=\${run:-\$own} -f run.log; [ -n \"\$run\" ] || wait \$own"
       ;;
     stop) # it saves, and ends with status 143
-      on_workers "pkill -TERM -f 'python -m [c]ovid_flax.main'"
+      on_workers "pkill -TERM -f '$running'"
       ;;
     delete)
       run "${tpu[@]}" delete "$name" "${where[@]}" --quiet

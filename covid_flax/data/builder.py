@@ -186,6 +186,7 @@ def _write(folder: DataFolder, cache_dir: Path, place: Path, on_bad_image: str) 
                 bad = _check_images(folder, bar)
                 if bad and on_bad_image == "refuse":
                     raise _bad_images(folder, bad, place)
+                shutil.rmtree(partial, ignore_errors=True)  # a killed process's of this number
                 partial.mkdir()
                 _build(folder.without(bad), partial, bar)
                 bar.update(len(bad))

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from covid_flax.errors import UserError
-from covid_flax.files import expanded, wait_for_lock
+from covid_flax.files import expanded, part_of, wait_for_lock
 
 _CHUNK = 1 << 18
 _TIMEOUT_S = 30
@@ -214,7 +214,8 @@ def _fetch(file: Published, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f".{file.name}.lock", "w") as lock:
-            wait_for_lock(lock)  # another process may be at it: wait for its file
+            if not wait_for_lock(lock):  # another process may be at it: else wait for its file
+                part = part_of(final)
             if not final.exists():
                 _fetch_part(file, part, folder)
                 os.replace(part, final)

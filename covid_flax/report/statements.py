@@ -264,6 +264,9 @@ def _training(a: Artefacts) -> str | None:
 def _selection(a: Artefacts) -> str | None:
     if a.saved.get("candidates"):
         return f"Of {len(a.saved['candidates'])} settings, the most accurate on the val images."
+    report = a.reports.get(a.headline) or {}
+    if "stopped_on" in report and report["stopped_on"] is None:
+        return f"Not by their score on the val images: the {checkpoint_of(report)}."
     monitor, lines = a.config("train", "monitor"), _epochs(a)
     if monitor and a.members:
         most = a.config("train", "epochs")
@@ -271,9 +274,6 @@ def _selection(a: Artefacts) -> str | None:
     if not monitor or not lines:
         return None
     best = _best_epoch(a)
-    which = at(a.reports.get(a.headline) or {}, "checkpoint", "which")
-    if which not in (None, "best"):
-        return f"Not by its score on the val images: the {checkpoint_of(a.reports[a.headline])}."
     return (
         f"The epoch with the best {monitor}: {best} of {max(line['epoch'] for line in lines)} "
         f"trained (at most {a.config('train', 'epochs')})."
@@ -651,7 +651,9 @@ def alarm_text(a: Artefacts, name: str) -> str | None:
 def sentences(controls: Mapping[str, Any]) -> list[str]:
     """What a controls.json says in words."""
     warning = controls.get("warning")
-    return [*(controls.get("text") or ()), *([f"Mind: {warning.rstrip('.?')}."] if warning else ())]
+    if not warning:
+        return list(controls.get("text") or ())
+    return [*(controls.get("text") or ()), f"Mind: {warning}{'' if warning[-1] in '.?' else '.'}"]
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -11,6 +11,10 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.predictions import Predictions, predictions_csv
 from covid_flax.files import write_atomically, write_json, written_together
 
+# report.json last, so that a script that waits for it finds the others; predictions.csv before
+# groups.csv, which is an evaluation's where there is one.
+_FILES = ("predictions.csv", "groups.csv", "confusion_matrix.png", "report.html", "report.json")
+
 
 def write_evaluation(
     output: Path,
@@ -45,8 +49,7 @@ def write_evaluation(
     n = report["num_examples"]
     if len(predictions.files) != n or list(predictions.class_names) != report["class_names"]:
         raise ValueError(f"{len(predictions.files)} predictions for a report on {n} images")
-    # report.json last, so that a script that waits for it finds the others.
-    with written_together(output, "report.json") as part:
+    with written_together(output, _FILES) as part:
         write_atomically(part / "predictions.csv", predictions_csv(predictions))
         if predictions.groups:
             listed = groups_csv(predictions.files, predictions.groups)
@@ -54,8 +57,6 @@ def write_evaluation(
         plot_confusion_matrix(report, part / "confusion_matrix.png", title)
         write_report_page(part / "report.html", report, predictions, title=title, run=run)
         write_json(part / "report.json", report)
-        if not predictions.groups:
-            (output / "groups.csv").unlink(missing_ok=True)  # of an earlier evaluation
 
 
 def refuse_foreign_files(output: Path) -> None:

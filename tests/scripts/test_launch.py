@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -82,39 +83,69 @@ def test_the_commands_of_a_pod(call):
     assert "--worker=all" in stop and "-TERM" in stop[-1]
 
 
+def _host(tmp_path, run, program, running=""):
+    """A stand-in for the other host: how its shell is to be given the command of `run`."""
+    home, tools = tmp_path / "host", tmp_path / "tools"
+    python = home / "covid_flax" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    tools.mkdir()
+    for file, text in ((python, program), (tools / "pgrep", f"{running or 'exit 1'}\n")):
+        file.write_text(f"#!/bin/sh\n{text}")
+        file.chmod(0o755)
+    command = ["bash", "-c", run[-1].removeprefix("--command=")]
+    return command, {"cwd": home, "env": os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}}
+
+
 def test_what_the_host_s_shell_makes_of_a_run(call, tmp_path):
     """It takes the command apart again and runs nothing inside it; the status comes back."""
     (run,) = _printed(call("tpu_vm.sh", "--dry_run", *_TPU, "run", "--", *_TRAIN)[0])
-    python = tmp_path / "covid_flax" / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text('#!/bin/sh\nfor x; do echo "$x"; done\nsleep 0.2\necho end\nexit 143\n')
-    python.chmod(0o755)
-    command = run[-1].removeprefix("--command=")
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    program = 'for x; do echo "$x"; done\nsleep 0.2\necho end\nexit 143\n'
+    command, where = _host(tmp_path, run, program)
+    log = where["cwd"] / "covid_flax" / "run.log"
+    log.write_text("of an earlier run\n")
+    done = subprocess.run(command, **where, capture_output=True, text=True)
     assert done.returncode == 143
     assert done.stdout.splitlines() == ["-m", "covid_flax.main", *_TRAIN, "end"]
-    assert not (tmp_path / "covid_flax" / "x").exists()
+    assert log.read_text() == "of an earlier run\n" + done.stdout
+    assert not (where["cwd"] / "covid_flax" / "x").exists()
+
+
+def test_a_run_that_is_still_there_is_followed_on(call, tmp_path):
+    """As gcloud gives the command again where the connection broke."""
+    (run,) = _printed(call("tpu_vm.sh", "--dry_run", *_TPU, "run", "--", *_TRAIN)[0])
+    other = subprocess.Popen(["sleep", "0.5"])
+    command, where = _host(tmp_path, run, "touch started\n", f"echo {other.pid}")
+    log = where["cwd"] / "covid_flax" / "run.log"
+    log.write_text("step 1\n")
+    there = subprocess.Popen(command, **where, stdout=subprocess.PIPE)
+    other.wait()
+    assert there.communicate()[0] == b"step 1\n" and there.returncode == 0
+    assert not (where["cwd"] / "covid_flax" / "started").exists()
 
 
 def test_a_run_outlives_its_connection(call, tmp_path):
     (run,) = _printed(call("tpu_vm.sh", "--dry_run", *_TPU, "run", "--", *_TRAIN)[0])
-    python = tmp_path / "covid_flax" / ".venv" / "bin" / "python"
-    python.parent.mkdir(parents=True)
-    python.write_text("#!/bin/sh\necho begin\nsleep 1\necho more\ntouch finished\n")
-    python.chmod(0o755)
-    command = run[-1].removeprefix("--command=")
-    there = subprocess.Popen(
-        ["bash", "-c", command], cwd=tmp_path, stdout=subprocess.PIPE, start_new_session=True
-    )
+    program = "echo begin\nsleep 1\necho more\ntouch finished\n"
+    command, where = _host(tmp_path, run, program)
+    there = subprocess.Popen(command, **where, stdout=subprocess.PIPE, start_new_session=True)
     assert there.stdout.readline() == b"begin\n"
     there.stdout.close()
     os.kill(there.pid, signal.SIGHUP)
     there.wait()
+    folder = where["cwd"] / "covid_flax"
     for _ in range(100):
-        if (tmp_path / "covid_flax" / "finished").exists():
+        if (folder / "finished").exists():
             break
         time.sleep(0.1)
-    assert (tmp_path / "covid_flax" / "run.log").read_text() == "begin\nmore\n"
+    assert (folder / "run.log").read_text() == "begin\nmore\n"
+
+
+def test_what_ends_a_run_is_not_the_shell_that_waits_for_it(call, tmp_path):
+    (stop,) = _printed(call("tpu_vm.sh", "--dry_run", *_TPU, "stop")[0])
+    (run,) = _printed(call("tpu_vm.sh", "--dry_run", *_TPU, "run", "--", *_TRAIN)[0])
+    pattern = shlex.split(stop[-1])[-1]
+    assert re.search(pattern, ".venv/bin/python -m covid_flax.main --config=x")
+    assert not re.search(pattern, f"bash -c {run[-1].removeprefix('--command=')}")
 
 
 def test_a_vm_is_one_worker(call):
