@@ -384,9 +384,14 @@ def main() -> None:
                 continue
             speeds[name] = []
         for _ in range(args.rounds):
-            for name in speeds:
-                seconds = turn(processes[name], args.steps)
-                speeds[name].append(args.batch * args.steps / seconds)
+            for name in list(speeds):
+                try:
+                    seconds = turn(processes[name], args.steps)
+                except (RuntimeError, BrokenPipeError):
+                    print(f"{name}: left out, it ended early")
+                    del speeds[name]
+                else:
+                    speeds[name].append(args.batch * args.steps / seconds)
     finally:
         for process in processes.values():
             process.kill()

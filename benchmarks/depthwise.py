@@ -27,17 +27,19 @@ def jax_calls(how: str, batch: int, side: int, channels: int, size: int) -> dict
     import jax
     import jax.numpy as jnp
 
+    from covid_flax.compiler.xla import compiler_options
     from covid_flax.models import depthwise
 
     conv = depthwise.depthwise_conv2d if how == "covid_flax" else depthwise._forward_xla
     x = jax.random.normal(jax.random.key(0), (batch, side, side, channels))
     kernel = jax.random.normal(jax.random.key(1), (size, size, channels, 1))
-    forward = jax.jit(lambda x, k: conv(x, k, 1))
+    options = compiler_options()  # those of training
+    forward = jax.jit(lambda x, k: conv(x, k, 1), compiler_options=options)
 
     def loss(x, k):
         return jnp.sum(conv(x, k, 1) ** 2)
 
-    both = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    both = jax.jit(jax.value_and_grad(loss, (0, 1)), compiler_options=options)
     return {
         "forward": lambda: jax.block_until_ready(forward(x, kernel)),
         "gradients": lambda: jax.block_until_ready(both(x, kernel)),

@@ -79,7 +79,11 @@ def main() -> None:
     with open(args.run / "split.csv", newline="") as f:
         splits = [row["split"] for row in csv.DictReader(f)]
     train, val = (-(-splits.count(s) // 32) for s in ("train", "val"))
-    ours = (args.run / "curves.png").stat().st_mtime - (args.run / "config.json").stat().st_mtime
+    # The last line of the figures: a command that is given again draws the curves anew.
+    begun, ended = ((args.run / f).stat().st_mtime for f in ("config.json", "metrics.jsonl"))
+    ours = ended - begun
+    if ours <= 0:
+        parser.error(f"--run={args.run}: its files have no times of their own: no copy, please")
     print(f"covid_flax: {epochs} epochs of {len(splits):,} images in {ours:,.0f} s")
     for backend, python in (("jax", sys.executable), ("tensorflow", args.tensorflow_python)):
         if python is None:

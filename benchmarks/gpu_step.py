@@ -18,6 +18,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -250,6 +251,7 @@ def parity(args: argparse.Namespace) -> dict[str, Any]:
 def training(args: argparse.Namespace, size: int, directory: Path, env: dict[str, str]) -> float:
     """Images a second of the last of three epochs of `covid_flax.main`."""
     workdir = directory / f"run-{size}"
+    shutil.rmtree(workdir, ignore_errors=True)  # an earlier measurement's
     data = args.data_dir or str(directory / "phantoms")
     command = [sys.executable, "-m", "covid_flax.main", "--config=configs/paper.py"]
     command += [f"--workdir={workdir}", f"--config.data.dir={data}"]

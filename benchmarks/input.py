@@ -258,8 +258,8 @@ def sample(root: Path, count: int, into: Path) -> None:
     folder = open_folder(str(root))
     files = list(folder.files)
     random.Random(0).shuffle(files)
-    for f in files[: count or None]:
-        link = into / f.label / Path(f.file).name
+    for i, f in enumerate(files[: count or None]):
+        link = into / f.label / f"{i}-{Path(f.file).name}"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to((root / f.file).resolve())
 

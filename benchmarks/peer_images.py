@@ -26,6 +26,11 @@ def read_images(run: Path, side: int) -> tuple[dict[str, tuple[np.ndarray, np.nd
     }, names
 
 
+def side_of(run: Path) -> int:
+    """Of the images that the run's network sees, pixels."""
+    return int(json.loads((run / "config.json").read_text())["config"]["data"]["image_size"])
+
+
 def read_twins(run: Path, pairs: Path, side: int) -> np.ndarray:
     """Of the run's images outside the training part, those that `pairs` has under their names.
 
@@ -37,7 +42,10 @@ def read_twins(run: Path, pairs: Path, side: int) -> np.ndarray:
         for row in _rows(run)
         if row["split"] != "train"
     ]
-    return np.stack([_read(path, side) for path in paths if path.exists()])
+    there = [path for path in paths if path.exists()]
+    if not there:
+        raise SystemExit(f"{pairs} has none of the run's images as <Class>/images/<name>")
+    return np.stack([_read(path, side) for path in there])
 
 
 def read_folder(folder: Path, side: int) -> tuple[np.ndarray, list[str], list[str]]:

@@ -32,7 +32,13 @@ import keras
 import numpy as np
 from keras import layers
 from keras.src.applications import efficientnet
-from peer_images import labelled_files, read_images, read_twins, write_predictions
+from peer_images import (
+    labelled_files,
+    read_images,
+    read_twins,
+    side_of,
+    write_predictions,
+)
 
 
 def lite0(side: int, classes: int, weights: Path) -> tuple[keras.Model, keras.Model]:
@@ -130,13 +136,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=45.0, help="stop after the epoch by then")
-    parser.add_argument("--side", type=int, default=112)
+    parser.add_argument("--side", type=int, default=0, help="pixels; 0: the run's")
     parser.add_argument("--no_recalibrate", action="store_true", help="batch statistics as `fit`")
     parser.add_argument("--pairs", type=Path, help="folder of twins, <Class>/images/<name>")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     keras.utils.set_random_seed(args.seed)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.side = args.side or side_of(args.run)
     arrays, names = read_images(args.run, args.side)
+    twins = read_twins(args.run, args.pairs, args.side)[..., None] if args.pairs else None
     splits = {name: (x[..., None], y) for name, (x, y) in arrays.items()}
     eye = np.eye(len(names), dtype=np.float32)
     images, labels = splits["train"]
@@ -185,8 +194,7 @@ def main() -> None:
             answers /= answers.sum(1, keepdims=True)
             path = args.output.with_name(f"{args.output.stem}-{split}.csv")
             write_predictions(path, *labelled_files(args.run, split), names, answers)
-    if args.pairs:
-        twins = read_twins(args.run, args.pairs, args.side)[..., None]
+    if twins is not None:
         answers = model.predict(twins, batch_size=64, verbose=0).argmax(1)
         counts = np.bincount(answers, minlength=len(names)).tolist()
         result["twins"] = dict(zip(names, counts, strict=True))

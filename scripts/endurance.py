@@ -90,11 +90,11 @@ def windows(samples: Sequence[Sample], key: str, of: Callable = min) -> list[flo
     return [float(of(samples[i][key] for i in part)) for part in parts]
 
 
-def _config(place: Path, network: str = "lenet5") -> Any:
+def _config(place: Path) -> Any:
     c = base.get_config()
     c.data.dir, c.data.cache_dir = str(place / "images"), str(place / "cache")
     c.data.image_size, c.data.split, c.data.num_threads = 32, "paper-random", 2
-    c.model.name, c.model.weights = network, "none"
+    c.model.name, c.model.weights = "lenet5", "none"
     c.train.patience = 0
     c.train.feature_cache_gb = c.train.feature_disk_gb = 0.0
     c.optimizer.learning_rate = 1e-3
@@ -354,11 +354,12 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.place) as directory:
         result = {"steps": steps, "images": images, "runs": runs}[args.mode](args, Path(directory))
+    holds = _print(result)
     if args.json:
         write_atomically(args.json, (json.dumps(result) + "\n").encode())
     if args.plot and result["samples"]:
         _plot(result["samples"], args.plot)
-    sys.exit(0 if _print(result) else 1)
+    sys.exit(0 if holds else 1)
 
 
 if __name__ == "__main__":

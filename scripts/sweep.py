@@ -43,11 +43,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from covid_flax import config as config_lib
-from covid_flax.command import run_command
+from covid_flax.command import no_such_config, run_command
 from covid_flax.console import duration, say
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
-from covid_flax.evaluation.intervals import LEVEL, student_interval
+from covid_flax.evaluation import members
+from covid_flax.evaluation.intervals import LEVEL
 from covid_flax.files import expanded, write_atomically, write_json
 from covid_flax.run import WITHOUT_EFFECT, only_trainer
 from ml_collections_configs import base
@@ -437,7 +438,16 @@ def run_trial(
     said = log.read_bytes()[start:].decode(errors="replace").splitlines()
     said = [line.strip() for line in said if line.strip()]
     errors = [line.removeprefix("error: ") for line in said if line.startswith("error: ")]
+    if process.returncode < 0 and not errors:
+        return "failed", f"ended by signal {-process.returncode} (9 where memory ran out)"
     return "failed", (errors or said or [f"exit status {process.returncode}"])[-1]
+
+
+def _cut_half_a_line(journal: Path) -> None:
+    """What a full disk left of a line would spoil the next one, which Optuna writes behind it."""
+    if journal.exists():
+        with open(journal, "rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -621,10 +631,12 @@ class _Halving:
         from optuna.storages.journal import JournalFileBackend
 
         optuna, plan = self._optuna, self._plan
+        journal = self._workdir / "halving.journal"
+        _cut_half_a_line(journal)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         first = max(1, plan.config.train.epochs // _REDUCTION**2)
         self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(self._workdir / "halving.journal"))),
+            storage=JournalStorage(JournalFileBackend(str(journal))),
             study_name="sweep",
             load_if_exists=True,
             direction="minimize" if plan.monitor == "val_loss" else "maximize",
@@ -682,10 +694,17 @@ class _Halving:
 # ---- what it writes -----------------------------------------------------------------------------
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, list[float] | None]:
-    """The mean and its 95 % t-interval; None for that where the values have no spread."""
-    spread = len(set(values)) > 1
-    return statistics.fmean(values), student_interval(values) if spread else None
+def mean_interval(
+    values: Sequence[float], *, share: bool = False
+) -> tuple[float, list[float] | None]:
+    """The mean and its 95 % t-interval; None for that where the values have no spread.
+
+    That of a `share` ends at 0 and 1.
+    """
+    if len(set(values)) < 2:
+        return statistics.fmean(values), None
+    found = members.mean_interval(values, share=share)
+    return found["mean"], found["interval"]
 
 
 def rank(trials: Sequence[Mapping[str, Any]], monitor: str) -> list[dict[str, Any]]:
@@ -696,18 +715,19 @@ def rank(trials: Sequence[Mapping[str, Any]], monitor: str) -> list[dict[str, An
     ranked = []
     groups = itertools.groupby(sorted(trials, key=lambda t: t["setting"]), lambda t: t["setting"])
     for setting, group in groups:
-        members = list(group)
-        values = [m[monitor] for m in members if m["state"] != "failed"]
-        mean, interval = mean_interval(values) if values else (None, None)
-        states = [m["state"] for m in members]
+        of_setting = list(group)
+        values = [m[monitor] for m in of_setting if m["state"] != "failed"]
+        share = monitor == "val_accuracy"
+        mean, interval = mean_interval(values, share=share) if values else (None, None)
+        states = [m["state"] for m in of_setting]
         state = next((s for s in ("failed", "pruned") if s in states), "complete")
         ranked.append(
             {
                 "setting": setting,
-                "settings": members[0]["settings"],
+                "settings": of_setting[0]["settings"],
                 "state": state,
-                "seeds": [m["seed"] for m in members if m["state"] != "failed"],
-                "failed_seeds": [m["seed"] for m in members if m["state"] == "failed"],
+                "seeds": [m["seed"] for m in of_setting if m["state"] != "failed"],
+                "failed_seeds": [m["seed"] for m in of_setting if m["state"] == "failed"],
                 "values": values,
                 "mean": mean,
                 "interval": interval,
@@ -822,7 +842,7 @@ def _main() -> None:
     given = flags.FLAGS
     name = config_flags.get_config_filename(given["config"])
     if not Path(name.partition(":")[0]).is_file():
-        raise UserError(f"--config={name}: no such file; configs/ has paper.py, quickstart.py, ...")
+        raise UserError(no_such_config(name))
     if not given.workdir:
         raise UserError("give --workdir=DIR, a folder for the sweep")
     config_lib.check_keys(given.config, name)

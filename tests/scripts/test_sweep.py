@@ -468,3 +468,16 @@ def test_a_sweep_goes_on_where_its_trials_could(tmp_path):
         opened(sets[::-1], dir="here")
     with pytest.raises(UserError, match=r"another sweep .*image_size was 128, now 64"):
         opened(sets, dir="here", image_size=64)
+
+
+def test_shares_end_at_one():
+    mean, interval = sweep.mean_interval([0.95, 0.99], share=True)
+    assert mean == pytest.approx(0.97) and interval[1] == 1.0 and 0 < interval[0] < 0.95
+
+
+def test_half_a_line_of_the_journal_is_cut(tmp_path):
+    journal = tmp_path / "halving.journal"
+    sweep._cut_half_a_line(journal)  # none yet
+    journal.write_bytes(b'{"op_code": 0}\n{"op_co')
+    sweep._cut_half_a_line(journal)
+    assert journal.read_bytes() == b'{"op_code": 0}\n'
