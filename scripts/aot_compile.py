@@ -58,6 +58,7 @@ def _main() -> None:
             f"the step does not compile for {_TOPOLOGY.value} ({str(e).splitlines()[0]}): if it "
             "does not fit, lower train.batch_size or set train.micro_batch"
         ) from e
+    of_program = costs["per_device_batch"]
     if config.train.micro_batch:
         say("and once more without micro-batches, for what a step costs in all")
         config.train.micro_batch = 0
@@ -69,7 +70,7 @@ def _main() -> None:
     figures |= costs
     _print(figures)
     if _SHOW.value:
-        _print_largest(compiled.as_text() or "", figures["per_device_batch"], _SHOW.value)
+        _print_largest(compiled.as_text() or "", of_program, _SHOW.value)
     if _HLO.value:
         write_atomically(Path(_HLO.value), (compiled.as_text() or "").encode())
     if _OUTPUT.value:
@@ -84,7 +85,7 @@ def _compile(config: Any, mesh: Any) -> tuple[Any, float, dict[str, Any]]:
     compiled = lowered.compile()
     seconds = time.perf_counter() - start
     generation = _TOPOLOGY.value.partition(":")[0]
-    batch = config.train.batch_size
+    batch = config.train.micro_batch or config.train.batch_size  # a loop's body is counted once
     return compiled, seconds, aot.cost(compiled, lowered, batch, mesh.size, generation)
 
 
