@@ -88,9 +88,7 @@ def cached_sources(
             params,
             batch_stats,
             run.data.source(split, config.data),
-            batch_size=config.eval.batch_size,
-            num_threads=config.data.num_threads,
-            prefetch=config.data.prefetch,
+            config,
             description=f"frozen stages, {split}",
             allocate=np.empty if in_memory else partial(_on_disk, run.workdir),
         )

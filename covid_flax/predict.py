@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 from tqdm import tqdm
 
@@ -32,10 +33,8 @@ def predict(
     params: Any,
     batch_stats: Any,
     source: Source,
+    config: ml_collections.ConfigDict,
     *,
-    batch_size: int,
-    num_threads: int,
-    prefetch: int,
     description: str = "",
     allocate: Callable[..., np.ndarray] = np.empty,
 ) -> np.ndarray:
@@ -45,9 +44,8 @@ def predict(
       apply: from `compile_apply`.
       params, batch_stats: the network's arrays.
       source: the examples.
-      batch_size: over all devices; no more than there are examples, and a multiple of the
-        number of devices.
-      num_threads, prefetch: of the input pipeline.
+      config: says the batch's size over all devices (`eval.batch_size`, made a multiple of their
+        number), and `data.num_threads` and `data.prefetch`.
       description: shows a progress bar by this name; none where empty.
       allocate: `(shape, dtype)` to the array that takes the output.
 
@@ -55,12 +53,12 @@ def predict(
       RuntimeError: an example was not seen exactly once.
     """
     mesh = make_mesh()
-    batch_size = -(-min(batch_size, len(source)) // mesh.size) * mesh.size
+    batch_size = -(-min(config.eval.batch_size, len(source)) // mesh.size) * mesh.size
     batches = eval_batches(
         source,
         batch_size=batch_size,
-        num_threads=num_threads,
-        prefetch=prefetch,
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -350,15 +350,7 @@ def _make_validation(run: Run, job: Job) -> Callable[[TrainState], tuple[float, 
 
     def validate(state: TrainState) -> tuple[float, float]:
         params, batch_stats = state.for_evaluation()
-        logits = predict(
-            apply,
-            params,
-            batch_stats,
-            job.val_source,
-            batch_size=config.eval.batch_size,
-            num_threads=config.data.num_threads,
-            prefetch=config.data.prefetch,
-        )
+        logits = predict(apply, params, batch_stats, job.val_source, config)
         return mean_loss(logits, labels), float(np.mean(logits.argmax(-1) == labels))
 
     return validate

@@ -71,9 +71,7 @@ class TrainedRun:
             self._params,
             self._batch_stats,
             source,
-            batch_size=self.config.eval.batch_size,
-            num_threads=self.config.data.num_threads,
-            prefetch=self.config.data.prefetch,
+            self.config,
             description=description,
         )
         if not np.isfinite(logits).all():

@@ -6,7 +6,15 @@ import pytest
 
 from covid_flax import predict as predict_lib
 from covid_flax.data.pipeline import ArraySource, eval_batches
-from covid_flax.predict import compile_apply, log_softmax, mean_loss, predict
+from covid_flax.evaluation.metrics import log_softmax
+from covid_flax.predict import compile_apply, mean_loss, predict
+from ml_collections_configs import base
+
+
+def _config(batch_size):
+    config = base.get_config()
+    config.eval.batch_size = batch_size
+    return config
 
 
 def _apply():
@@ -20,7 +28,7 @@ def test_outputs_come_in_order(n, batch):
     rng = np.random.default_rng(0)
     images = rng.normal(size=(n, 5)).astype(np.float32)
     source = ArraySource(images, np.zeros(n, np.int32))
-    out = predict(_apply(), 2.0, 7.0, source, batch_size=batch, num_threads=2, prefetch=2)
+    out = predict(_apply(), 2.0, 7.0, source, _config(batch))
     np.testing.assert_allclose(out[:, 0], 2 * images.sum(1), rtol=1e-5)
     np.testing.assert_array_equal(out[:, 1], 7)
 
@@ -38,7 +46,7 @@ def test_a_lost_or_doubled_example_is_an_error(fault, monkeypatch):
     monkeypatch.setattr(predict_lib, "eval_batches", faulty)
     source = ArraySource(np.ones((9, 5), np.float32), np.zeros(9, np.int32))
     with pytest.raises(RuntimeError, match="of 9 examples"):
-        predict(_apply(), 1.0, 0.0, source, batch_size=4, num_threads=0, prefetch=1)
+        predict(_apply(), 1.0, 0.0, source, _config(4))
 
 
 def test_loss_of_extreme_logits_is_finite_and_exact():

@@ -213,13 +213,12 @@ def eval_batches(
     """Every example once, in order, in batches of one size.
 
     The last batch is filled up with zeros whose `mask` is False; `index` is the
-    example's place in the source.
+    example's place in the source. Of a batch, which must divide among them, a process has every
+    `process_count`-th example.
     """
-    total = -(-len(source) // batch_size) * batch_size
-    size = batch_size // process_count
 
     def build(k: int) -> Batch:
-        index = _share(k, size, total, process_index, process_count)
+        index = np.arange(k * batch_size + process_index, (k + 1) * batch_size, process_count)
         mask = index < len(source)
         real = int(mask.sum())  # they come first
         # At least one, for its shape.
@@ -230,24 +229,13 @@ def eval_batches(
 
     if isinstance(source, Gatherable):
         num_threads, prefetch = min(1, num_threads), 2
-    count = _share_count(size, total, process_index, process_count)
-    ds = grain.MapDataset.range(count).map(build)
+    ds = grain.MapDataset.range(-(-len(source) // batch_size)).map(build)
     return iter(ds.to_iter_dataset(_read_options(num_threads, prefetch)))
 
 
 def _read_options(num_threads: int, prefetch: int) -> grain.ReadOptions:
     # Each thread makes one batch at a time: of more threads than batches some would idle.
     return grain.ReadOptions(num_threads, max(prefetch, num_threads))
-
-
-def _share(k: int, size: int, total: int, process_index: int, process_count: int) -> np.ndarray:
-    """A process's share of batch `k`: every `process_count`-th of `total` examples in turn."""
-    start = process_index + k * size * process_count
-    return np.arange(start, min(start + size * process_count, total), process_count)
-
-
-def _share_count(size: int, total: int, process_index: int, process_count: int) -> int:
-    return -(-len(range(process_index, total, process_count)) // size)
 
 
 def _order(

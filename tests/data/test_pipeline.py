@@ -281,7 +281,7 @@ def test_a_batch_is_no_view_of_the_source():
     assert source.images.min() == 0
 
 
-@pytest.mark.parametrize(("n", "batch", "count"), [(10, 4, 1), (8, 4, 2), (1, 8, 2), (11, 5, 2)])
+@pytest.mark.parametrize(("n", "batch", "count"), [(10, 4, 1), (8, 4, 2), (1, 8, 2), (11, 6, 2)])
 def test_evaluation_is_the_same_from_every_source(n, batch, count):
     for index in range(count):
         where = {"process_index": index, "process_count": count}
