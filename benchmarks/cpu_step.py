@@ -112,7 +112,7 @@ def covid_flax_inference(network: str, images: np.ndarray) -> Callable[[], float
     """A function that computes the logits and returns the first."""
     from covid_flax.mesh import make_mesh, put_batch
     from covid_flax.models import create_model
-    from covid_flax.predict import compile_apply
+    from covid_flax.outputs import compile_apply
     from covid_flax.step import make_eval_step
 
     graphdef, params, batch_stats = create_model(covid_flax_model(network), CLASSES, seed=0)

@@ -90,7 +90,7 @@ def evaluate(
     if data is None:
         data = open_data(workdir, saved, split, data_dir, class_map)
     run = open_run(workdir, checkpoint, data_dir)
-    calibration = _calibration(run, saved, checkpoint, split, calibrated)
+    calibration = stored_calibration(run, saved, checkpoint, split, calibrated)
     output = output or workdir / "eval" / split
     make_output(output, data)
     refuse_foreign_files(output)
@@ -162,7 +162,7 @@ def evaluate(
     return report
 
 
-def _calibration(
+def stored_calibration(
     run: TrainedRun | Ensemble, saved: Mapping[str, Any], checkpoint: str, split: str, asked: bool
 ) -> dict[str, Any] | None:
     """What was fitted of that checkpoint's answers; None where nothing was, or it does not fit.

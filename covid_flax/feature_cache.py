@@ -15,7 +15,7 @@ from covid_flax.augment import Augment
 from covid_flax.console import say
 from covid_flax.data.pipeline import ArraySource
 from covid_flax.models import stage_before, trained_stages
-from covid_flax.predict import compile_apply, predict
+from covid_flax.outputs import compile_apply, predict
 from covid_flax.run import Run
 from covid_flax.step import make_eval_step
 

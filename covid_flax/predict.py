@@ -1,102 +1,188 @@
-"""Runs a whole source through a compiled function, each example exactly once."""
+"""A trained run's answers to images without labels.
+
+    python -m covid_flax.predict --workdir=RUN IMAGE_FOLDER_OR_ZIP ... [--output=answers.csv]
+
+Images are processed as those that the run was trained on. Nothing is scored, for nothing is known
+of them: with labels, `covid_flax.evaluate` says what the answers are worth.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import csv
+import dataclasses
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
-import jax
-import ml_collections
 import numpy as np
-from tqdm import tqdm
+from absl import flags
 
-from covid_flax.compiler.xla import compiler_options
-from covid_flax.data.pipeline import Source, eval_batches
-from covid_flax.errors import no_command
-from covid_flax.evaluation.metrics import log_softmax
-from covid_flax.mesh import make_mesh, put_batch, replicated
+from covid_flax.command import run_command
+from covid_flax.console import say
+from covid_flax.data.dataset import left_out
+from covid_flax.data.decode import FORMATS_BY_SUFFIX, is_image
+from covid_flax.data.file_tree import Disk, FileTree, join, open_tree
+from covid_flax.data.folder import walk
+from covid_flax.data.pipeline import Element, ImageSource
+from covid_flax.errors import UserError
+from covid_flax.evaluate import stored_calibration
+from covid_flax.evaluation.calibration import temperature_scale
+from covid_flax.files import expanded, make_writable, write_atomically
+from covid_flax.trained_run import open_run
 
 
-def compile_apply(step: Callable[..., Any]) -> Callable[..., Any]:
-    """Jits `step(params, batch_stats, images)`; its output comes back whole to every process."""
-    whole = replicated(make_mesh())
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a run says of some images.
 
-    def apply(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        output = step(params, batch_stats, batch["image"])
-        return {"output": output, "index": batch["index"], "mask": batch["mask"]}
+    Attributes:
+      class_names: K names.
+      files: N images, as the paths given lead to them.
+      probabilities: float64 `[N, K]`, rows sum to 1.
+      bad: images that cannot be read, which are not among `files`: the reason by name.
+    """
 
-    return jax.jit(apply, out_shardings=whole, compiler_options=compiler_options())
+    class_names: tuple[str, ...]
+    files: tuple[str, ...]
+    probabilities: np.ndarray
+    bad: dict[str, str]
 
 
 def predict(
-    apply: Callable[..., Any],
-    params: Any,
-    batch_stats: Any,
-    source: Source,
-    config: ml_collections.ConfigDict,
-    *,
-    description: str = "",
-    allocate: Callable[..., np.ndarray] = np.empty,
-) -> np.ndarray:
-    """The output for every example of `source`, in its order: `[N, ...]`.
+    workdir: Path, images: Sequence[str], *, checkpoint: str = "best", calibrated: bool = False
+) -> Answers:
+    """The answers of the run in `workdir` to images.
 
     Args:
-      apply: from `compile_apply`.
-      params, batch_stats: the network's arrays.
-      source: the examples.
-      config: says the batch's size over all devices (`eval.batch_size`, made a multiple of their
-        number), and `data.num_threads` and `data.prefetch`.
-      description: shows a progress bar by this name; none where empty.
-      allocate: `(shape, dtype)` to the array that takes the output.
+      workdir: the run's folder; of a repeated run, all its members answer together.
+      images: image files, folders of them at any depth, zips.
+      checkpoint: `best`, `latest` or a step.
+      calibrated: whether probabilities are scaled by the temperature fitted on the val images.
 
     Raises:
-      RuntimeError: an example was not seen exactly once.
+      UserError: no image there, none that can be read, no run or no temperature.
     """
-    mesh = make_mesh()
-    batch_size = -(-min(config.eval.batch_size, len(source)) // mesh.size) * mesh.size
-    batches = eval_batches(
-        source,
-        batch_size=batch_size,
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+    records = _Files(_found(images))
+    run = open_run(workdir, checkpoint)
+    calibration = stored_calibration(run, run.saved, checkpoint, "all", calibrated)
+    data = run.config.data
+    source = _Readable(
+        ImageSource(
+            records,
+            range(len(records.places)),
+            np.zeros(len(records.places), np.int32),
+            data.image_size,
+            data.interpolation,
+            data.intermediate_size,
+        )
     )
-    seen = np.zeros(len(source), np.int64)
-    outputs: np.ndarray | None = None
-
-    def collect(result: dict[str, jax.Array]) -> None:
-        nonlocal outputs
-        host = jax.device_get(result)
-        index = host["index"][host["mask"]]
-        if outputs is None:
-            outputs = allocate((len(source), *host["output"].shape[1:]), host["output"].dtype)
-        outputs[index] = host["output"][host["mask"]]
-        np.add.at(seen, index, 1)
-        bar.update(len(index))
-
-    pending: dict[str, jax.Array] | None = None
-    quiet = not description or jax.process_index() != 0
-    with tqdm(
-        total=len(source), desc=description, unit=" images", disable=quiet, leave=False
-    ) as bar:
-        for batch in batches:
-            inputs = {k: batch[k] for k in ("image", "index", "mask")}
-            result = apply(params, batch_stats, put_batch(inputs, mesh))
-            if pending is not None:  # fetched while the next batch computes
-                collect(pending)
-            pending = result
-        if pending is not None:
-            collect(pending)
-    if outputs is None or not np.all(seen == 1):
-        raise RuntimeError(f"evaluation did not see each of {len(source)} examples exactly once")
-    return outputs
+    probabilities = run.probabilities(source, "images")
+    names = [name for name, _, _ in records.places]
+    bad = {names[i]: source.bad[i] for i in sorted(source.bad)}
+    kept = [i for i in range(len(names)) if i not in source.bad]
+    if not kept:
+        raise UserError(f"no image can be read, first {next(iter(bad.values()))}")
+    probabilities = probabilities[kept]
+    if calibrated:
+        assert calibration is not None
+        probabilities = temperature_scale(probabilities, calibration["temperature"])
+    return Answers(run.class_names, tuple(names[i] for i in kept), probabilities, bad)
 
 
-def mean_loss(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Mean categorical cross-entropy over the examples, unweighted, unsmoothed."""
-    return float(-np.mean(log_softmax(logits)[np.arange(len(labels)), labels]))
+def answers_csv(answers: Answers) -> bytes:
+    """`file,predicted` and `p_<class>` for each class, with all digits (UTF-8)."""
+    buffer = io.StringIO(newline="")
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["file", "predicted", *(f"p_{name}" for name in answers.class_names)])
+    best = answers.probabilities.argmax(1).tolist()
+    for file, k, p in zip(answers.files, best, answers.probabilities.tolist(), strict=True):
+        writer.writerow([file, answers.class_names[k], *map(repr, p)])
+    return buffer.getvalue().encode("utf-8", "surrogateescape")
+
+
+def _found(images: Sequence[str]) -> list[tuple[str, FileTree, str]]:
+    """Of every image its name, and the tree and the path there by which it is read."""
+    found: list[tuple[str, FileTree, str]] = []
+    for given in images:
+        path = os.path.expanduser(given)
+        folder, name = os.path.split(path)
+        if os.path.isfile(path) and is_image(name):
+            found.append((path, Disk(folder or "."), name))
+            continue
+        if os.path.isfile(path) and not path.lower().endswith(".zip"):
+            raise UserError(f"{given} is not read: give {', '.join(FORMATS_BY_SUFFIX)}, or a zip")
+        tree = open_tree(path)
+        files = sorted(join(d, n) for d, n in walk(tree, "") if is_image(n))
+        if not files:
+            raise UserError(f"no image found in {given}: give {', '.join(FORMATS_BY_SUFFIX)}")
+        found += [(os.path.join(path, file), tree, file) for file in files]
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """The pipeline's records of files where they lie."""
+
+    places: Sequence[tuple[str, FileTree, str]]
+
+    def __getitem__(self, i: int) -> dict[str, object]:
+        name, tree, file = self.places[i]
+        return {"image": tree.read(file), "file": name}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Readable:
+    """A source with black in place of what cannot be read, which `bad` then names by number."""
+
+    source: ImageSource
+    bad: dict[int, str] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Element:
+        try:
+            return self.source[i]
+        except UserError as e:
+            self.bad[i] = str(e)
+            side = self.source.image_size
+            return {"image": np.zeros((side, side, 3), np.uint8), "label": np.int32(0)}
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "the run's folder", required=True)
+    flags.DEFINE_string("checkpoint", "best", "best, latest or a step")
+    flags.DEFINE_bool("calibrated", False, "scale probabilities by the temperature fitted on val")
+    flags.DEFINE_string("output", "answers.csv", "csv to write; one that is there is not replaced")
+
+
+def _main(arguments: list[str]) -> None:
+    f = flags.FLAGS
+    if not arguments:
+        raise UserError("give images: python -m covid_flax.predict --workdir=RUN FOLDER")
+    output = expanded(f.output)
+    if os.path.lexists(output):
+        raise UserError(f"{output} is there: remove it, or name another --output")
+    make_writable(output.parent)
+    answers = predict(
+        expanded(f.workdir), arguments, checkpoint=f.checkpoint, calibrated=f.calibrated
+    )
+    write_atomically(output, answers_csv(answers))
+    counts = np.bincount(answers.probabilities.argmax(1), minlength=len(answers.class_names))
+    listed = ", ".join(
+        f"{name} {n:,}" for name, n in zip(answers.class_names, counts.tolist(), strict=True)
+    )
+    say(f"{len(answers.files):,} images: {listed}")
+    if answers.bad:
+        say(f"note: {left_out(answers.bad)}")
+    say(
+        "note: an image of anything else gets one of these answers too; what they are worth on "
+        "such images is not known without labels"
+    )
+    say(f"written: {output}")
 
 
 if __name__ == "__main__":
-    no_command("predict", "python -m covid_flax.evaluate writes predictions.csv")
+    _define_flags()
+    run_command(_main, positional=True)

@@ -24,7 +24,7 @@ from covid_flax.host_memory import KeptMemory
 from covid_flax.job import Job, make_job, peak_rate
 from covid_flax.numerics import MOST_SKIPPED, all_finite, divergence, non_finite_error
 from covid_flax.optimizer import updates_made
-from covid_flax.predict import compile_apply, mean_loss, predict
+from covid_flax.outputs import compile_apply, mean_loss, predict
 from covid_flax.profile import Profile
 from covid_flax.recalibrate import do_not_fit, make_recalibration
 from covid_flax.recalibrate import is_due as recalibration_is_due

@@ -26,7 +26,7 @@ from covid_flax.mesh import make_layout
 from covid_flax.models import MODELS, create_model, trained_stages
 from covid_flax.models.preprocess import MODES
 from covid_flax.optimizer import make_optimizer
-from covid_flax.predict import compile_apply, predict
+from covid_flax.outputs import compile_apply, predict
 from covid_flax.recalibrate import is_due as recalibration_is_due
 from covid_flax.recalibrate import make_recalibration
 from covid_flax.run import saved_run

@@ -1,57 +1,123 @@
-"""Judge: NumPy. Every example once and in order, or an error."""
+"""Answers to images without labels are those that an evaluation gives to the same images."""
 
-import jax.numpy as jnp
+import csv
+import shutil
+import zipfile
+
+import forked
 import numpy as np
 import pytest
 
-from covid_flax import predict as predict_lib
-from covid_flax.data.pipeline import ArraySource, eval_batches
-from covid_flax.evaluation.metrics import log_softmax
-from covid_flax.predict import compile_apply, mean_loss, predict
-from ml_collections_configs import base
+from covid_flax import predict as predict_command
+from covid_flax.errors import UserError
+from covid_flax.evaluate import evaluate
+from covid_flax.predict import answers_csv, predict
+from covid_flax.run import setup
+from covid_flax.train import train
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
 
 
-def _config(batch_size):
-    config = base.get_config()
-    config.eval.batch_size = batch_size
-    return config
+@pytest.fixture(scope="module")
+def trained(make_tiny_config, tmp_path_factory):
+    config = make_tiny_config()
+    config.train.epochs = 1
+    workdir = tmp_path_factory.mktemp("predict") / "run"
+    train(setup(config, workdir))
+    evaluate(workdir)
+    return workdir
 
 
-def _apply():
-    return compile_apply(
-        lambda scale, stats, x: jnp.stack([x.sum(-1) * scale, stats + 0 * x[:, 0]], 1)
-    )
+def _evaluated(workdir, output, **how):
+    """Probabilities by file, as an evaluation of all images writes them."""
+    evaluate(workdir, split="all", output=output, **how)
+    with open(output / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [key for key in rows[0] if key.startswith("p_")]
+    return {row["file"]: [float(row[name]) for name in names] for row in rows}
 
 
-@pytest.mark.parametrize(("n", "batch"), [(10, 4), (8, 4), (3, 16), (1, 1)])
-def test_outputs_come_in_order(n, batch):
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=(n, 5)).astype(np.float32)
-    source = ArraySource(images, np.zeros(n, np.int32))
-    out = predict(_apply(), 2.0, 7.0, source, _config(batch))
-    np.testing.assert_allclose(out[:, 0], 2 * images.sum(1), rtol=1e-5)
-    np.testing.assert_array_equal(out[:, 1], 7)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_they_are_those_of_an_evaluation(trained, phantom_dir, tmp_path, calibrated):
+    answers = predict(trained, [str(phantom_dir)], calibrated=calibrated)
+    want = _evaluated(trained, tmp_path / "all", calibrated=calibrated)
+    assert len(answers.files) == len(want) == 80 and not answers.bad
+    for file, p in zip(answers.files, answers.probabilities, strict=True):
+        np.testing.assert_allclose(p, want[file.removeprefix(f"{phantom_dir}/")], atol=1e-6)
+    assert answers.class_names == ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia")
 
 
-@pytest.mark.parametrize("fault", ["lost", "double"])
-def test_a_lost_or_doubled_example_is_an_error(fault, monkeypatch):
-    def faulty(*args, **kwargs):
-        for i, batch in enumerate(eval_batches(*args, **kwargs)):
-            if fault == "lost" and i == 1:
-                batch["mask"][0] = False
-            if fault == "double" and i == 1:
-                batch["index"][0] = 0
-            yield batch
-
-    monkeypatch.setattr(predict_lib, "eval_batches", faulty)
-    source = ArraySource(np.ones((9, 5), np.float32), np.zeros(9, np.int32))
-    with pytest.raises(RuntimeError, match="of 9 examples"):
-        predict(_apply(), 1.0, 0.0, source, _config(4))
+def test_files_folders_and_zips(trained, phantom_dir, tmp_path):
+    covid = phantom_dir / "COVID" / "images"
+    one = sorted(covid.iterdir())[0]
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as z:
+        z.write(one, "deep/down/x.png")
+        z.writestr("notes.txt", "no image")
+    answers = predict(trained, [str(one), str(tmp_path / "more.zip"), str(covid)])
+    assert answers.files[:2] == (str(one), f"{tmp_path}/more.zip/deep/down/x.png")
+    assert answers.files[2:] == tuple(str(path) for path in sorted(covid.iterdir()))
+    np.testing.assert_allclose(answers.probabilities[1], answers.probabilities[0], atol=1e-6)
+    np.testing.assert_allclose(answers.probabilities[2], answers.probabilities[0], atol=1e-6)
 
 
-def test_loss_of_extreme_logits_is_finite_and_exact():
-    logits = np.array([[1000.0, 0, 0], [0, -1000.0, 0], [1, 2, 3]], np.float32)
-    expected = np.array([1000.0, np.log(2), 3 - 1 + np.log(1 + np.exp(-1) + np.exp(-2))])
-    labels = np.array([1, 2, 0])
-    np.testing.assert_allclose(mean_loss(logits, labels), expected.mean(), rtol=1e-12)
-    np.testing.assert_allclose(np.exp(log_softmax(logits)).sum(1), 1, rtol=1e-12)
+def test_what_cannot_be_read_is_left_out_and_named(trained, phantom_dir, tmp_path):
+    shutil.copytree(phantom_dir / "Normal" / "images", tmp_path / "images")
+    good = predict(trained, [str(tmp_path / "images")])
+    bad = tmp_path / "images" / "Normal-0.png"
+    bad.write_bytes(b"no image")
+    answers = predict(trained, [str(tmp_path / "images")])
+    assert list(answers.bad) == [str(bad)] and "Normal-0.png" in answers.bad[str(bad)]
+    assert answers.files == tuple(sorted(good.files))
+    np.testing.assert_allclose(answers.probabilities, good.probabilities, atol=1e-6)
+    with pytest.raises(UserError, match=r"no image can be read, first .*Normal-0\.png"):
+        predict(trained, [str(bad)])
+
+
+def test_what_is_asked_in_vain_is_refused(trained, tmp_path):
+    (tmp_path / "x.dcm").touch()
+    (tmp_path / "empty").mkdir()
+    for given, words in (
+        ("x.dcm", r"x\.dcm is not read: give \.png"),
+        ("empty", "no image found in .*empty"),
+        ("nothing", "nothing does not exist"),
+    ):
+        with pytest.raises(UserError, match=words):
+            predict(trained, [str(tmp_path / given)])
+
+
+def test_the_command_writes_a_table_and_replaces_none(trained, phantom_dir, tmp_path):
+    images = phantom_dir / "Normal" / "images"
+    given = (f"--workdir={trained}", str(images), "--output=answers.csv")
+    done = forked.command("covid_flax.predict", *given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "20 images: COVID " in done.stdout and "written: answers.csv" in done.stdout
+    answers = predict(trained, [str(images)])
+    written = (tmp_path / "answers.csv").read_bytes()
+    assert written == answers_csv(answers)
+    header, *rows = csv.reader(written.decode().splitlines())
+    assert header == ["file", "predicted", *(f"p_{name}" for name in answers.class_names)]
+    for row, p in zip(rows, answers.probabilities, strict=True):
+        assert row[1] == answers.class_names[p.argmax()]
+    again = forked.command("covid_flax.predict", *given, cwd=tmp_path)
+    assert again.returncode == 2 and "answers.csv is there" in again.stderr
+    assert (tmp_path / "answers.csv").read_bytes() == written
+    none = forked.command("covid_flax.predict", f"--workdir={trained}", cwd=tmp_path)
+    assert none.returncode == 2 and "give images: python -m covid_flax.predict" in none.stderr
+
+
+def test_every_flag_reaches_the_answers(trained, monkeypatch, tmp_path):
+    called = []
+
+    def answer(*args, **kwargs):
+        called.append((args, kwargs))
+        raise UserError("seen")
+
+    given = {"workdir": "run", "checkpoint": "latest", "calibrated": True}
+    flags = type("Flags", (), given | {"output": str(tmp_path / "a.csv")})
+    monkeypatch.setattr(predict_command.flags, "FLAGS", flags)
+    monkeypatch.setattr(predict_command, "predict", answer)
+    with pytest.raises(UserError, match="seen"):
+        predict_command._main(["x", "y"])
+    ((where, images), how) = called[0]
+    assert (str(where), images) == ("run", ["x", "y"])
+    assert how == {"checkpoint": "latest", "calibrated": True}

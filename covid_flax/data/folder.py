@@ -299,13 +299,14 @@ def _looks_like_dataset(tree: FileTree, folder: str) -> bool:
     return len(names) >= 2 and not has_images and "images" not in [n.lower() for n in names]
 
 
-def _walk(tree: FileTree, folder: str, depth: int = 0) -> Iterator[tuple[str, str]]:
+def walk(tree: FileTree, folder: str, depth: int = 0) -> Iterator[tuple[str, str]]:
+    """Folder and name of every file below `folder`, hidden folders and those of masks left out."""
     if depth > 32:
         raise UserError(f"{folder} is nested too deeply: does a link point to a folder above it?")
     for name in tree.children(folder)[1]:
         yield folder, name
     for name in _folders(tree, folder):
-        yield from _walk(tree, join(folder, name), depth + 1)
+        yield from walk(tree, join(folder, name), depth + 1)
 
 
 def _list_images(
@@ -319,7 +320,7 @@ def _list_images(
     images: dict[str, list[tuple[str, str]]] = {}
     ignored: dict[str, Counter[str]] = {}
     for label in names:
-        found = list(_walk(tree, join(dataset, label)))
+        found = list(walk(tree, join(dataset, label)))
         # Keras lists folder by folder, both sorted as strings.
         images[label] = sorted((d, n) for d, n in found if is_image(n))
         ignored[label] = Counter(_kind(n) for _, n in found if not is_image(n))
@@ -365,7 +366,7 @@ def _masks(tree: FileTree, dataset: str) -> tuple[str, ...]:
         name
         for name in sorted(names)
         if name.lower().endswith("masks") and _SKIPPED_FOLDER.fullmatch(name)
-        if any(is_image(n) for _, n in _walk(tree, join(dataset, name)))
+        if any(is_image(n) for _, n in walk(tree, join(dataset, name)))
     )
 
 
