@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
                 "-m covid_flax.model_card",
                 "-m covid_flax.models",
                 "-m covid_flax.paper_audit",
+                "-m covid_flax.predict",
                 "-m covid_flax.robustness",
                 "scripts/convert_weights.py",
                 "scripts/outside_images.py",
