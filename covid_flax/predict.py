@@ -20,15 +20,16 @@ from absl import flags
 
 from covid_flax.command import run_command
 from covid_flax.console import say
-from covid_flax.data.dataset import left_out
 from covid_flax.data.decode import FORMATS_BY_SUFFIX, is_image
 from covid_flax.data.file_tree import Disk, FileTree, join, open_tree
-from covid_flax.data.folder import walk
+from covid_flax.data.folder import refuse_inside, walk
 from covid_flax.data.pipeline import Element, ImageSource
 from covid_flax.errors import UserError
 from covid_flax.evaluate import stored_calibration
 from covid_flax.evaluation.calibration import temperature_scale
 from covid_flax.files import expanded, make_writable, write_atomically
+from covid_flax.run import saved_run
+from covid_flax.run_images import images_root
 from covid_flax.trained_run import open_run
 
 
@@ -56,7 +57,7 @@ def predict(
 
     Args:
       workdir: the run's folder; of a repeated run, all its members answer together.
-      images: image files, folders of them at any depth, zips.
+      images: image files, folders of them at any depth (but folders of masks), zips.
       checkpoint: `best`, `latest` or a step.
       calibrated: whether probabilities are scaled by the temperature fitted on the val images.
 
@@ -107,13 +108,18 @@ def _found(images: Sequence[str]) -> list[tuple[str, FileTree, str]]:
     for given in images:
         path = os.path.expanduser(given)
         folder, name = os.path.split(path)
+        if not os.path.exists(path):
+            raise UserError(f"{given} does not exist: give images, folders of them, or zips")
         if os.path.isfile(path) and is_image(name):
             found.append((path, Disk(folder or "."), name))
             continue
         if os.path.isfile(path) and not path.lower().endswith(".zip"):
             raise UserError(f"{given} is not read: give {', '.join(FORMATS_BY_SUFFIX)}, or a zip")
         tree = open_tree(path)
-        files = sorted(join(d, n) for d, n in walk(tree, "") if is_image(n))
+        everything = sorted(join(d, n) for d, n in walk(tree, ""))
+        files = [file for file in everything if is_image(os.path.basename(file))]
+        if others := len(everything) - len(files):
+            say(f"note: {others:,} files in {given} are not read: no images, or hidden")
         if not files:
             raise UserError(f"no image found in {given}: give {', '.join(FORMATS_BY_SUFFIX)}")
         found += [(os.path.join(path, file), tree, file) for file in files]
@@ -157,25 +163,32 @@ def _define_flags() -> None:
     flags.DEFINE_string("output", "answers.csv", "csv to write; one that is there is not replaced")
 
 
+def _refuse_there(output: Path) -> None:
+    if output.is_dir():
+        raise UserError(f"{output} is a folder: name a csv as --output")
+    if os.path.lexists(output):
+        raise UserError(f"{output} is there: remove it, or name another --output")
+
+
 def _main(arguments: list[str]) -> None:
     f = flags.FLAGS
     if not arguments:
         raise UserError("give images: python -m covid_flax.predict --workdir=RUN FOLDER")
-    output = expanded(f.output)
-    if os.path.lexists(output):
-        raise UserError(f"{output} is there: remove it, or name another --output")
+    output, workdir = expanded(f.output), expanded(f.workdir)
+    _refuse_there(output)
+    root = images_root(workdir, saved_run(workdir))
+    refuse_inside(output.parent, root, "--output", makes_folders=False)
     make_writable(output.parent)
-    answers = predict(
-        expanded(f.workdir), arguments, checkpoint=f.checkpoint, calibrated=f.calibrated
-    )
+    answers = predict(workdir, arguments, checkpoint=f.checkpoint, calibrated=f.calibrated)
+    _refuse_there(output)
     write_atomically(output, answers_csv(answers))
     counts = np.bincount(answers.probabilities.argmax(1), minlength=len(answers.class_names))
     listed = ", ".join(
         f"{name} {n:,}" for name, n in zip(answers.class_names, counts.tolist(), strict=True)
     )
     say(f"{len(answers.files):,} images: {listed}")
-    if answers.bad:
-        say(f"note: {left_out(answers.bad)}")
+    for why in answers.bad.values():
+        say(f"left out: {why}")
     say(
         "note: an image of anything else gets one of these answers too; what they are worth on "
         "such images is not known without labels"

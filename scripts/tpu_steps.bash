@@ -69,10 +69,13 @@ tar xzf covid_flax.tar.gz && cd covid_flax && \$python -m venv .venv && \
       # Apart from the connection, which may break: what it says goes to run.log, which is followed.
       # gcloud then gives the command again, and a run that is still there is followed on.
       # Quoted once more, for the shell at the other end.
-      on_workers "cd covid_flax || exit; : >>run.log; from=1; run=\$(pgrep -o -f '$running'); \
-[ -n \"\$run\" ] || { from=\$((\$(wc -c <run.log) + 1)); \
-nohup .venv/bin/python -m covid_flax.main$(printf ' %q' "$@") >>run.log 2>&1 </dev/null & own=\$!; }; \
-tail -c +\$from --pid=\${run:-\$own} -f run.log; [ -n \"\$run\" ] || wait \$own"
+      on_workers "cd covid_flax || exit; : >>run.log; run=\$(pgrep -o -f '$running'); \
+if [ -n \"\$run\" ]; then from='-n 20'; \
+echo 'note: a run is there, and is followed; these arguments are not used' >&2; \
+else from=\"-c +\$((\$(wc -c <run.log) + 1))\"; rm -f run.status; \
+{ trap '' HUP; .venv/bin/python -m covid_flax.main$(printf ' %q' "$@"); echo \$? >run.status; } \
+>>run.log 2>&1 </dev/null & run=\$!; fi; \
+tail \$from --pid=\$run -f run.log; sleep 1; exit \"\$(cat run.status)\""
       ;;
     stop) # it saves, and ends with status 143
       on_workers "pkill -TERM -f '$running'"

@@ -79,7 +79,7 @@ def test_what_is_asked_in_vain_is_refused(trained, tmp_path):
     for given, words in (
         ("x.dcm", r"x\.dcm is not read: give \.png"),
         ("empty", "no image found in .*empty"),
-        ("nothing", "nothing does not exist"),
+        ("nothing", "nothing does not exist: give images"),
     ):
         with pytest.raises(UserError, match=words):
             predict(trained, [str(tmp_path / given)])
@@ -87,20 +87,26 @@ def test_what_is_asked_in_vain_is_refused(trained, tmp_path):
 
 def test_the_command_writes_a_table_and_replaces_none(trained, phantom_dir, tmp_path):
     images = phantom_dir / "Normal" / "images"
-    given = (f"--workdir={trained}", str(images), "--output=answers.csv")
+    given = (f"--workdir={trained}", str(images), "--output=there/new.csv")
     done = forked.command("covid_flax.predict", *given, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "20 images: COVID " in done.stdout and "written: answers.csv" in done.stdout
+    assert "20 images: COVID " in done.stdout and "written: there/new.csv" in done.stdout
     answers = predict(trained, [str(images)])
-    written = (tmp_path / "answers.csv").read_bytes()
+    written = (tmp_path / "there" / "new.csv").read_bytes()
     assert written == answers_csv(answers)
     header, *rows = csv.reader(written.decode().splitlines())
     assert header == ["file", "predicted", *(f"p_{name}" for name in answers.class_names)]
     for row, p in zip(rows, answers.probabilities, strict=True):
         assert row[1] == answers.class_names[p.argmax()]
     again = forked.command("covid_flax.predict", *given, cwd=tmp_path)
-    assert again.returncode == 2 and "answers.csv is there" in again.stderr
-    assert (tmp_path / "answers.csv").read_bytes() == written
+    assert again.returncode == 2 and "new.csv is there" in again.stderr
+    assert (tmp_path / "there" / "new.csv").read_bytes() == written
+    folder = forked.command("covid_flax.predict", *given[:2], "--output=there", cwd=tmp_path)
+    assert folder.returncode == 2 and "there is a folder: name a csv" in folder.stderr
+    inside = f"--output={phantom_dir / 'new' / 'a.csv'}"
+    inside = forked.command("covid_flax.predict", *given[:2], inside, cwd=tmp_path)
+    assert inside.returncode == 2 and "lies in the data folder" in inside.stderr
+    assert not (phantom_dir / "new").exists()
     none = forked.command("covid_flax.predict", f"--workdir={trained}", cwd=tmp_path)
     assert none.returncode == 2 and "give images: python -m covid_flax.predict" in none.stderr
 
@@ -112,12 +118,12 @@ def test_every_flag_reaches_the_answers(trained, monkeypatch, tmp_path):
         called.append((args, kwargs))
         raise UserError("seen")
 
-    given = {"workdir": "run", "checkpoint": "latest", "calibrated": True}
+    given = {"workdir": str(trained), "checkpoint": "latest", "calibrated": True}
     flags = type("Flags", (), given | {"output": str(tmp_path / "a.csv")})
     monkeypatch.setattr(predict_command.flags, "FLAGS", flags)
     monkeypatch.setattr(predict_command, "predict", answer)
     with pytest.raises(UserError, match="seen"):
         predict_command._main(["x", "y"])
     ((where, images), how) = called[0]
-    assert (str(where), images) == ("run", ["x", "y"])
+    assert (where, images) == (trained, ["x", "y"])
     assert how == {"checkpoint": "latest", "calibrated": True}

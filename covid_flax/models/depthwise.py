@@ -24,7 +24,8 @@ def same_padding(sides: Sequence[int], size: int, stride: int) -> Padding:
     """TensorFlow's 'SAME' for an image of these `sides`: as much as
     `ceil(side / stride)` outputs need, the odd pixel last.
 
-    It is also what Keras's applications pad by hand (`imagenet_utils.correct_pad`).
+    It is also what Keras's applications pad by hand (`imagenet_utils.correct_pad`), if they are
+    given the image's size; else they pad all as if sides were even.
     """
 
     def one(side: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import importlib.util
 import os
+import platform
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 from tqdm import tqdm
 
 from covid_flax.errors import UserError
-from covid_flax.files import expanded, part_of, wait_for_lock
+from covid_flax.files import expanded, wait_for_lock
 
 _CHUNK = 1 << 18
 _TIMEOUT_S = 30
@@ -215,7 +216,7 @@ def _fetch(file: Published, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / f".{file.name}.lock", "w") as lock:
             if not wait_for_lock(lock):  # another process may be at it: else wait for its file
-                part = part_of(final)
+                part = folder / f"{file.name}.{platform.node()}.part"  # other hosts have theirs
             if not final.exists():
                 _fetch_part(file, part, folder)
                 os.replace(part, final)

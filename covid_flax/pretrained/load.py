@@ -142,12 +142,17 @@ _NORMALIZATION = {
 }
 
 
+_OLD_MOBILENET_V2 = re.compile(r"(?P<kind>mobl|bn)(?P<number>\d+)_conv_\d+_(?:bn_)?(?P<what>\w+)")
+
+
 def as_named_today(
     arrays: Mapping[str, np.ndarray], wanted: Container[str], source: str
 ) -> dict[str, np.ndarray]:
-    """Without what is preprocessing; depthwise kernels and MobileNetV3's layers as in Keras 3.
+    """Without what is preprocessing; depthwise kernels and MobileNets' layers as in Keras 3.
 
-    Keras 2's `Conv_1/BatchNorm`, read as `Conv_1_BatchNorm`, is `conv_1_bn` now.
+    MobileNetV3's `Conv_1/BatchNorm` of Keras 2, read as `Conv_1_BatchNorm`, is `conv_1_bn` now.
+    MobileNetV2's published files are older still: `mobl3_conv_3_expand` is `block_3_expand`,
+    `bn0_conv_0_bn_project` is `expanded_conv_project_BN`.
     """
     # The layer has no name of its own: Keras numbers those of a session's later networks.
     preprocessing = {n: re.sub(r"^normalization_\d+/", "normalization/", n) for n in arrays}
@@ -167,6 +172,9 @@ def as_named_today(
             continue
         layer, slash, array = name.rpartition("/")
         array = "kernel" if array == "depthwise_kernel" else array
+        if old := _OLD_MOBILENET_V2.fullmatch(layer):
+            block = "expanded_conv" if old["number"] == "0" else f"block_{old['number']}"
+            layer = f"{block}_{old['what']}" + "_BN" * (old["kind"] == "bn")
         today = f"{layer.replace('BatchNorm', 'bn').lower()}/{array}"
         name = today if today in wanted else f"{layer}{slash}{array}"
         if name in named:
@@ -227,7 +235,8 @@ def _hint(
     if given is not None and given != needed:
         return f"these look like {given} weights, for model.name={given}"
     stages = sorted({stage_of(n) for n in missing})
-    if missing and not spare and not misshapen and set(stages) < set(_BACKBONE):
+    of_resnet = needed is not None  # DenseNet121 too has stages of these names
+    if of_resnet and missing and not (spare or misshapen) and set(stages) < set(_BACKBONE):
         return (
             "to initialise what is missing, name its stage in model.weights_may_miss "
             f"(converter: --may_miss): {', '.join(stages)}"

@@ -1,4 +1,4 @@
-"""Keras's array names and the paths of this package's parameter trees, each from the other.
+"""Keras's array names from the paths of this package's parameter trees, and back for ResNets.
 
     conv1_conv/kernel                     conv1/conv/kernel
     conv2_block1_0_conv/bias              conv2/block1/unit0/conv/bias

@@ -37,8 +37,9 @@ _BATCH_NORM = ("gamma", "beta", "moving_mean", "moving_variance")
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     """Reads a weight file.
 
-    A network inside another (a ResNet50 in a Sequential) is read as if it stood alone;
-    the optimiser's state is left out.
+    A network inside another (a ResNet50 in a Sequential) is read as if it stood alone, unless
+    Keras 2 wrote it and its layers' names hold slashes (DenseNet121, MobileNetV3); the optimiser's
+    state is left out.
 
     Args:
       path: an h5, npz or EfficientNet-Lite's PyTorch file, whatever its suffix.

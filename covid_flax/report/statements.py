@@ -267,6 +267,8 @@ def _selection(a: Artefacts) -> str | None:
     report = a.reports.get(a.headline) or {}
     if "stopped_on" in report and report["stopped_on"] is None:
         return f"Not by their score on the val images: the {checkpoint_of(report)}."
+    if at(report, "checkpoint", "which") not in (None, "best"):
+        return f"By who evaluated it: the {checkpoint_of(report)}."
     monitor, lines = a.config("train", "monitor"), _epochs(a)
     if monitor and a.members:
         most = a.config("train", "epochs")

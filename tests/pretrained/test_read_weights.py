@@ -247,6 +247,12 @@ def _keras2_layer(name, network):
     """The layer's name in Keras 2, whose published files are still what is downloaded."""
     if network == "densenet121":
         return name.replace("conv1_", "conv1/") if name in ("conv1_conv", "conv1_bn") else name
+    if network == "mobilenet_v2":  # all but the first and last layers, of 2018
+        old = re.fullmatch(r"(?:expanded_conv|block_(\d+))_([a-z]+)(_BN)?", name)
+        if old is None:
+            return name
+        i = old[1] or 0
+        return f"bn{i}_conv_{i}_bn_{old[2]}" if old[3] else f"mobl{i}_conv_{i}_{old[2]}"
     block = re.fullmatch(r"(expanded_conv(?:_\d+)?)_(squeeze_excite|\w+?)_?(conv\w*|bn)?", name)
     if block is None:  # conv, conv_bn, conv_1, conv_1_bn
         return name.replace("conv", "Conv").replace("_bn", "/BatchNorm")
@@ -259,7 +265,8 @@ def _keras2_layer(name, network):
 
 
 @pytest.mark.parametrize(
-    "network", [pytest.param("densenet121", marks=pytest.mark.slow), "mobilenet_v3_small"]
+    "network",
+    [pytest.param("densenet121", marks=pytest.mark.slow), "mobilenet_v2", "mobilenet_v3_small"],
 )
 def test_published_files_of_light_networks_name_layers_as_keras_2_did(
     network, write_official_h5, tmp_path
@@ -278,10 +285,14 @@ def test_published_files_of_light_networks_name_layers_as_keras_2_did(
     for name, value in arrays.items():
         layer, _, array = name.partition("/")
         layer = _keras2_layer(layer, network)
-        if layer.endswith("/depthwise"):
+        if layer.endswith(("/depthwise", "_depthwise")) and array == "kernel":
             array = "depthwise_kernel"
         old[f"{layer}/{array}"] = value
-    assert "conv1/bn/gamma" in old or "expanded_conv_3/squeeze_excite/Conv_1/bias" in old
+    assert len(old) == len(arrays) and old.keys() & {
+        "conv1/bn/gamma",
+        "expanded_conv_3/squeeze_excite/Conv_1/bias",
+        "bn16_conv_16_bn_project/moving_mean",
+    }
     path = tmp_path / "published.h5"
     write_official_h5(path, old)
     params, stats, report = load_weights(read_weights(path), params, stats, source="published")

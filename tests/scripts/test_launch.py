@@ -113,13 +113,17 @@ def test_what_the_host_s_shell_makes_of_a_run(call, tmp_path):
 def test_a_run_that_is_still_there_is_followed_on(call, tmp_path):
     """As gcloud gives the command again where the connection broke."""
     (run,) = _printed(call("tpu_vm.sh", "--dry_run", *_TPU, "run", "--", *_TRAIN)[0])
-    other = subprocess.Popen(["sleep", "0.5"])
+    other = subprocess.Popen(
+        ["sh", "-c", "sleep 0.5; echo 3 >host/covid_flax/run.status"], cwd=tmp_path
+    )
     command, where = _host(tmp_path, run, "touch started\n", f"echo {other.pid}")
     log = where["cwd"] / "covid_flax" / "run.log"
     log.write_text("step 1\n")
-    there = subprocess.Popen(command, **where, stdout=subprocess.PIPE)
+    there = subprocess.Popen(command, **where, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     other.wait()
-    assert there.communicate()[0] == b"step 1\n" and there.returncode == 0
+    out, said = there.communicate()
+    assert out == b"step 1\n" and there.returncode == 3
+    assert b"these arguments are not used" in said
     assert not (where["cwd"] / "covid_flax" / "started").exists()
 
 
