@@ -204,7 +204,7 @@ def test_a_run_s_files_that_name_other_places(tmp_path):
         (tmp_path / "data" / label / "x.png").write_bytes(_png())
     config = config_lib.to_json(base.get_config())
     saved = {"config": config, "class_names": ["A", "B"], "preprocessing": "unit"}
-    saved["data"] = {"root": str(tmp_path / "data")}
+    saved["data"] = {"root": str(tmp_path / "data"), "images": {}}
     rows = "file,label,split,group\n../../etc/passwd,A,val,\n"
     (tmp_path / "split.csv").write_text(rows)
     _refused(r"lacks 1 images .* \.\./\.\./etc/passwd", open_data, tmp_path, saved, "val")
