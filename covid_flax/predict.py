@@ -119,7 +119,8 @@ def _found(images: Sequence[str]) -> list[tuple[str, FileTree, str]]:
         everything = sorted(join(d, n) for d, n in walk(tree, ""))
         files = [file for file in everything if is_image(os.path.basename(file))]
         if others := len(everything) - len(files):
-            say(f"note: {others:,} files in {given} are not read: no images, or hidden")
+            files_are = "files are no images" if others > 1 else "file is no image"
+            say(f"note: {given}: {others:,} {files_are}, or hidden: not read")
         if not files:
             raise UserError(f"no image found in {given}: give {', '.join(FORMATS_BY_SUFFIX)}")
         found += [(os.path.join(path, file), tree, file) for file in files]

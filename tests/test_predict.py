@@ -47,13 +47,14 @@ def test_they_are_those_of_an_evaluation(trained, phantom_dir, tmp_path, calibra
     assert answers.class_names == ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia")
 
 
-def test_files_folders_and_zips(trained, phantom_dir, tmp_path):
+def test_files_folders_and_zips(trained, phantom_dir, tmp_path, capsys):
     covid = phantom_dir / "COVID" / "images"
     one = sorted(covid.iterdir())[0]
     with zipfile.ZipFile(tmp_path / "more.zip", "w") as z:
         z.write(one, "deep/down/x.png")
         z.writestr("notes.txt", "no image")
     answers = predict(trained, [str(one), str(tmp_path / "more.zip"), str(covid)])
+    assert "more.zip: 1 file is no image, or hidden: not read" in capsys.readouterr().out
     assert answers.files[:2] == (str(one), f"{tmp_path}/more.zip/deep/down/x.png")
     assert answers.files[2:] == tuple(str(path) for path in sorted(covid.iterdir()))
     np.testing.assert_allclose(answers.probabilities[1], answers.probabilities[0], atol=1e-6)
