@@ -187,7 +187,8 @@ def _main(arguments: list[str]) -> None:
     listed = ", ".join(
         f"{name} {n:,}" for name, n in zip(answers.class_names, counts.tolist(), strict=True)
     )
-    say(f"{len(answers.files):,} images: {listed}")
+    count = len(answers.files)
+    say(f"{count:,} image{'s' * (count > 1)}: {listed}")
     for why in answers.bad.values():
         say(f"left out: {why}")
     say(
