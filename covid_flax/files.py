@@ -108,7 +108,6 @@ def written_together(folder: Path, names: Sequence[str]) -> Iterator[Path]:
     """
     make_writable(folder)
     part = part_of(folder / "files")
-    shutil.rmtree(part, ignore_errors=True)  # of a process of this number that was killed
     try:
         part.mkdir()
         yield part
@@ -176,16 +175,24 @@ def part_of(path: Path) -> Path:
 
 
 def _remove_parts_of_the_dead(folder: Path, beginning: str) -> None:
-    """What processes of this host left that were killed between writing and renaming."""
+    """What processes of this host left that were killed between writing and renaming.
+
+    One of this process's own number too: as in a container that is started again.
+    """
     for name in os.listdir(folder):
         number = name.removeprefix(beginning).removesuffix(".part")
-        if name == f"{beginning}{number}.part" and number.isdecimal():
-            try:
-                os.kill(int(number), 0)
-            except ProcessLookupError:
-                if (folder / name).is_dir():
-                    shutil.rmtree(folder / name, ignore_errors=True)
-                else:
-                    (folder / name).unlink(missing_ok=True)
-            except (PermissionError, OverflowError):
-                pass  # another user's, or no process's number
+        if name == f"{beginning}{number}.part" and number.isdecimal() and _is_dead(int(number)):
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name, ignore_errors=True)
+            else:
+                (folder / name).unlink(missing_ok=True)
+
+
+def _is_dead(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False  # another user's, or no process's number
+    return number == os.getpid()

@@ -8,9 +8,7 @@ of them: with labels, `covid_flax.evaluate` says what the answers are worth.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +25,7 @@ from covid_flax.data.pipeline import Element, ImageSource
 from covid_flax.errors import UserError
 from covid_flax.evaluate import stored_calibration
 from covid_flax.evaluation.calibration import temperature_scale
+from covid_flax.evaluation.predictions import answers_csv
 from covid_flax.files import expanded, make_writable, write_atomically
 from covid_flax.run import saved_run
 from covid_flax.run_images import images_root
@@ -89,17 +88,6 @@ def predict(
         assert calibration is not None
         probabilities = temperature_scale(probabilities, calibration["temperature"])
     return Answers(run.class_names, tuple(names[i] for i in kept), probabilities, bad)
-
-
-def answers_csv(answers: Answers) -> bytes:
-    """`file,predicted` and `p_<class>` for each class, with all digits (UTF-8)."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["file", "predicted", *(f"p_{name}" for name in answers.class_names)])
-    best = answers.probabilities.argmax(1).tolist()
-    for file, k, p in zip(answers.files, best, answers.probabilities.tolist(), strict=True):
-        writer.writerow([file, answers.class_names[k], *map(repr, p)])
-    return buffer.getvalue().encode("utf-8", "surrogateescape")
 
 
 def _found(images: Sequence[str]) -> list[tuple[str, FileTree, str]]:
@@ -182,7 +170,8 @@ def _main(arguments: list[str]) -> None:
     make_writable(output.parent)
     answers = predict(workdir, arguments, checkpoint=f.checkpoint, calibrated=f.calibrated)
     _refuse_there(output)
-    write_atomically(output, answers_csv(answers))
+    names, files = answers.class_names, {"file": answers.files}
+    write_atomically(output, answers_csv(files, names, answers.probabilities))
     counts = np.bincount(answers.probabilities.argmax(1), minlength=len(answers.class_names))
     listed = ", ".join(
         f"{name} {n:,}" for name, n in zip(answers.class_names, counts.tolist(), strict=True)

@@ -167,7 +167,8 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     if jax.process_index() == 0:
         _write_run(config, workdir, data, weights, taught_by)
     _meet(workdir)
-    _refuse_other_split(workdir, data)
+    if jax.process_index() != 0:
+        _refuse_other_split(workdir, data)
     return Run(config, workdir, data, graphdef, params, batch_stats)
 
 
@@ -484,7 +485,7 @@ def _appears(path: Path) -> bool:
 
 
 def _refuse_other_split(workdir: Path, data: Dataset) -> None:
-    """In each process, of a split that is not process 0's. Raises UserError."""
+    """Where process 0, which wrote its split down, has another. Raises UserError."""
     if read_split_csv(workdir / "split.csv") != list(data.rows):
         raise UserError(
             f"process {jax.process_index()} has other images, or another split of them, than "

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 from covid_flax.files import parse_json, part_of, write_atomically, write_json
 
@@ -37,3 +38,11 @@ def test_json_keeps_the_bytes_of_a_name_that_is_no_text(tmp_path):
     write_json(tmp_path / "a.json", value)
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
     assert parse_json(text) == value and "肺" in text
+
+
+def test_what_a_process_of_this_number_left_is_removed(tmp_path):
+    """As in a container that was killed and started again."""
+    for make in (Path.mkdir, Path.touch):
+        part = part_of(tmp_path / "x")
+        make(part)
+        assert part_of(tmp_path / "x") == part and not part.exists()

@@ -11,7 +11,8 @@ import pytest
 from covid_flax import predict as predict_command
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
-from covid_flax.predict import answers_csv, predict
+from covid_flax.evaluation.predictions import answers_csv
+from covid_flax.predict import predict
 from covid_flax.run import setup
 from covid_flax.train import train
 
@@ -94,7 +95,8 @@ def test_the_command_writes_a_table_and_replaces_none(trained, phantom_dir, tmp_
     assert "20 images: COVID " in done.stdout and "written: there/new.csv" in done.stdout
     answers = predict(trained, [str(images)])
     written = (tmp_path / "there" / "new.csv").read_bytes()
-    assert written == answers_csv(answers)
+    files = {"file": answers.files}
+    assert written == answers_csv(files, answers.class_names, answers.probabilities)
     header, *rows = csv.reader(written.decode().splitlines())
     assert header == ["file", "predicted", *(f"p_{name}" for name in answers.class_names)]
     for row, p in zip(rows, answers.probabilities, strict=True):

@@ -168,11 +168,11 @@ def _cache_key(folder: DataFolder) -> str:
 
 def _write(folder: DataFolder, cache_dir: Path, place: Path, on_bad_image: str) -> None:
     cache_dir.mkdir(parents=True, exist_ok=True)
-    partial = part_of(place)
     with open(cache_dir / f".lock-{place.name}", "w") as lock:
         wait_for_lock(lock)  # another process may be at it: wait for its records
         if _is_complete(place):
             return
+        partial = part_of(place)
         if shutil.disk_usage(cache_dir).free < _needed_bytes(folder):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         bar = tqdm(
@@ -186,7 +186,6 @@ def _write(folder: DataFolder, cache_dir: Path, place: Path, on_bad_image: str) 
                 bad = _check_images(folder, bar)
                 if bad and on_bad_image == "refuse":
                     raise _bad_images(folder, bad, place)
-                shutil.rmtree(partial, ignore_errors=True)  # a killed process's of this number
                 partial.mkdir()
                 _build(folder.without(bad), partial, bar)
                 bar.update(len(bad))

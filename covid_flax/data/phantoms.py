@@ -119,7 +119,6 @@ def write_dataset(directory: Path, per_class: int, *, seed: int = 0, size: int =
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         part = part_of(directory)
-        shutil.rmtree(part, ignore_errors=True)  # of a process of this number that was killed
         part.mkdir()
     except OSError as error:
         raise UserError(f"cannot write phantoms to {directory}: {error.strerror}") from error

@@ -77,12 +77,12 @@ def build_store(source: ImageSource, directory: Path, budget_gb: float) -> np.nd
         return images  # also where the folder is read-only
     path = directory / _name(source)
     try:
-        part = part_of(path)
         with open(directory / f".lock-{path.name}", "w") as lock:
             wait_for_lock(lock)  # another process may be at it: wait for its store
             images = open_store(source, directory)
             if images is not None:
                 return images
+            part = part_of(path)
             try:
                 _write(source, part, budget_gb)
                 if open_store(source, directory) is None:  # else another host was faster

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from covid_flax.data.dataset import Dataset
 from covid_flax.data.splits import Row
 from covid_flax.errors import UserError
 
-_COLUMNS = ["file", "label", "predicted"]
+COLUMNS = ["file", "label", "predicted"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,17 +70,22 @@ def predictions_of(data: Dataset, split: str, probabilities: np.ndarray) -> Pred
 def predictions_csv(predictions: Predictions) -> bytes:
     """`file,label,predicted` and `p_<class>` for each class, with all digits (UTF-8)."""
     names = predictions.class_names
+    labels = [names[k] for k in predictions.labels.tolist()]
+    return answers_csv(
+        {"file": predictions.files, "label": labels}, names, predictions.probabilities
+    )
+
+
+def answers_csv(
+    known: Mapping[str, Sequence[str]], class_names: Sequence[str], probabilities: np.ndarray
+) -> bytes:
+    """The columns `known`, `predicted`, and `p_<class>` for each class, with all digits (UTF-8)."""
     buffer = io.StringIO(newline="")
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*_COLUMNS, *(f"p_{name}" for name in names)])
-    for file, label, predicted, p in zip(
-        predictions.files,
-        predictions.labels.tolist(),
-        predictions.predicted.tolist(),
-        predictions.probabilities.tolist(),
-        strict=True,
-    ):
-        writer.writerow([file, names[label], names[predicted], *map(repr, p)])
+    writer.writerow([*known, "predicted", *(f"p_{name}" for name in class_names)])
+    predicted = probabilities.argmax(1).tolist()
+    for *words, k, p in zip(*known.values(), predicted, probabilities.tolist(), strict=True):
+        writer.writerow([*words, class_names[k], *map(repr, p)])
     # A file name that is not UTF-8 keeps its bytes.
     return buffer.getvalue().encode("utf-8", "surrogateescape")
 
@@ -103,7 +108,7 @@ def read_predictions(path: Path, rows: Sequence[Row] = ()) -> Predictions:
     names = tuple(column.removeprefix("p_") for column in header[3:])
     number = {name: i for i, name in enumerate(names)}
     try:
-        if header[:3] != _COLUMNS or not lines:
+        if header[:3] != COLUMNS or not lines:
             raise ValueError
         labels = np.array([number[line[1]] for line in lines], np.int64)
         probabilities = np.array([line[3:] for line in lines], np.float64)
@@ -116,7 +121,7 @@ def read_predictions(path: Path, rows: Sequence[Row] = ()) -> Predictions:
             raise ValueError
     except (ValueError, KeyError, IndexError):
         raise UserError(
-            f"{path} is no table of predictions ({','.join(_COLUMNS)},p_<class>...): "
+            f"{path} is no table of predictions ({','.join(COLUMNS)},p_<class>...): "
             "evaluate the run anew"
         ) from None
     group = _read_groups(path.with_name("groups.csv"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from covid_flax.data.groups import groups_csv
 from covid_flax.errors import UserError
-from covid_flax.evaluation.predictions import Predictions, predictions_csv
+from covid_flax.evaluation.predictions import COLUMNS, Predictions, predictions_csv
 from covid_flax.files import write_atomically, write_json, written_together
 
 # report.json last, so that a script that waits for it finds the others; predictions.csv before
@@ -65,7 +65,7 @@ def refuse_foreign_files(output: Path) -> None:
     foreign = listed if listed.exists() and not table.exists() else None
     if table.exists():
         with open(table, "rb") as file:
-            if not file.readline().startswith(b"file,label,predicted,"):
+            if not file.readline().startswith(",".join([*COLUMNS, ""]).encode()):
                 foreign = table
     if foreign:
         raise UserError(f"{foreign} is of no evaluation and would be lost: choose another --output")
