@@ -2,7 +2,7 @@
 
     python scripts/sweep.py --config=configs/FILE.py[:variant] --workdir=DIR --sweep=grid
         --set=optimizer.learning_rate=1e-4,3e-4,1e-3 --set=train.label_smoothing=0,0.1
-        [--seeds=0,1,2] [--config.<key>=<value> ...]
+        [--seeds=0,1,2] [--config.data.folds=5] [--config.<key>=<value> ...]
     python scripts/sweep.py ... --sweep=random --trials=20
         --set='optimizer.learning_rate=log(1e-5,1e-3)' --set='model.dropout=uniform(0,0.6)'
     python scripts/sweep.py ... --sweep=halving --trials=20 --set=...
@@ -10,9 +10,12 @@
 A trial is one run of `python -m covid_flax.main`, in DIR/<trial>, judged by the best value of
 the configuration's `train.monitor`. `grid` takes every combination, `random` draws them, and
 `halving` draws them too and stops those early that are behind the best third at the same epoch
-(Optuna's asynchronous successive halving: `pip install -e '.[sweep]'`). The same command goes on
-where an interrupted one was. Writes DIR/sweep.json, sweep.csv and sweep.png; what the trials print
-is in DIR/logs/. A trial's `seconds` are those since it was last begun or gone on with.
+(Optuna's asynchronous successive halving: `pip install -e '.[sweep]'`). A setting is trained with
+each seed of --seeds, or on each fold of `data.folds`, and ranked by its mean. Seeds share one split
+(that of the first, where `data.split_seed` names none), so that no trial learns from another's test
+images. The same command goes on where an interrupted one was. Writes DIR/sweep.json, sweep.csv and
+sweep.png; what the trials print is in DIR/logs/. A trial's `seconds` are those since it was last
+begun or gone on with.
 """
 
 from __future__ import annotations
@@ -99,12 +102,19 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One run: its folder's name, its settings and its seed."""
+    """One run: its folder's name, its settings, its seed, and its fold of a cross-validation."""
 
     name: str
     setting: int
     settings: dict[str, Any]
     seed: int
+    fold: int | None = None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The configuration's keys that are the trial's own."""
+        fold = {} if self.fold is None else {"data.fold": self.fold}
+        return {**self.settings, **fold, "seed": self.seed}
 
 
 @dataclasses.dataclass
@@ -156,6 +166,10 @@ def parse_axis(text: str, known: Mapping[str, Any]) -> Axis:
         raise UserError(f"unknown config key {key!r}: the nearest known one is {_near(key, known)}")
     if key == "seed":
         raise UserError("--set=seed: give the seeds as --seeds=0,1,2")
+    if key in ("data.folds", "data.fold"):
+        raise UserError(
+            f"--set={key}: give --config.data.folds=N: a setting is trained on each fold"
+        )
     if key == "train.monitor":
         raise UserError("--set=train.monitor: trials are judged by it: set --config.train.monitor")
     like = known[key]
@@ -267,7 +281,7 @@ def make_plan(
       sweep_seed: of the draws.
       fixed: the overrides, which every trial gets.
     """
-    fixed = dict(fixed or {})
+    config, fixed = config.copy_and_resolve_references(), dict(fixed or {})
     known = config_lib.flatten(config)
     if kind not in KINDS:
         raise UserError(f"--sweep={kind}: choose one of {', '.join(KINDS)}")
@@ -287,18 +301,28 @@ def make_plan(
         )
     found = parse_seeds(seeds, config.seed)
     fixed.pop("seed", None)
+    folds: Sequence[int | None] = [None]
+    if config_lib.is_cross_validation(config.data):
+        if kind == "halving":
+            raise UserError("--sweep=halving takes one fold: give --config.data.fold=0, or another")
+        if len(found) > 1:
+            raise UserError("--seeds and data.folds: give one, or --config.data.fold")
+        folds = range(config.data.folds)
+    if len(found) > 1 and config.data.split_seed < 0:
+        # Else one trial's test images would choose the setting in the others.
+        config.data.split_seed = fixed["data.split_seed"] = found[0]
     settings = _settings(kind, axes, trials, sweep_seed)
     all_trials = [
-        Trial(_name(i, s, seed), i, s, seed) for i, s in enumerate(settings) for seed in found
+        Trial(_name(i, s, seed, fold), i, s, seed, fold)
+        for i, s in enumerate(settings)
+        for seed in found
+        for fold in folds
     ]
     for trial in all_trials:
         of_trial = _config_of(config, trial)
         config_lib.check(of_trial)
         if config_lib.is_repeated(of_trial):
-            raise UserError(
-                "a trial is one run: give --seeds for config.repeats, and --set=data.fold=0,1,... "
-                "(or --config.data.fold) beside data.folds"
-            )
+            raise UserError("a trial is one run: give --seeds=0,1,... in place of config.repeats")
     return Plan(config_file, config, kind, axes, found, fixed, trials, sweep_seed, all_trials)
 
 
@@ -335,17 +359,17 @@ def _settings(kind: str, axes: Sequence[Axis], trials: int, seed: int) -> list[d
     raise UserError(f"--trials={trials}: the ranges hold only {len(drawn)}: give fewer")
 
 
-def _name(number: int, settings: Mapping[str, Any], seed: int) -> str:
+def _name(number: int, settings: Mapping[str, Any], seed: int, fold: int | None) -> str:
     """A folder's name: the number, for itself; the settings, for the reader."""
     text = "-".join(f"{key.rpartition('.')[2]}={value}" for key, value in settings.items())
     text = re.sub(r"[^\w.=+-]+", "_", text)[:120]
-    return f"{number:03}-{text}-seed={seed}"
+    return f"{number:03}-{text}-seed={seed}" + (f"-fold={fold}" if fold is not None else "")
 
 
 def _config_of(config: ml_collections.ConfigDict, trial: Trial) -> ml_collections.ConfigDict:
     """The configuration that the trial trains."""
     changed = config.copy_and_resolve_references()
-    changed.update_from_flattened_dict({**trial.settings, "seed": trial.seed})
+    changed.update_from_flattened_dict(trial.values)
     return changed
 
 
@@ -354,7 +378,7 @@ def _config_of(config: ml_collections.ConfigDict, trial: Trial) -> ml_collection
 
 def command_of(plan: Plan, trial: Trial, workdir: Path) -> list[str]:
     """The command line of a trial."""
-    values = {**plan.fixed, **trial.settings, "seed": trial.seed}
+    values = {**plan.fixed, **trial.values}
     return [
         *MAIN,
         f"--config={plan.config_file}",
@@ -556,6 +580,7 @@ def _run_all(
             "trial": trial.name,
             "setting": trial.setting,
             "seed": trial.seed,
+            **({} if trial.fold is None else {"fold": trial.fold}),
             "settings": trial.settings,
             "state": state,
             **(best or {}),
@@ -710,12 +735,14 @@ def mean_interval(
 def rank(trials: Sequence[Mapping[str, Any]], monitor: str) -> list[dict[str, Any]]:
     """The settings, best mean first; those with a failed or stopped trial after all others.
 
-    A mean without the seeds that failed would favour the setting that fails.
+    A mean without the runs that failed would favour the setting that fails. Of a cross-validation
+    a setting's runs are its folds, which share training images: their interval is too narrow.
     """
     ranked = []
     groups = itertools.groupby(sorted(trials, key=lambda t: t["setting"]), lambda t: t["setting"])
     for setting, group in groups:
         of_setting = list(group)
+        kind = "fold" if "fold" in of_setting[0] else "seed"
         values = [m[monitor] for m in of_setting if m["state"] != "failed"]
         share = monitor == "val_accuracy"
         mean, interval = mean_interval(values, share=share) if values else (None, None)
@@ -726,8 +753,8 @@ def rank(trials: Sequence[Mapping[str, Any]], monitor: str) -> list[dict[str, An
                 "setting": setting,
                 "settings": of_setting[0]["settings"],
                 "state": state,
-                "seeds": [m["seed"] for m in of_setting if m["state"] != "failed"],
-                "failed_seeds": [m["seed"] for m in of_setting if m["state"] == "failed"],
+                f"{kind}s": [m[kind] for m in of_setting if m["state"] != "failed"],
+                f"failed_{kind}s": [m[kind] for m in of_setting if m["state"] == "failed"],
                 "values": values,
                 "mean": mean,
                 "interval": interval,
@@ -785,25 +812,28 @@ def _csv(trials: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bytes:
     figures = ["val_accuracy", "val_loss", "best_epoch", "epochs", "seconds", "error"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", "seed", *keys, "state", *figures])
+    fold = ["fold"] if any("fold" in t for t in trials) else []
+    writer.writerow(["trial", "seed", *fold, *keys, "state", *figures])
     for t in trials:
         settings = [t["settings"][key] for key in keys]
         cells = [t.get(figure, "") for figure in figures]
-        writer.writerow([t["trial"], t["seed"], *settings, t["state"], *cells])
+        of_fold = [t[key] for key in fold]
+        writer.writerow([t["trial"], t["seed"], *of_fold, *settings, t["state"], *cells])
     return text.getvalue().encode()
 
 
 def table(ranking: Sequence[Mapping[str, Any]], keys: Sequence[str], monitor: str) -> list[str]:
     """The console's lines, best first."""
-    rows = [["", *keys, monitor, "95 % interval", "seeds", ""]]
+    kind = "fold" if any("folds" in r for r in ranking) else "seed"
+    rows = [["", *keys, monitor, "95 % interval", f"{kind}s", ""]]
     for place, r in enumerate(ranking, 1):
         low_high = "-" if r["interval"] is None else "{:.4f} to {:.4f}".format(*r["interval"])
         remark = "" if r["state"] == "complete" else r["state"]
-        if r["failed_seeds"]:
-            remark += f": seed {', '.join(map(str, r['failed_seeds']))}"
+        if failed := r[f"failed_{kind}s"]:
+            remark += f": {kind} {', '.join(map(str, failed))}"
         mean = "-" if r["mean"] is None else f"{r['mean']:.4f}"
         settings = [str(r["settings"][key]) for key in keys]
-        rows.append([str(place), *settings, mean, low_high, str(len(r["seeds"])), remark])
+        rows.append([str(place), *settings, mean, low_high, str(len(r[f"{kind}s"])), remark])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.rjust, row[:-1], widths)) + f"  {row[-1]}".rstrip() for row in rows]
 
@@ -829,7 +859,8 @@ def _png(ranking: Sequence[Mapping[str, Any]], monitor: str) -> bytes:
     ]
     axes.set_yticks(range(len(shown)), labels, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(f"best {monitor}: seeds (|), mean (o), 95 % t-interval of the mean (line)")
+    kind = "folds" if any("folds" in r for r in ranking) else "seeds"
+    axes.set_xlabel(f"best {monitor}: {kind} (|), mean (o), 95 % t-interval of the mean (line)")
     axes.grid(axis="x", alpha=0.3)
     more = len([r for r in ranking if r["mean"] is not None]) - len(shown)
     axes.set_title("Settings, best first" + (f"; {more} more in sweep.csv" if more else ""))
@@ -868,7 +899,9 @@ def _define_flags() -> None:
     flags.DEFINE_string("workdir", "", "the sweep's folder")
     flags.DEFINE_string("sweep", "grid", f"which settings: {', '.join(KINDS)}")
     flags.DEFINE_multi_string("set", [], "KEY=V1,V2,... or KEY=log(A,B) or KEY=uniform(A,B)")
-    flags.DEFINE_list("seeds", [], "each setting is trained with each; default: the config's")
+    flags.DEFINE_list(
+        "seeds", [], "each setting is trained with each, all on one split; default: the config's"
+    )
     flags.DEFINE_integer("trials", 0, "settings to draw (random, halving)")
     flags.DEFINE_integer("sweep_seed", 0, "of the draws", lower_bound=0)
 

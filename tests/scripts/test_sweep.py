@@ -14,6 +14,8 @@ import pytest
 from scipy import stats
 
 from covid_flax import config as config_lib
+from covid_flax.data import dataset
+from covid_flax.data.folder import open_folder
 from covid_flax.errors import UserError
 from ml_collections_configs import base
 
@@ -23,6 +25,7 @@ SCRIPT = ROOT / "scripts" / "sweep.py"
 sweep = by_path.load("scripts/sweep.py")
 
 KNOWN = config_lib.flatten(base.get_config())
+FOLDS = {"data.split": "grouped", "data.folds": 4}
 
 # As much of covid_flax.main as the sweep sees. A higher rate is better, a seed shifts it a little;
 # it goes on after the epochs that its metrics.jsonl has.
@@ -151,6 +154,42 @@ def test_a_grid_is_the_product_with_every_seed():
     assert "--config.optimizer.learning_rate=0.0001" in command and "--config.seed=0" in command
 
 
+def test_no_trial_learns_from_the_test_images_of_another(tmp_path):
+    """Seeds share one split; a split that the user names stays, and one seed keeps its own."""
+    data = {"data.split": "grouped", "data.test_fraction": 0.3}
+    for name in ("A", "B"):
+        (tmp_path / name).mkdir()
+        for i in range(30):
+            (tmp_path / name / f"{i}.png").write_bytes(b"")
+    folder = open_folder(tmp_path)
+
+    def test_parts(made):
+        for trial in made.trials:
+            of_trial = sweep._config_of(made.config, trial)
+            rows = dataset._split(folder, of_trial.data, of_trial.seed)
+            yield tuple(row.file for row in rows if row.split == "test")
+
+    several = plan(seeds=["3", "4", "5"], fixed=data)
+    assert len(set(test_parts(several))) == 1
+    assert len({dataset._split_seed(plan(seeds=[s]).config.data, int(s)) for s in "345"}) == 3
+    commands = [sweep.command_of(several, trial, Path("d")) for trial in several.trials]
+    assert all("--config.data.split_seed=3" in command for command in commands)
+    assert several.spec["config"]["data.split_seed"] == 3
+    named = plan(seeds=["3", "4"], fixed={**data, "data.split_seed": 1})
+    assert "--config.data.split_seed=1" in sweep.command_of(named, named.trials[0], Path("d"))
+    assert plan(fixed=data).config.data.split_seed == -1
+
+
+def test_a_setting_is_trained_on_every_fold():
+    trials = plan(fixed=FOLDS).trials
+    assert [(t.setting, t.fold) for t in trials] == [(s, f) for s in range(3) for f in range(4)]
+    assert trials[5].name.endswith("-seed=0-fold=1")
+    command = sweep.command_of(plan(fixed=FOLDS), trials[5], Path("d"))
+    assert "--config.data.fold=1" in command and "--config.data.folds=4" in command
+    one = plan(fixed={**FOLDS, "data.fold": 2}).trials
+    assert [t.fold for t in one] == [None] * 3
+
+
 def test_draws_are_of_their_seed():
     sets = ["optimizer.learning_rate=log(1e-5,1e-3)", "train.batch_size=8,16"]
 
@@ -181,11 +220,10 @@ def test_draws_are_of_their_seed():
         ("random", {"sets": ["train.batch_size=uniform(8,9)"], "trials": 3}, ["only 2"]),
         ("halving", {"trials": 2, "seeds": ["0", "1"]}, ["one seed"]),
         ("grid", {"sets": ["repeats=1,3"]}, ["--seeds"]),
-        (
-            "grid",
-            {"sets": ["data.folds=0,5"], "fixed": {"data.split": "grouped"}},
-            ["--set=data.fold="],
-        ),
+        ("grid", {"sets": ["data.folds=0,5"]}, ["--config.data.folds=N"]),
+        ("grid", {"sets": ["data.fold=0,1"], "fixed": FOLDS}, ["--config.data.folds=N"]),
+        ("grid", {"seeds": ["0", "1"], "fixed": FOLDS}, ["--seeds and data.folds"]),
+        ("halving", {"trials": 2, "fixed": FOLDS}, ["--config.data.fold=0"]),
     ],
 )
 def test_plans_that_are_refused(kind, options, words):
@@ -260,6 +298,15 @@ def test_a_grid_and_what_it_writes(fake_main, tmp_path, capsys):
     (workdir / saved["trials"][4]["trial"] / "metrics.jsonl").unlink()
     sweep.sweep(plan(seeds=["0", "1", "2"]), workdir)
     assert calls(workdir)[9:] == [saved["trials"][4]["trial"]]
+
+
+def test_folds_are_averaged(fake_main, tmp_path, capsys):
+    saved = sweep.sweep(plan(fixed=FOLDS), tmp_path / "sweep")
+    assert len(saved["ranking"]) == 3
+    assert saved["ranking"][0]["folds"] == [0, 1, 2, 3] and len(saved["ranking"][0]["values"]) == 4
+    assert "folds" in capsys.readouterr().out.rpartition("95 % interval")[2].splitlines()[0]
+    with open(tmp_path / "sweep/sweep.csv", newline="") as f:
+        assert [row["fold"] for row in csv.DictReader(f)] == list("0123") * 3
 
 
 def test_the_time_left_is_told(fake_main, tmp_path, capsys):
