@@ -33,6 +33,7 @@ from covid_flax.errors import UserError
 _policies = ocp.training.preservation_policies
 
 SET_ASIDE = "checkpoints_damaged"  # beside the checkpoints
+_UNFINISHED = "it was not finished, or files are missing"
 _BEST_IS_GONE = "the best so far, it is gone or files are missing"
 SLOW_WRITE_S = 5.0  # for which training may wait for a checkpoint without a word
 
@@ -153,7 +154,7 @@ class Checkpoints:
         latest = max(self.steps, default=None)
         for step in self._unlisted:
             if latest is None or step > latest:
-                raise self._damaged(step, "it was not finished, or files are missing")
+                raise self._damaged(step, _UNFINISHED)
         return latest
 
     @property
@@ -285,7 +286,7 @@ class Checkpoints:
         """The checked JSON of a checkpoint: `loop` and `record`."""
         self._look_again(step not in self.steps)
         if step not in self.steps:
-            raise self._damaged(step, "it was not finished, or files are missing")
+            raise self._damaged(step, _UNFINISHED)
         with self._sound(step):
             # Not the checkpointer's own `metadata`, which opens every array first; what TensorStore
             # (0.1.86) tells of each is never freed.

@@ -7,9 +7,7 @@ same resamples of the same groups of images, so that what makes an image hard ca
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,13 +23,14 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.alarms import Evidence, checks_made, find_alarms
 from covid_flax.evaluation.intervals import (
     LEVEL,
+    RESAMPLES,
     has_width,
     percentile_interval,
     wilson_of_images,
 )
 from covid_flax.evaluation.metrics import classification_report, resampled_figures
 from covid_flax.evaluation.predictions import Predictions, read_predictions
-from covid_flax.files import expanded, peek, write_atomically, write_json
+from covid_flax.files import csv_bytes, expanded, peek, write_atomically, write_json
 from covid_flax.report.artefacts import EVALUATION, RUN, own_folder, read_object
 
 SCORED = ("test", "val")  # in the order of preference
@@ -126,7 +125,7 @@ def read_evaluations(folders: Sequence[Path], split: str = "") -> list[Evaluatio
 
 
 def compare(
-    evaluations: Sequence[Evaluation], *, resamples: int = 2000, seed: int = 0
+    evaluations: Sequence[Evaluation], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Any]:
     """Figures of each, and of each pair the differences.
 
@@ -470,16 +469,14 @@ def _alarms(e: Evaluation) -> list[tuple[str, str, str]]:
 
 
 def _csv(comparison: Mapping[str, Any]) -> bytes:
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["run", "figure", "value", "low", "high"])
+    rows: list[list[Any]] = [["run", "figure", "value", "low", "high"]]
     for run in comparison["runs"]:
         figures = run["figures"]
         listed = [(name, figures[name]) for name in FIGURES]
         listed += [(f"recall {name}", figure) for name, figure in figures["recall"].items()]
         for name, figure in listed:
-            writer.writerow([run["name"], name, figure["value"], *(figure["interval"] or ("", ""))])
-    return buffer.getvalue().encode("utf-8", "surrogateescape")
+            rows.append([run["name"], name, figure["value"], *(figure["interval"] or ("", ""))])
+    return csv_bytes(rows)
 
 
 def print_comparison(comparison: Mapping[str, Any]) -> None:

@@ -39,13 +39,10 @@ from covid_flax.evaluation.condition_figures import (
     LEAST_GROUPS,
     LEAST_SURPLUS,
     PERMUTATIONS,
-    RESAMPLES,
     SEED,
     condition_figures,
 )
-from covid_flax.evaluation.intervals import (
-    LEVEL,
-)
+from covid_flax.evaluation.intervals import LEVEL, RESAMPLES
 from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sources, source_only
@@ -195,7 +192,8 @@ def score_conditions(
     names = run.class_names
     tests = len(todo) * (1 if learned is None else 2)
     found = []
-    for part, probabilities in zip(_bar(changed), answers, strict=False):
+    bar = tqdm(changed, desc="simple models", unit=" conditions", leave=False)
+    for part, probabilities in zip(bar, answers, strict=False):
         i, c = part.index, part.condition
         scored_part = (labels[i], answers[0][i], names, clusters[i])
         row = {"name": c.name, "title": c.title, "what": c.what, "shows": c.shows}
@@ -244,10 +242,6 @@ def score_conditions(
         if (labels == k).any()
     }
     return report, [(part.condition, _examples(part, firsts)) for part in changed]
-
-
-def _bar(parts: Sequence[ChangedSource]) -> Any:
-    return tqdm(parts, desc="simple models", unit=" conditions", leave=False)
 
 
 def _reduced(training: Dataset) -> Dataset:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
+import io
 import json
 import os
 import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -73,6 +75,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise UserError(
             f"cannot write {path} ({error.strerror}): free the place or name another folder"
         ) from error
+
+
+def csv_bytes(rows: Iterable[Iterable[Any]]) -> bytes:
+    """The rows as csv (UTF-8); a file name that is not UTF-8 keeps its bytes."""
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
+    return buffer.getvalue().encode("utf-8", "surrogateescape")
 
 
 def write_json(path: Path, value: Any, *, allow_nan: bool = False) -> None:

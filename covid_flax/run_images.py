@@ -16,7 +16,14 @@ from covid_flax.console import say
 from covid_flax.data.builder import Records
 from covid_flax.data.dataset import LEFT_OUT, Dataset, prepare_readable
 from covid_flax.data.folder import DataFolder, open_folder, refuse_inside
-from covid_flax.data.splits import Row, groups_told, named_alike, read_split_csv, regrouped
+from covid_flax.data.splits import (
+    MANY_ALIKE,
+    Row,
+    groups_told,
+    named_alike,
+    read_split_csv,
+    regrouped,
+)
 from covid_flax.errors import UserError
 from covid_flax.files import cache_dir, make_writable, peek
 from covid_flax.run import refuse_folds, saved_run
@@ -186,7 +193,7 @@ def what_they_chose(workdir: Path, split: str, data: Dataset, *, by_val: bool = 
     if data.elsewhere:
         files = [row.file for row in data.rows]
         alike = named_alike(files, _own_rows(workdir))
-        if alike < len(files) / 2:
+        if alike < MANY_ALIKE * len(files):
             return None
         return (
             f"{alike:,} of {len(files):,} files bear the name of one that was trained on or chose "
@@ -225,7 +232,9 @@ def parse_class_map(text: list[str]) -> dict[str, str]:
     for part in text:
         theirs, _, ours = (word.strip() for word in part.rpartition("="))
         if not theirs or not ours:
-            raise UserError(f"--class_map={part}: give THEIRS=OURS,... (THEIRS=- leaves one out)")
+            raise UserError(
+                f"--class_map={part}: give THEIRS=OURS,... (THEIRS={LEFT_OUT} leaves one out)"
+            )
         if theirs in found:
             raise UserError(f"--class_map names {theirs} twice: say once what it is")
         found[theirs] = ours

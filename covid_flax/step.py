@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -126,7 +126,7 @@ def zero_skipped() -> dict[str, Array]:
 def create_state(
     params: Mapping[str, Tree],
     batch_stats: Tree,
-    trainable: frozenset[str],
+    trainable: Collection[str],
     tx: optax.GradientTransformation,
     seed: int,
     *,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
+
+from covid_flax.files import csv_bytes
 
 # Columns of a csv that tell groups: our audit's, near-duplicates, patients, papers.
 GROUP_COLUMNS = ("group", "near_dup_group", "patient_id", "group_from_name")
@@ -49,9 +49,4 @@ def joined(groups: Mapping[str, str], *others: Mapping[str, str]) -> dict[str, s
 
 def groups_csv(files: Iterable[str], groups: Iterable[str]) -> bytes:
     """`file,group` of every image, as `open_folder` reads it; "" is no known group (UTF-8)."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(("file", "group"))
-    writer.writerows(zip(files, groups, strict=True))
-    # A file name that is not UTF-8 keeps its bytes.
-    return buffer.getvalue().encode("utf-8", "surrogateescape")
+    return csv_bytes([("file", "group"), *zip(files, groups, strict=True)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import os
 import re
 from collections import defaultdict
@@ -16,7 +15,7 @@ import numpy as np
 from covid_flax.data.folder import DataFolder, ImageFile
 from covid_flax.data.groups import joined
 from covid_flax.errors import UserError
-from covid_flax.files import write_atomically
+from covid_flax.files import csv_bytes, write_atomically
 
 RULES = ("paper-sorted", "paper-random", "grouped")
 
@@ -50,6 +49,9 @@ def regrouped(rows: Sequence[Row], groups: Mapping[str, str]) -> list[Row]:
 def groups_told(rows: Sequence[Row]) -> bool:
     """Whether a csv told the rows' groups; else they are of identical bytes, or unknown."""
     return any(row.group and not _OF_BYTES.fullmatch(row.group) for row in rows)
+
+
+MANY_ALIKE = 0.5  # share of files so named from which on they may be copies
 
 
 def named_alike(files: Sequence[str], rows: Sequence[Row]) -> int:
@@ -136,11 +138,7 @@ def make_split(
 
 def write_split_csv(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:
     """Writes `file,label,split,group` (UTF-8), all or nothing. UserError on a failed write."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    writer.writerows(dataclasses.astuple(row) for row in rows)
-    write_atomically(Path(path), buffer.getvalue().encode("utf-8", "surrogateescape"))
+    write_atomically(Path(path), csv_bytes([_COLUMNS, *map(dataclasses.astuple, rows)]))
 
 
 def read_split_csv(path: str | os.PathLike[str]) -> list[Row]:

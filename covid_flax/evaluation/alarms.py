@@ -17,6 +17,8 @@ import numpy as np
 from covid_flax.data.splits import Row
 from covid_flax.evaluation.intervals import wilson_interval
 
+_SMALL_CLASS = 50  # images
+
 CHECKS = {
     "independent-predictions": "predictions depend on the labels (chi-squared)",
     "below-majority": "always naming the commonest class would not be right more often",
@@ -29,7 +31,7 @@ CHECKS = {
     "group-leak": "no known group (patient, near-duplicates) is both trained on and scored",
     "duplicate-leak": "no identical file is both trained on and scored",
     "groups-unknown": "most images share a known group with another, as a patient's images do",
-    "small-class": "every class has at least 50 scored images",
+    "small-class": f"every class has at least {_SMALL_CLASS} scored images",
     "source-confounded": "an image's source, as the data name it, does not give its class away",
 }
 """Every check by the name of its alarm, with what its silence says."""
@@ -43,7 +45,6 @@ _LEAST_V = 0.3
 _POWER = 0.99
 # A class with recall of one half stays unpredicted over 7 images less than once in 100 times.
 _LEAST_IMAGES_TO_MISS = 7
-_SMALL_CLASS = 50
 _TABLES = 9999
 _CELLS_AT_ONCE = 2**22  # of random tables, 32 MB
 
@@ -225,7 +226,7 @@ def kappa(matrix: Any) -> float | None:
     return None if chance == 1 else (_accuracy(_counts(matrix)) - chance) / (1 - chance)
 
 
-def independent_predictions(matrix: Any, class_names: Sequence[str] = ()) -> Alarm | None:
+def independent_predictions(matrix: Any, class_names: Sequence[str]) -> Alarm | None:
     """Fires where p > `LEVEL`: the labels might as well have been drawn at random.
 
     A caution where there are too few images to tell: the test must have had power 0.99 to find
@@ -242,7 +243,7 @@ def independent_predictions(matrix: Any, class_names: Sequence[str] = ()) -> Ala
     accuracy = _accuracy(matrix)
     if test.df == 0:
         column = int(matrix.sum(0).argmax())
-        name = class_names[column] if class_names else f"class {column}"
+        name = class_names[column]
         enough = n - int(matrix[column].sum()) >= _LEAST_IMAGES_TO_MISS
         said = f"All {n:,} images were called {name}, whatever their label: accuracy"
     else:
@@ -280,7 +281,7 @@ def _power(n: int, matrix: np.ndarray, df: int) -> float:
 
 
 def below_majority(
-    matrix: Any, class_names: Sequence[str] = (), class_counts: Mapping[str, int] | None = None
+    matrix: Any, class_names: Sequence[str], class_counts: Mapping[str, int] | None = None
 ) -> Alarm | None:
     """Fires where always naming the commonest class would have been right more often.
 
@@ -288,8 +289,7 @@ def below_majority(
     one class alone there is nothing to compare.
     """
     matrix = _counts(matrix)
-    names = class_names or [f"class {k}" for k in range(len(matrix))]
-    counts = class_counts or dict(zip(names, matrix.sum(1).tolist(), strict=True))
+    counts = class_counts or dict(zip(class_names, matrix.sum(1).tolist(), strict=True))
     name, most = max(counts.items(), key=lambda item: item[1])
     accuracy, majority = _accuracy(matrix), int(most) / sum(map(int, counts.values()))
     if accuracy >= majority or majority == 1:
@@ -302,12 +302,11 @@ def below_majority(
     )
 
 
-def class_never_predicted(matrix: Any, class_names: Sequence[str] = ()) -> Alarm | None:
+def class_never_predicted(matrix: Any, class_names: Sequence[str]) -> Alarm | None:
     """Fires where a class has images but no prediction; a caution where it has fewer than 7."""
     matrix = _counts(matrix)
-    names = class_names or [f"class {k}" for k in range(len(matrix))]
     unseen = {
-        str(names[k]): int(matrix[k].sum())
+        class_names[k]: int(matrix[k].sum())
         for k in range(len(matrix))
         if matrix[k].sum() > 0 and matrix[:, k].sum() == 0
     }
@@ -413,9 +412,9 @@ def scored_files(files: Sequence[str], expected: Sequence[str]) -> Alarm | None:
     )
 
 
-def stopping_split_scored(scored: str, stopped_on: str | None, num_examples: int) -> Alarm | None:
+def stopping_split_scored(scored: str, stopped_on: str, num_examples: int) -> Alarm | None:
     """Fires where the scored images also chose the epoch."""
-    if stopped_on is None or scored not in (stopped_on, "all"):
+    if scored not in (stopped_on, "all"):
         return None
     return Alarm(
         "stopping-split-scored",
@@ -524,18 +523,17 @@ def groups_unknown(rows: Sequence[Row], *, of_a_split: bool = True) -> Alarm | N
     )
 
 
-def small_class(matrix: Any, class_names: Sequence[str] = ()) -> Alarm | None:
+def small_class(matrix: Any, class_names: Sequence[str]) -> Alarm | None:
     """A caution where a class has fewer than 50 scored images, with its recall's interval."""
     matrix = _counts(matrix)
-    names = class_names or [f"class {k}" for k in range(len(matrix))]
     small: dict[str, dict[str, Any]] = {}
     said = []
-    for k, name in enumerate(names):
+    for k, name in enumerate(class_names):
         right, n = int(matrix[k, k]), int(matrix[k].sum())
         if n >= _SMALL_CLASS:
             continue
         interval = wilson_interval(right, n)
-        small[str(name)] = {
+        small[name] = {
             "images": n,
             "recall": right / n if n else None,
             "interval": interval,

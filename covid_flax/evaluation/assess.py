@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from covid_flax.data.folder import DataFolder
-from covid_flax.data.splits import Row, named_alike, regrouped
+from covid_flax.data.splits import MANY_ALIKE, Row, named_alike, regrouped
 from covid_flax.evaluation.alarms import (
     Alarm,
     Evidence,
@@ -186,7 +186,7 @@ def _trained_on_these(
             _hashes_of_equal_sizes(folder, scored, own, fitted),
         )
     alike = named_alike(predictions.files, rows)
-    if same is not None or alike < len(scored) / 2:
+    if same is not None or alike < MANY_ALIKE * len(scored):
         return same
     return Alarm(
         "duplicate-leak",

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from covid_flax.evaluation.intervals import (
+    RESAMPLES,
     cluster_weights,
     percentile_interval,
     share_interval,
 )
 
-RESAMPLES = 2000
 SEED = 0
 # What counts as a finding: a balanced accuracy this much above chance, of so many groups of each
 # class, unless chance alone makes any such finding of the whole report in more than this share.

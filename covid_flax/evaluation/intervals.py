@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 LEVEL = 0.95
+RESAMPLES = 2000
 _Z = NormalDist().inv_cdf((1 + LEVEL) / 2)
 # Weights held at once. 2 MB in float64 stay in a core's cache: faster than all in one.
 _CHUNK = 2**18
@@ -60,7 +61,7 @@ def wilson_of_images(hits: np.ndarray, clusters: np.ndarray) -> list[float] | No
 
 
 def share_interval(
-    hits: np.ndarray, clusters: np.ndarray, resamples: int = 2000
+    hits: np.ndarray, clusters: np.ndarray, resamples: int = RESAMPLES
 ) -> list[float] | None:
     """`[low, high]` of a share of images: by groups where some share one, else Wilson's.
 
@@ -176,3 +177,13 @@ def percentile_interval(values: np.ndarray, level: float = LEVEL) -> list[float]
         return None
     low, high = np.percentile(defined, [50 * (1 - level), 50 * (1 + level)])
     return [float(low), float(high)]
+
+
+def is_undefined(figures: Mapping[str, Any], key: str) -> bool:
+    """Whether the 0 that a report gives for a class's figure stands for a division by 0."""
+    support, claimed = figures["support"], figures.get("predicted")
+    if key == "recall":
+        return bool(support == 0)
+    if key == "precision":
+        return claimed == 0
+    return key == "f1" and support == 0 and claimed == 0

@@ -15,6 +15,7 @@ import numpy as np
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import (
     LEVEL,
+    RESAMPLES,
     cluster_weights,
     percentile_interval,
     wilson_of_images,
@@ -45,7 +46,7 @@ def classification_report(
     loss: float | None = None,
     *,
     clusters: np.ndarray | None = None,
-    resamples: int = 2000,
+    resamples: int = RESAMPLES,
     prevalence: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def resampled_figures(
     class_names: Sequence[str],
     *,
     clusters: np.ndarray | None = None,
-    resamples: int = 2000,
+    resamples: int = RESAMPLES,
     prevalence: Mapping[str, float] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.splits import Row
 from covid_flax.errors import UserError
+from covid_flax.files import csv_bytes
 
 COLUMNS = ["file", "label", "predicted"]
 
@@ -80,14 +80,11 @@ def answers_csv(
     known: Mapping[str, Sequence[str]], class_names: Sequence[str], probabilities: np.ndarray
 ) -> bytes:
     """The columns `known`, `predicted`, and `p_<class>` for each class, with all digits (UTF-8)."""
-    buffer = io.StringIO(newline="")
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*known, "predicted", *(f"p_{name}" for name in class_names)])
+    rows: list[list[str]] = [[*known, "predicted", *(f"p_{name}" for name in class_names)]]
     predicted = probabilities.argmax(1).tolist()
     for *words, k, p in zip(*known.values(), predicted, probabilities.tolist(), strict=True):
-        writer.writerow([*words, class_names[k], *map(repr, p)])
-    # A file name that is not UTF-8 keeps its bytes.
-    return buffer.getvalue().encode("utf-8", "surrogateescape")
+        rows.append([*words, class_names[k], *map(repr, p)])
+    return csv_bytes(rows)
 
 
 def read_predictions(path: Path, rows: Sequence[Row] = ()) -> Predictions:

@@ -8,13 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from covid_flax.evaluation.intervals import LEVEL, cluster_weights, percentile_interval
+from covid_flax.evaluation.intervals import (
+    LEVEL,
+    RESAMPLES,
+    cluster_weights,
+    percentile_interval,
+)
 
 FOLDS = 5
 # A source with fewer images, or in fewer groups, of a class is left out of that class's probe.
 LEAST_IMAGES = 20
 COMPONENTS = 50
-RESAMPLES = 2000
 
 _Known = Sequence[tuple[str, str]]  # class and source of images
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from jax.sharding import NamedSharding, PartitionSpec
 
 import covid_flax.compiler.no_accelerator  # noqa: F401  what it does, it does when imported
 from covid_flax.command import run_command
@@ -23,7 +22,7 @@ from covid_flax.compiler import aot, hlo
 from covid_flax.compiler.xla import compiler_options
 from covid_flax.console import say
 from covid_flax.errors import UserError
-from covid_flax.mesh import AXIS, replicated
+from covid_flax.mesh import as_placed
 from covid_flax.models import MODELS, create_model
 from covid_flax.step import make_eval_step
 from ml_collections_configs import base
@@ -83,14 +82,8 @@ def _speed(step: Callable[..., Any], params: Any, batch_stats: Any, image_size: 
 def _hbm_bytes(step: Callable[..., Any], params: Any, batch_stats: Any, image_size: int) -> float:
     """Bytes an image that the TPU's program moves to and from its memory, off its text."""
     mesh = aot.topology_mesh(_TOPOLOGY)
-
-    def like(sharding: NamedSharding) -> Callable[[Any], jax.ShapeDtypeStruct]:
-        return lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    arrays = jax.tree.map(like(replicated(mesh)), (params, batch_stats))
     shape = (_TPU_BATCH * mesh.size, image_size, image_size, 3)
-    split = NamedSharding(mesh, PartitionSpec(AXIS))
-    images = like(split)(jax.ShapeDtypeStruct(shape, jnp.uint8))
+    arrays, images = as_placed((params, batch_stats), jax.ShapeDtypeStruct(shape, jnp.uint8), mesh)
     compiled = jax.jit(step).lower(*arrays, images).compile()
     moved = hlo.traffic(hlo.parse(compiled.as_text() or ""))
     return sum(t.hbm for t in moved) / _TPU_BATCH

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 # Means of ImageNet's training set: B, G, R on 0..255; and R, G, B on 0..1 with deviations.
 _CAFFE_MEAN = (103.939, 116.779, 123.68)
-_TORCH_MEAN = (0.485, 0.456, 0.406)
-_TORCH_STD = (0.229, 0.224, 0.225)
+TORCH_MEAN = (0.485, 0.456, 0.406)
+TORCH_STD = (0.229, 0.224, 0.225)
 
 MODES = ("unit", "caffe", "torch", "tf", "lite", "standard")
 
@@ -37,9 +37,7 @@ def preprocess(images: jax.Array, mode: str) -> jax.Array:
     if mode == "caffe":
         return x[..., ::-1] - jnp.array(_CAFFE_MEAN, jnp.float32)
     if mode == "torch":
-        return (x / 255.0 - jnp.array(_TORCH_MEAN, jnp.float32)) / jnp.array(
-            _TORCH_STD, jnp.float32
-        )
+        return (x / 255.0 - jnp.array(TORCH_MEAN, jnp.float32)) / jnp.array(TORCH_STD, jnp.float32)
     if mode == "tf":
         return x / 127.5 - 1.0
     if mode == "lite":

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from covid_flax.errors import UserError
+from covid_flax.models.preprocess import TORCH_MEAN, TORCH_STD
 from covid_flax.models.resnet import RESNETS
 from covid_flax.pretrained.names import TreePath, keras_name
 
@@ -135,10 +136,10 @@ def load_weights(
 
 
 # What EfficientNet's files say of its input: means, and roots taken twice (Keras divides by the
-# root of this variance, and by it again): `torch` of `covid_flax.models.preprocess`.
+# root of this variance, and by it again).
 _NORMALIZATION = {
-    "normalization/mean": (0.485, 0.456, 0.406),
-    "normalization/variance": (0.229, 0.224, 0.225),
+    "normalization/mean": TORCH_MEAN,
+    "normalization/variance": TORCH_STD,
 }
 
 

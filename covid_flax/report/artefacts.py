@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from covid_flax.data.splits import Row, named_alike, read_split_csv
+from covid_flax.data.splits import MANY_ALIKE, Row, named_alike, read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation.predictions import read_predictions
 from covid_flax.files import parse_json
@@ -209,7 +209,9 @@ class Artefacts:
         raised = {(alarm["name"], alarm["level"]) for alarm in report.get("alarms") or ()}
         if raised & {("duplicate-leak", "alarm"), ("training-images-scored", "alarm")}:
             return "seen"
-        alike = self.named_alike.get(name, 0) >= 0.5 or ("duplicate-leak", "caution") in raised
+        alike = (
+            self.named_alike.get(name, 0) >= MANY_ALIKE or ("duplicate-leak", "caution") in raised
+        )
         return "alike" if alike else "external"
 
     @property

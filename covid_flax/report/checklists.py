@@ -17,8 +17,8 @@ class Item:
     Attributes:
       number: in its guideline.
       name: what it asks for, in a few words of ours.
-      statement: key of what a run's artefacts say of it, see `covid_flax.model_card`; "" where
-        no artefact can.
+      statement: key of what a run's artefacts say of it, see `covid_flax.report.statements`; ""
+        where no artefact can.
       whole: whether that statement can be all that the item asks for, or a part at most.
     """
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from covid_flax.data.conditions import Condition
 from covid_flax.files import write_atomically
 from covid_flax.report.page import count, figure3, percent, render, with_interval
 from covid_flax.report.pictures import picture, short_names
@@ -21,13 +22,6 @@ _NEARLY_ALL = 0.8
 _FEW = 0.2  # of the answers
 _LEVEL = 0.05  # of a family of tests
 _BALANCED = "balanced_accuracy"
-
-
-class Titled(Protocol):
-    """A condition, as far as the page shows it."""
-
-    @property
-    def title(self) -> str: ...
 
 
 def explain(report: Mapping[str, Any]) -> list[str]:
@@ -268,7 +262,7 @@ def _percent(x: float) -> str:
 def write_controls_page(
     path: Path,
     report: Mapping[str, Any],
-    examples: Sequence[tuple[Titled, Mapping[str, np.ndarray]]],
+    examples: Sequence[tuple[Condition, Mapping[str, np.ndarray]]],
     *,
     title: str,
 ) -> None:
@@ -350,7 +344,7 @@ def _simple(figures: Mapping[str, Any] | None) -> Markup:
 
 
 def _strip(
-    names: Sequence[str], examples: Sequence[tuple[Titled, Mapping[str, np.ndarray]]]
+    names: Sequence[str], examples: Sequence[tuple[Condition, Mapping[str, np.ndarray]]]
 ) -> Figure:
     """A row for each condition, a column for each class."""
     shown = [name for name in names if any(name in images for _, images in examples)]
@@ -371,7 +365,7 @@ def _strip(
     return figure
 
 
-def _strip_in_words(examples: Sequence[tuple[Titled, Mapping[str, np.ndarray]]]) -> str:
+def _strip_in_words(examples: Sequence[tuple[Condition, Mapping[str, np.ndarray]]]) -> str:
     return "One image of each class under each condition: " + ", ".join(
         condition.title for condition, _ in examples
     )

@@ -19,7 +19,14 @@ from markupsafe import Markup
 from covid_flax import __version__
 from covid_flax.data.dataset import LEFT_OUT, left_out
 from covid_flax.evaluation.alarms import CHECKS
-from covid_flax.evaluation.intervals import class_interval, has_width, one_group, whole_interval
+from covid_flax.evaluation.intervals import (
+    class_interval,
+    has_width,
+    is_undefined,
+    one_group,
+    whole_interval,
+)
+from covid_flax.evaluation.metrics import BINS
 from covid_flax.evaluation.predictions import Predictions
 from covid_flax.files import write_atomically
 from covid_flax.report import pictures
@@ -148,6 +155,7 @@ def write_report_page(
         members=_members_table(report),
         intervals=report.get("intervals") or {},
         one_group=one_group(report),
+        bins=BINS,
         matrix=_matrix_table(report),
         pictures=pictures.evaluation_pictures(report, predictions),
         calibration=report.get("calibration"),
@@ -204,7 +212,7 @@ def _class_table(report: Mapping[str, Any]) -> dict[str, Any]:
     for name in names:
         row: list[Any] = [name, count(per_class[name]["support"])]
         for key, _ in columns:
-            x = None if _meaningless(per_class[name], key) else per_class[name][key]
+            x = None if is_undefined(per_class[name], key) else per_class[name][key]
             form = percent if key in _SHARES else figure3
             cell = with_interval(x, class_interval(report, name, key), form)
             if key == "ppv_at" and len(stated) > 1 and name in prevalence:
@@ -214,16 +222,6 @@ def _class_table(report: Mapping[str, Any]) -> dict[str, Any]:
             row.append(cell)
         rows.append(row)
     return {"head": head, "rows": rows}
-
-
-def _meaningless(figures: Mapping[str, Any], key: str) -> bool:
-    """Whether the report's 0 stands for a division by 0."""
-    support, claimed = figures["support"], figures.get("predicted")
-    if key == "recall":
-        return support == 0
-    if key == "precision":
-        return claimed == 0
-    return key == "f1" and support == 0 and claimed == 0
 
 
 def _average_table(report: Mapping[str, Any]) -> dict[str, Any] | None:

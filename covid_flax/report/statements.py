@@ -12,6 +12,7 @@ from covid_flax.early_stopping import EarlyStopping
 from covid_flax.evaluation.intervals import (
     class_interval,
     has_width,
+    is_undefined,
     one_group,
     resamples_groups,
     whole_interval,
@@ -680,10 +681,7 @@ def share_of(report: Mapping[str, Any], key: str) -> str:
 def class_share(report: Mapping[str, Any], name: str, key: str) -> str:
     """A share of a class with its interval; none of a class without images."""
     figures = report["per_class"][name]
-    empty = (key == "recall" and not figures["support"]) or (
-        key == "precision" and figures.get("predicted") == 0
-    )
-    if empty:
+    if is_undefined(figures, key):
         return "–"
     return share(figures[key], class_interval(report, name, key))
 
