@@ -3,7 +3,7 @@
     python benchmarks/frozen.py --run=RUN_DIR [--batches 12] [--tensorflow_python FILE]
 
 RUN_DIR is one of `configs/paper.py:frozen`; its time is the whole of it, from the written
-configuration to the last curve, epochs' evaluations and checkpoints in it. Keras's `fit` computes
+configuration to the last figure, epochs' evaluations and checkpoints in it. Keras's `fit` computes
 the frozen ResNet50 anew every epoch, so its time follows from a batch's: this script times
 `train_on_batch` and `test_on_batch` at 32 images (without data loading, checkpoints or
 callbacks) and multiplies. A practised Keras user has the features predicted once and fits the head
