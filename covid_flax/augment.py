@@ -286,12 +286,13 @@ def _match_greys(images: Array, others: Array, part: Array) -> Array:
         return ordered[:, np.round(of_some * (ordered.shape[1] - 1)).astype(int)]
 
     mine, theirs = (quantiles(x)[..., None, None, None] for x in (images, others))
+    grey = jnp.mean(images, -1, keepdims=True)
     matched = theirs[:, 0]
     for k in range(len(of_some) - 1):
         width = jnp.maximum(mine[:, k + 1] - mine[:, k], 0.5)
-        rise = jnp.clip((images - mine[:, k]) / width, 0, 1)
+        rise = jnp.clip((grey - mine[:, k]) / width, 0, 1)
         matched = matched + rise * (theirs[:, k + 1] - theirs[:, k])
-    return images + part[:, None, None, None] * (matched - images)
+    return images + part[:, None, None, None] * (matched - grey)
 
 
 def restyle(
