@@ -457,7 +457,9 @@ def resolve_step(checkpoints: Checkpoints, which: str) -> int:
     else:
         raise UserError(f"--checkpoint={which}: give best, latest or a step ({there})")
     if step is None and which == "best" and there != "none":
-        raise UserError(f"--checkpoint=best: no epoch has ended yet; there are: {there}")
+        ended = ((checkpoints.latest_loop or {}).get("early_stopping") or {}).get("epoch", 0)
+        why = "the best so far is lost until an epoch ends" if ended else "no epoch has ended yet"
+        raise UserError(f"--checkpoint=best: {why}; there are: {there}")
     if step is None:
         raise UserError(f"--checkpoint={which}: no such checkpoint; there are: {there}")
     return step

@@ -109,7 +109,7 @@ def evaluate(
     own = not data_dir or not os.path.exists(root) or root.samefile(data.folder.root)
     fits = split == "val" and own
     if fits:
-        calibration = _fit_calibration(predictions)
+        calibration = fitted = _fit_calibration(predictions)
     elif split == "val":
         say(f"note: no temperature is fitted, for the run's own val images are still in {root}")
 
@@ -152,7 +152,8 @@ def evaluate(
     write_evaluation(output, report, predictions, title=title, run=about)
     if fits:
         try:
-            _store_calibration(workdir, run.step, calibration)
+            runs = {k: v for k, v in report["checkpoint"].items() if k == "runs"}
+            _store_calibration(workdir, run.step, fitted | runs)
         except UserError as e:
             if output == workdir / "eval" / split:
                 raise
@@ -171,6 +172,8 @@ def stored_calibration(
       UserError: there is none, and it was asked for.
     """
     found = _read_calibrations(run.workdir / "calibration.json").get(str(run.step))
+    if found is not None and found.get("runs") != checkpoint_record(run, checkpoint).get("runs"):
+        found = None  # other steps of the members, with the same sum
     # Its val images were each answered by one run, all others by all of them together.
     if split != "val" and "members" in saved and is_cross_validation(run.config.data):
         if asked:
@@ -211,7 +214,7 @@ def _fit_calibration(predictions: Predictions) -> dict[str, Any]:
     return {"split": "val"} | fit_calibration(predictions.labels, predictions.probabilities)
 
 
-def _store_calibration(workdir: Path, step: int, calibration: Mapping[str, Any] | None) -> None:
+def _store_calibration(workdir: Path, step: int, calibration: Mapping[str, Any]) -> None:
     path = workdir / "calibration.json"
     with locked(workdir):  # another evaluation may add its own
         write_json(path, _read_calibrations(path) | {str(step): calibration}, allow_nan=True)

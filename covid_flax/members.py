@@ -25,7 +25,14 @@ from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.members import FIGURES
 from covid_flax.files import write_json
-from covid_flax.run import has_figures, read_run, refuse_changes, saved_run, setup
+from covid_flax.run import (
+    has_figures,
+    read_run,
+    refuse_changes,
+    refuse_foreign_files,
+    saved_run,
+    setup,
+)
 from covid_flax.train import train
 
 
@@ -64,6 +71,8 @@ def check_members(
     saved = read_run(workdir)
     if saved is not None and ("members" in saved or has_figures(workdir)):  # else a dry run's
         refuse_changes(saved["config"], config_lib.to_json(config), workdir)
+    if saved is None:
+        refuse_foreign_files(workdir)
     configs = member_configs(config)
     for member in configs.values():
         config_lib.check(member)

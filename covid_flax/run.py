@@ -88,6 +88,7 @@ class Run:
     graphdef: nnx.GraphDef
     params: dict[str, Any]
     batch_stats: dict[str, Any]
+    written: bytes  # config.json, as it was left
     resumed: bool = False  # a checkpoint is there, and the arrays here mean nothing
 
     @property
@@ -129,7 +130,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
             "--workdir"
         )
     if saved is None and not resumed:
-        _refuse_foreign_files(workdir)
+        refuse_foreign_files(workdir)
     if not resumed and not has_figures(workdir):
         saved = None  # a dry run's, or of a training that never took a step
     if resumed and saved is None:
@@ -155,13 +156,11 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     if resumed:
         assert saved is not None
         _check_resumed(workdir, saved, config, data)
-        if not os.path.exists(saved["data"]["root"]) and jax.process_index() == 0:  # moved
-            now = {key: dataset_lib.summary(data)[key] for key in ("root", "fingerprint")}
-            with only_trainer(workdir):
-                about = saved | {"data": saved["data"] | now}
-                write_json(workdir / "config.json", about, allow_nan=True)
+        if jax.process_index() == 0:
+            _write_moved(config, workdir, saved, data)
         _meet(workdir)
-        return Run(config, workdir, data, graphdef, params, batch_stats, resumed=True)
+        written = (workdir / "config.json").read_bytes()
+        return Run(config, workdir, data, graphdef, params, batch_stats, written, resumed=True)
     params, batch_stats, weights = _initial_weights(config, params, batch_stats, weights_file)
     taught_by = _teacher_arrays(config.train.teacher)
     if jax.process_index() == 0:
@@ -169,7 +168,23 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     _meet(workdir)
     if jax.process_index() != 0:
         _refuse_other_split(workdir, data)
-    return Run(config, workdir, data, graphdef, params, batch_stats)
+    written = (workdir / "config.json").read_bytes()
+    return Run(config, workdir, data, graphdef, params, batch_stats, written)
+
+
+def _write_moved(
+    config: ml_collections.ConfigDict, workdir: Path, saved: Mapping[str, Any], data: Dataset
+) -> None:
+    """Where the images, or the teacher, are no longer where config.json says, says where."""
+    now = dict(saved)
+    if not os.path.exists(saved["data"]["root"]):
+        moved = {key: dataset_lib.summary(data)[key] for key in ("root", "fingerprint")}
+        now["data"] = saved["data"] | moved
+    if saved.get("teacher_folder") and not os.path.exists(saved["teacher_folder"]):
+        now["teacher_folder"] = os.path.realpath(expanded(config.train.teacher))
+    if now != saved:
+        with only_trainer(workdir):
+            write_json(workdir / "config.json", now, allow_nan=True)
 
 
 def _check_resumed(
@@ -191,11 +206,11 @@ def _check_resumed(
             "and the csv of their groups, or choose another --workdir"
         )
     summary = dataset_lib.summary(data)
-    unmoved = saved["data"].get("root") == summary["root"]
-    if unmoved and saved["data"].get("fingerprint") != summary["fingerprint"]:
+    if saved["data"].get("fingerprint") != summary["fingerprint"]:
         say(
-            "note: the image files, or the sources named for them, are not those of the run's "
-            "beginning, by sizes and times: if they show other pixels, choose another --workdir"
+            f"note: the image files in {summary['root']}, or the sources named for them, are not "
+            "those of the run's beginning, by sizes and times: if they show other pixels, choose "
+            "another --workdir"
         )
     grain = saved.get("versions", {}).get("grain"), importlib.metadata.version("grain")
     if grain[0] != grain[1]:
@@ -330,6 +345,10 @@ def _write_run(
     except OSError as e:
         raise UserError(f"cannot make {workdir} ({e.strerror}): choose another --workdir") from e
     with only_trainer(workdir):
+        if has_checkpoints(workdir / "checkpoints"):  # while the images were read
+            raise UserError(f"{workdir} has become another run's meanwhile: give another --workdir")
+        # Of a training whose checkpoints were removed.
+        (workdir / "calibration.json").unlink(missing_ok=True)
         write_split_csv(workdir / "split.csv", list(data.rows))
         # Last: a folder with a config.json is a run.
         write_json(workdir / "config.json", about, allow_nan=True)
@@ -504,7 +523,7 @@ def _refuse_file(workdir: Path) -> None:
         raise UserError(f"{workdir} is a file: give a folder as --workdir")
 
 
-def _refuse_foreign_files(workdir: Path) -> None:
+def refuse_foreign_files(workdir: Path) -> None:
     """In a folder that holds no run. Raises UserError: what is not a run's would be lost."""
     foreign = workdir / "metrics.jsonl" if has_figures(workdir) else None
     split = workdir / "split.csv"

@@ -53,6 +53,11 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
         if first:  # another command may have come between
             saved = saved_run(run.workdir)["config"]
             refuse_changes(saved, to_json(config), run.workdir)
+            if (run.workdir / "config.json").read_bytes() != run.written:
+                raise UserError(
+                    f"{run.workdir} was set up by another command meanwhile: give this one again, "
+                    "or choose another --workdir"
+                )
         state, stopping, loop = _start(run, job, checkpoints)
         step = int(state.step)
         if stopping.should_stop or step >= job.steps_per_epoch * config.train.epochs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -16,7 +17,7 @@ from covid_flax.config import is_repeated
 from covid_flax.controls import run_controls
 from covid_flax.data.splits import read_split_csv
 from covid_flax.errors import UserError
-from covid_flax.evaluate import evaluate
+from covid_flax.evaluate import evaluate, stored_calibration
 from covid_flax.evaluation.members import mean_interval
 from covid_flax.evaluation.predictions import read_predictions
 from covid_flax.members import check_members, member_configs, train_members
@@ -263,3 +264,29 @@ def test_the_interval_is_student_s():
     want = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     np.testing.assert_allclose(got["interval"], [want.low, want.high], rtol=1e-9)
     assert mean_interval([0.5, 0.9], share=True)["interval"] == [0.0, 1.0]
+
+
+def test_another_s_files_are_not_several_runs_to_lose(tiny_config, tmp_path):
+    tiny_config.repeats = 2
+    (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl is of no run .*another --workdir"):
+        check_members(tiny_config, tmp_path)
+
+
+def test_a_temperature_is_of_its_members_steps(folds, tmp_path):
+    """Not of any that have the same sum."""
+    _, workdir, _ = folds
+    copy = tmp_path / "copy"
+    shutil.copytree(workdir, copy)
+    saved, run = saved_run(copy), open_run(copy)
+    found = stored_calibration(run, saved, "best", "val", True)
+    assert found["runs"] == {member.workdir.name: member.step for member in run.members}
+    one, two, *rest = run.members
+    steps = (
+        dataclasses.replace(one, step=one.step + 1),
+        dataclasses.replace(two, step=two.step - 1),
+    )
+    other = dataclasses.replace(run, members=(*steps, *rest))
+    assert stored_calibration(other, saved, "best", "val", False) is None
+    with pytest.raises(UserError, match="has no temperature"):
+        stored_calibration(other, saved, "best", "val", True)

@@ -21,6 +21,7 @@ from small_resnet import with_batch_norm
 from covid_flax import feed as feed_lib
 from covid_flax import preemption
 from covid_flax.checkpoint import Checkpoints
+from covid_flax.data import dataset
 from covid_flax.data.splits import read_split_csv
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
@@ -473,6 +474,35 @@ def test_a_run_in_training_keeps_its_files(tiny_config, tmp_path):
         train(run)
 
 
+def test_what_another_command_set_up_meanwhile_is_not_trained(tiny_config, phantom_dir, tmp_path):
+    """What a configuration leaves free must be what it was too: where the images lie."""
+    tiny_config.data.dir = str(phantom_dir)
+    run = setup(tiny_config, tmp_path / "run")
+    shutil.copytree(phantom_dir, tmp_path / "other")
+    tiny_config.data.dir = str(tmp_path / "other")
+    setup(tiny_config, tmp_path / "run")
+    with pytest.raises(UserError, match="set up by another command meanwhile"):
+        train(run)
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_run_that_came_while_images_were_read_is_kept(tiny_config, tmp_path, monkeypatch):
+    tiny_config.train.epochs = 1
+    workdir, load = tmp_path / "run", dataset.load_dataset
+
+    def load_slowly(*args):
+        monkeypatch.setattr(dataset, "load_dataset", load)
+        train(setup(tiny_config, workdir))
+        return load(*args)
+
+    monkeypatch.setattr(dataset, "load_dataset", load_slowly)
+    other = tiny_config.copy_and_resolve_references()
+    other.data.split_seed = 9
+    with pytest.raises(UserError, match="another run's meanwhile"):
+        setup(other, workdir)
+    assert read_run(workdir)["config"]["data"]["split_seed"] == -1
+
+
 def test_a_mean_that_is_not_what_is_evaluated_is_told(tiny_config, tmp_path, capsys):
     tiny_config.model.trainable = "head"
     tiny_config.train.epochs, tiny_config.train.swa_start = 3, 1
@@ -516,7 +546,14 @@ def test_the_main_command_follows_moved_data(tiny_config, phantom_dir, tmp_path,
     assert "note: the image files" not in capsys.readouterr().out
     os.utime(next((tmp_path / "after").rglob("COVID-*.png")), (1, 1))
     setup(tiny_config, tmp_path / "run")
-    assert "note: the image files, or the sources" in capsys.readouterr().out
+    assert f"note: the image files in {tmp_path / 'after'}, or" in capsys.readouterr().out
+    shutil.copytree(tmp_path / "after", tmp_path / "copy")  # with the times they have
+    tiny_config.data.dir = str(tmp_path / "copy")
+    setup(tiny_config, tmp_path / "run")
+    os.utime(next((tmp_path / "copy").rglob("COVID-*.png")), (2, 2))
+    capsys.readouterr()
+    setup(tiny_config, tmp_path / "run")
+    assert f"note: the image files in {tmp_path / 'copy'}, or" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["null", '{"config": 5}', '{"config": {}, "data": {}}', "{"])
