@@ -279,6 +279,26 @@ def test_masked_conditions_show_the_mask_and_score_only_what_has_one(tmp_path):
     assert len(seen["all"]) == sum(c["num_examples"] for c in report["conditions"])
 
 
+def test_conditions_hide_what_they_say():
+    image = np.random.default_rng(0).integers(1, 256, (9, 12, 1), np.uint8)
+    mask = np.zeros((9, 12), bool)
+    mask[2, 4] = mask[6, 10] = True
+    box = np.zeros((9, 12), bool)
+    box[2:7, 4:11] = True
+    masked, plain = (
+        {c.name: c.change for c in conditions(np.ones(256), "x", masks=m)} for m in (True, False)
+    )
+    for change, where in (
+        (masked["lung_box_hidden"], box),
+        (masked["lung_box_hidden_grey"], box),
+        (plain["centre_hidden_grey"], box_mask((9, 12), CENTRE)),
+        (plain["lungs_hidden_grey"], box_mask((9, 12), LUNG_BOX)),
+    ):
+        grey = 0 if change is masked["lung_box_hidden"] else round(float(image[~where].mean()))
+        want = np.where(where[..., None], grey, image)
+        np.testing.assert_array_equal(change(image, mask), want)
+
+
 @pytest.mark.parametrize("limit", [0, 7, 100, 999, 5000])
 def test_a_sample_keeps_the_classes_shares(limit):
     labels = np.repeat([0, 1, 2, 3], [700, 250, 45, 5])

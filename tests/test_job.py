@@ -14,6 +14,7 @@ from scipy import special
 from sklearn.utils.class_weight import compute_class_weight
 
 from covid_flax import feature_cache
+from covid_flax.augment import Augment
 from covid_flax.compiler.chips import PEAKS
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
@@ -246,6 +247,20 @@ def test_of_a_batch_that_is_filled_up_only_real_examples_are_right():
     all_right = {"label": jnp.asarray(logits.argmax(-1), jnp.int32)}
     sums = jax.jit(step)(state, {**batch, **all_right, "mask": jnp.arange(8) < 3})[0].sums
     assert (float(sums["correct"]), float(sums["count"])) == (3, 3)
+
+
+def test_the_teacher_sees_the_mixed_images(monkeypatch):
+    half = lambda key, x, how, real: (x * 0.5, jnp.ones(len(x)))  # noqa: E731
+    monkeypatch.setattr("covid_flax.step.mix", half)
+    batch, weights = _batch(6), np.random.default_rng(3).normal(size=(3, 4)) / 30
+    answer = lambda x: x.mean((1, 2)) @ jnp.asarray(weights, jnp.float32)  # noqa: E731
+    teacher = Teacher(answer, 1.0, 1.0)
+    step, state = _linear_step(batch, teacher=teacher, augment=Augment(mixup=0.2))
+    _, loss = jax.jit(step)(state, batch)
+    x = np.asarray(batch["image"], np.float64).mean((1, 2)) * 0.5
+    p = x / 255 @ np.asarray(state.params["head"]["kernel"], np.float64)
+    want = -(special.softmax(x @ weights, -1) * special.log_softmax(p, -1)).sum(-1).mean()
+    assert float(loss) == pytest.approx(want, rel=1e-5)
 
 
 def test_the_teacher_sees_the_same_augmented_images(monkeypatch):

@@ -209,6 +209,22 @@ def test_dropout_and_augmentation_follow_seed_and_step(batch):
     assert float(step(later, batch)[1]) != float(loss)
 
 
+def test_augmentation_alone_follows_step_seed_and_device(batch):
+    model, how = _without_dropout("lenet5"), Augment(flip=True, shift=0.1)
+    step, start = _step(model, augment=how), _state(model, HEAD)
+    later = dataclasses.replace(start, step=start.step + 1)
+    other = create_state(*model[1:], HEAD, optax.adam(1e-2), seed=1)
+    assert len({float(step(s, batch)[1]) for s in (start, later, other)}) == 3
+    config = StepConfig("unit", augment=how, axis_name="data")
+    mapped = make_train_step(model[0], optax.adam(1e-2), config)
+    mapped = jax.jit(jax.vmap(mapped, axis_name="data", in_axes=(None, 0)))
+
+    def devices(n):
+        return float(mapped(start, jax.tree.map(lambda x: jnp.repeat(x[None], n, 0), batch))[1][0])
+
+    assert abs(devices(2) - devices(1)) > 1e-5
+
+
 @pytest.mark.slow
 def test_training_learns(batch):
     """Eight images, forty steps, no dropout: anything but a broken gradient fits them."""

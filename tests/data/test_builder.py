@@ -8,6 +8,7 @@ import platform
 import resource
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -258,3 +259,20 @@ print(json.dumps(sorted(m for m in sys.modules if "." not in m)))
     modules = json.loads(done.stdout)
     assert "tensorflow_datasets" in modules
     assert not {"tensorflow", "jax", "torch", "keras"} & set(modules)
+
+
+def test_folders_that_agree_in_names_sizes_and_times_are_kept_apart(tmp_path):
+    prints = set()
+    for name, grey in (("one", 10), ("two", 200)):
+        for label in ("A", "B"):
+            path = tmp_path / name / label / "x.bmp"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(np.full((8, 8), grey, np.uint8)).save(path)
+            os.utime(path, ns=(10**18, 10**18))
+        records = builder.prepare(open_folder(str(tmp_path / name)), tmp_path / "cache")
+        assert records[0]["image"] == (tmp_path / name / "A" / "x.bmp").read_bytes()
+        with zipfile.ZipFile(tmp_path / "data.zip", "w") as z:
+            for label in ("A", "B"):
+                z.write(tmp_path / name / label / "x.bmp", f"{label}/x.bmp")
+        prints.add(open_folder(str(tmp_path / "data.zip")).fingerprint())
+    assert len(prints) == 2

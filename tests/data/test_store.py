@@ -208,6 +208,18 @@ def test_a_process_without_a_store_has_all_decode(tmp_path, monkeypatch):
     assert isinstance(open_data(tmp_path).source("train", make_config()), StoreSource)
 
 
+def test_without_a_store_images_and_labels_are_the_same(tmp_path):
+    data = make_data(tmp_path, coloured=(3,))
+    for split in ("train", "val"):
+        source = data.source(split, make_config(store_gb=0.0))
+        assert isinstance(source, ImageSource)
+        labels = [row.label for row in data.rows if row.split == split]
+        assert [data.class_names[source[i]["label"]] for i in range(len(source))] == labels
+        for i, row in enumerate(data.files(split)):
+            want = by_pillow(tmp_path, row.file, Image.Resampling.NEAREST, [SIZE])
+            np.testing.assert_array_equal(in_colour(source[i]["image"]), in_colour(want))
+
+
 def test_switched_off(tmp_path, capfd):
     data = make_data(tmp_path)
     capfd.readouterr()

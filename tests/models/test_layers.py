@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from covid_flax.models import layers
+from covid_flax import augment
+from covid_flax.models import create_model, expand, layers
+from ml_collections_configs import base
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -146,6 +148,38 @@ def test_a_head_drops_out_before_its_last_layer_alone(hidden):
     kept = kept[np.asarray(want) != 0]
     assert set(np.unique(kept.round(4))) == {0, np.float32(1 / 0.6).round(4)}
     assert (kept > 0).mean() == pytest.approx(0.6, abs=0.02)
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite0_small", "mobilenet_v3_small", "densenet121"])
+def test_a_light_network_drops_out(name):
+    config = base.get_config().model
+    config.name, config.hidden_units, config.dropout = name, 0, 0.4
+    graph, params, stats = create_model(config, 4, 0)
+    model = nnx.merge(graph, params, stats)
+    kernel = np.asarray(params["head"]["predictions"]["kernel"], np.float64)
+    x = np.random.default_rng(0).normal(size=(1, len(kernel))).astype(np.float32)
+    run = jax.jit(jax.vmap(lambda key: model(x, start="head", dropout_key=key)[0]))
+    got = np.asarray(run(jax.random.split(jax.random.key(0), 4000)))
+    deviation = np.sqrt(0.4 / 0.6 * (x[0] ** 2 @ kernel**2))
+    np.testing.assert_allclose(got.std(0), deviation, rtol=0.1)
+    assert np.all(abs(got.mean(0) - x[0] @ kernel) < 5 * deviation / np.sqrt(4000))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_operands_are_not_rounded_on_accelerators(platform):
+    def exact(f, *shapes):
+        args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        text = jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+        dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+        assert dots and all("[HIGHEST, HIGHEST]" in line for line in dots)
+
+    head = layers.Dense(8, 4, rngs=nnx.Rngs(0))
+    exact(head, (2, 8))
+    exact(expand._dot, (4, 4), (4, 4))
+    exact(lambda x: expand._moments(x, None)[1], (2, 3, 3, 4))
+    key = jax.random.key(0)
+    exact(lambda x: augment._blur_or_sharpen(key, x, 0.5), (8, 8, 1))
+    exact(lambda x: augment.stretched(x, 1.2), (2, 8, 8, 1))
 
 
 def test_dropout_keeps_its_share_and_the_expectation():

@@ -74,6 +74,11 @@ def _efficientnet_input(x):
         ("resnet50", keras.applications.resnet.preprocess_input),
         ("mobilenet_v2", keras.applications.mobilenet_v2.preprocess_input),
         ("densenet121", keras.applications.densenet.preprocess_input),
+        ("resnet50_v1_5", keras.applications.densenet.preprocess_input),  # torchvision's
+        (
+            "efficientnet_lite0 efficientnet_lite1 efficientnet_lite2 efficientnet_lite0_small",
+            keras.layers.Rescaling(1 / 128, -127 / 128),
+        ),
         ("mobilenet_v3_small mobilenet_v3_large", keras.layers.Rescaling(1 / 127.5, -1.0)),
         (
             "efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3",

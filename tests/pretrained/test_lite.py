@@ -73,7 +73,9 @@ def test_it_is_the_package_s_own_network(name):
     assert len(report.loaded) == ARRAYS[name]
     assert report.initialised == report.set_aside == ()
     side = MODELS[name].native_size
-    apply = jax.jit(lambda x: nnx.merge(graph, params, stats)(preprocess(x, "lite")))
+    apply = jax.jit(
+        lambda x: nnx.merge(graph, params, stats)(preprocess(x, MODELS[name].preprocessing))
+    )
     logits = np.asarray(apply(np.stack([photograph(picture, side) for picture in LOGITS[name]])))
     for got, (largest, squares) in zip(logits, LOGITS[name].values(), strict=True):
         assert got.argsort()[::-1][:3].tolist() == list(largest)
