@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def read_images(run: Path, side: int) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], list[str]]:
@@ -81,5 +81,8 @@ def _rows(run: Path) -> list[dict[str, str]]:
 
 
 def _read(path: Path, side: int) -> np.ndarray:
-    image = Image.open(path).convert("L")
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+        raise SystemExit(f"error: {path} is of mode {image.mode}, which the peers' code would clip")
+    image = image.convert("L")
     return np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))

@@ -91,6 +91,12 @@ def run_command(
         line = _disk_error(e)
         if line is not None:
             _fail(line)
+        if isinstance(e, MemoryError) or "RESOURCE_EXHAUSTED" in str(e):
+            _fail(
+                f"out of memory ({str(e)[:200] or 'of the host'}): smaller batches "
+                "(train.batch_size, eval.batch_size) or parts of them (train.micro_batch), smaller "
+                "images, or data.on_device=never need less"
+            )
         if distributed.lost_a_peer(e):
             _fail(f"lost another process ({str(e)[:200]}): see what it said, start all again", 1)
         traceback.print_exc()

@@ -30,7 +30,14 @@ from covid_flax.evaluation.intervals import (
 )
 from covid_flax.evaluation.metrics import classification_report, resampled_figures
 from covid_flax.evaluation.predictions import Predictions, read_predictions
-from covid_flax.files import csv_bytes, expanded, peek, write_atomically, write_json
+from covid_flax.files import (
+    csv_bytes,
+    expanded,
+    peek,
+    refuse_foreign,
+    write_atomically,
+    write_json,
+)
 from covid_flax.report.artefacts import EVALUATION, RUN, own_folder, read_object
 
 SCORED = ("test", "val")  # in the order of preference
@@ -240,15 +247,19 @@ def holm(p: Sequence[float]) -> list[float]:
     return found.tolist()
 
 
+_FILES = ("compare.json", "compare.csv", "compare.html")
+
+
 def write_comparison(output: Path, comparison: Mapping[str, Any]) -> None:
     """Writes compare.html, compare.csv (run,figure,value,low,high) and compare.json.
 
     Raises:
-      UserError: the folder cannot be written.
+      UserError: the folder cannot be written, or such files of something else lie in it.
     """
     # Here, for matplotlib is slow to import.
     from covid_flax.report.comparison import comparison_page
 
+    refuse_foreign(output, _FILES, "against_first")
     page = comparison_page(comparison)
     write_atomically(output / "compare.html", page.encode("utf-8", "replace"))
     write_atomically(output / "compare.csv", _csv(comparison))

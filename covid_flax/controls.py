@@ -47,7 +47,7 @@ from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sources, source_only
 from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
-from covid_flax.files import expanded, write_json
+from covid_flax.files import expanded, refuse_foreign, write_json
 from covid_flax.run import learned_files, saved_run
 from covid_flax.run_images import (
     CLASS_MAP_HELP,
@@ -408,6 +408,7 @@ def run_controls(
     split, data = open_held_out(workdir, split, data_dir, class_map)
     output = output or workdir / "controls" / split
     make_output(output, data)
+    refuse_foreign(output, ("controls.json", "controls.html"), "conditions")
     training = None
     if split in ("test", "val"):  # the simple models must not be scored on what they learned from
         # A whole cross-validation trained on all that is val there.
@@ -418,6 +419,11 @@ def run_controls(
             say(f"note: {data.folder.root} lacks training images: no simple models are trained")
     data = dataclasses.replace(data, rows=data.files(split))
     twin_folder = open_folder(pairs, require_two_classes=False) if pairs else None
+    if twin_folder and os.path.realpath(twin_folder.root) == os.path.realpath(data.folder.root):
+        raise UserError(
+            f"--pairs={pairs} is the folder of the images themselves: give one of the same images "
+            "put through another export"
+        )
     lungs = find_masks(data.folder, [*data.rows, *(training.rows if training else ())], masks)
     run = open_run(workdir, checkpoint, data_dir)
     report, examples = score_conditions(
@@ -444,7 +450,7 @@ def run_controls(
         **report,
     }
     report["text"] = explain(report)
-    say_what_is_replaced(output / "controls.json", data)
+    say_what_is_replaced(output / "controls.json", data, report)
     write_json(output / "controls.json", report)
     write_controls_page(
         output / "controls.html",

@@ -146,7 +146,7 @@ def evaluate(
             if kept
             else "a test split (data.nested_test, or grouped with data.test_fraction) is not."
         )
-    say_what_is_replaced(output / "report.json", data, report["checkpoint"])
+    say_what_is_replaced(output / "report.json", data, report)
     title = title_of(workdir, saved, split, data)
     about = saved | {"name": workdir.resolve().name}
     write_evaluation(output, report, predictions, title=title, run=about)

@@ -55,6 +55,23 @@ def peek(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def refuse_foreign(output: Path, names: Sequence[str], key: str) -> None:
+    """Where files would be lost that the command has not written.
+
+    Args:
+      output: folder to write to.
+      names: of the files, the first a JSON object in which `key` tells that they are the command's.
+
+    Raises:
+      UserError: one is there, and that object is not.
+    """
+    there = [name for name in names if (output / name).exists()]
+    if there and key not in peek(output / names[0]):
+        raise UserError(
+            f"{output / there[0]} is of something else and would be lost: choose another --output"
+        )
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes beside `path` and renames, creating the folder; what was there stays until then.
 

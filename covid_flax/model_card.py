@@ -428,7 +428,7 @@ def write_card(
       The path of the one or the other, and what they hold.
 
     Raises:
-      UserError: the files cannot be written.
+      UserError: the files cannot be written, or are no cards.
     """
     # Slow to import.
     from covid_flax.report.page import render
@@ -438,9 +438,19 @@ def write_card(
     page = render(
         "model_card.html.j2", title=title, sections=sections, not_known=NOT_KNOWN, rows=_page_rows
     )
-    for suffix, text in ((".md", markdown(title, sections)), (".html", page)):
+    texts = {".md": markdown(title, sections), ".html": page}
+    for suffix in texts:
+        _refuse_foreign(path.with_suffix(suffix))
+    for suffix, text in texts.items():
         write_atomically(path.with_suffix(suffix), text.encode("utf-8", "replace"))
     return path, sections
+
+
+def _refuse_foreign(path: Path) -> None:
+    if path.exists():
+        with open(path, "rb") as file:
+            if b"Model card: " not in file.read(2000):
+                raise UserError(f"{path} is no card and would be lost: name another --output")
 
 
 def _main() -> None:

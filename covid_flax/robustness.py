@@ -26,7 +26,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import share_interval
 from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.sampling import stratified_sample
-from covid_flax.files import expanded, write_json
+from covid_flax.files import expanded, refuse_foreign, write_json
 from covid_flax.run import saved_run
 from covid_flax.run_images import (
     CLASS_MAP_HELP,
@@ -171,6 +171,7 @@ def robustness(
     run = open_run(workdir, checkpoint, data_dir)
     output = output or workdir / "robustness" / split
     make_output(output, data)
+    refuse_foreign(output, ("robustness.json", "robustness.png"), "corruptions")
     source, rows = data.source(split, run.config.data), data.files(split)
     clusters = cluster_numbers([row.file for row in rows], [row.group for row in rows])
     report = {
@@ -183,7 +184,7 @@ def robustness(
     # Slow to import.
     from covid_flax.report.robustness_plot import plot_robustness
 
-    say_what_is_replaced(output / "robustness.json", data)
+    say_what_is_replaced(output / "robustness.json", data, report)
     write_json(output / "robustness.json", report)
     title = title_of(workdir, saved_run(workdir), split, data)
     some = f" ({report['num_examples']:,} of them)" if report["num_examples"] < len(rows) else ""

@@ -122,6 +122,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     _refuse_file(workdir)
     if config.data.dir:
         refuse_inside(workdir, config.data.dir, "--workdir")
+        refuse_inside(cache_dir(config.data.cache_dir), config.data.dir, "data.cache_dir")
     resumed = has_checkpoints(workdir / "checkpoints")
     saved = read_run(workdir)
     if saved is not None and "members" in saved:

@@ -162,19 +162,19 @@ def title_of(workdir: Path, saved: Mapping[str, Any], split: str, data: Dataset)
     return f"{split} images of {name}" + (f", in {folder}" if moved else "")
 
 
-def say_what_is_replaced(
-    report: Path, data: Dataset, checkpoint: Mapping[str, Any] | None = None
-) -> None:
-    """A note where `report`, a JSON file to be written, is of another folder or checkpoint."""
-    was = peek(report)
-    before, scored = was.get("data_dir"), was.get("checkpoint")
+def say_what_is_replaced(path: Path, data: Dataset, report: Mapping[str, Any]) -> None:
+    """A note where what is at `path` is of another folder, checkpoint or number of images."""
+    was = peek(path)
+    before, scored, count = was.get("data_dir"), was.get("checkpoint"), was.get("num_examples")
+    of = ""
     if isinstance(before, str) and before != str(Path(data.folder.root).absolute()):
-        say(f"note: this replaces {report.name} of {before} in {report.parent}: give --output")
-    elif checkpoint and isinstance(scored, dict) and scored.get("step") != checkpoint["step"]:
-        say(
-            f"note: this replaces {report.name} of step {scored.get('step')} "
-            f"({scored.get('which')}) in {report.parent}: give --output"
-        )
+        of = before
+    elif isinstance(scored, dict) and scored.get("step") != report["checkpoint"]["step"]:
+        of = f"step {scored.get('step')} ({scored.get('which')})"
+    elif isinstance(count, int) and count > report["num_examples"]:
+        of = f"{count:,} images, of which these are {report['num_examples']:,},"
+    if of:
+        say(f"note: this replaces {path.name} of {of} in {path.parent}: give --output")
 
 
 def val_chose(checkpoint: str, config: ml_collections.ConfigDict) -> bool:

@@ -48,11 +48,12 @@ from ml_collections import config_flags
 from covid_flax import config as config_lib
 from covid_flax.command import no_such_config, run_command
 from covid_flax.console import duration, say
+from covid_flax.data.folder import refuse_inside
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.evaluation import members
 from covid_flax.evaluation.intervals import LEVEL
-from covid_flax.files import expanded, write_atomically, write_json
+from covid_flax.files import expanded, peek, write_atomically, write_json
 from covid_flax.run import WITHOUT_EFFECT, only_trainer
 from ml_collections_configs import base
 
@@ -496,6 +497,8 @@ def sweep(plan: Plan, workdir: Path) -> dict[str, Any]:
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"{workdir} is a file: give a folder as --workdir")
+    if plan.config.data.dir:
+        refuse_inside(workdir, plan.config.data.dir, "--workdir")
     halving = _Halving(plan, workdir) if plan.kind == "halving" else None
     results = _open(plan, workdir)
     with only_trainer(workdir):
@@ -569,6 +572,7 @@ def _run_all(
         )
         log = workdir / "logs" / f"{trial.name}.log"
         state, error = run_trial(command_of(plan, trial, workdir), log, metrics, progress.tell)
+        _refuse_changed(plan, trial, workdir)
         records = read_val(metrics)
         best = best_of(records, plan.monitor, train.min_delta)
         if state != "failed" and best is None:
@@ -595,6 +599,20 @@ def _run_all(
             verdict = f"{state} | best {plan.monitor} {best[plan.monitor]:.4f}, epoch "
             verdict += f"{best['best_epoch']}"
         say(f"{head} | {verdict} | {duration(passed)}")
+
+
+def _refuse_changed(plan: Plan, trial: Trial, workdir: Path) -> None:
+    """Where a trial trained by a file that was edited since the sweep was begun."""
+    saved = peek(workdir / trial.name / "config.json").get("config")
+    if not isinstance(saved, dict):
+        return
+    wanted = config_lib.to_json(_config_of(plan.config, trial))
+    changed = config_lib.changes(saved, wanted, config_lib.to_json(base.get_config()))
+    if said := [line for key, line in changed.items() if key not in WITHOUT_EFFECT]:
+        raise UserError(
+            f"{plan.config_file} has changed since the sweep was begun ({'; '.join(said)}): "
+            f"restore it, and remove {workdir / trial.name}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,3 +38,18 @@ def test_it_says_what_it_is_for(command):
     )
     assert "Traceback" not in done.stderr
     assert "--" in done.stdout and done.returncode in (0, 1)  # absl ends with 1
+
+
+@pytest.mark.parametrize(
+    "error", ["MemoryError()", "RuntimeError('RESOURCE_EXHAUSTED: Out of memory while trying')"]
+)
+def test_out_of_memory_is_one_line(error):
+    code = f"""
+from covid_flax.command import run_command
+def main():
+    raise {error}
+run_command(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "error: out of memory" in done.stderr and "train.batch_size" in done.stderr

@@ -800,7 +800,9 @@ def test_of_some_images_groups_and_chances_are_their_own():
 # The command over a real, tiny run.
 
 
-def test_a_run_s_controls_are_written_and_agree_with_its_evaluation(make_tiny_config, tmp_path):
+def test_a_run_s_controls_are_written_and_agree_with_its_evaluation(
+    make_tiny_config, tmp_path, capsys
+):
     c = make_tiny_config()
     c.data.split = "grouped"
     c.data.test_fraction = 0.25
@@ -842,6 +844,13 @@ def test_a_run_s_controls_are_written_and_agree_with_its_evaluation(make_tiny_co
         controls.run_controls(workdir, split="train", pairs=str(tmp_path / "pairs"))
     with pytest.raises(UserError, match="--pairs=.*does not exist"):
         controls.run_controls(workdir, pairs=str(tmp_path / "nothing"))
+    own = report["data_dir"]
+    with pytest.raises(UserError, match="is the folder of the images themselves"):
+        controls.run_controls(workdir, pairs=own, output=tmp_path / "own")
+    capsys.readouterr()
+    controls.run_controls(workdir, limit=4)
+    whole = f"{report['num_examples']:,} images, of which these are 4,"
+    assert f"note: this replaces controls.json of {whole}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("low", "told"), [(0.51, True), (0.49, False)])

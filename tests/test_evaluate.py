@@ -639,8 +639,10 @@ def test_a_split_the_run_has_not(trained, tmp_path):
 def test_that_another_checkpoint_s_figures_are_replaced_is_said(tmp_path, capsys):
     data = SimpleNamespace(folder=SimpleNamespace(root=tmp_path))
     before = {"data_dir": str(tmp_path.absolute()), "checkpoint": {"which": "best", "step": 55}}
+    before["num_examples"] = 9
     (tmp_path / "report.json").write_text(json.dumps(before))
-    say_what_is_replaced(tmp_path / "report.json", data, before["checkpoint"])
+    say_what_is_replaced(tmp_path / "report.json", data, before)
     assert capsys.readouterr().out == ""
-    say_what_is_replaced(tmp_path / "report.json", data, {"which": "latest", "step": 66})
+    later = before | {"checkpoint": {"which": "latest", "step": 66}}
+    say_what_is_replaced(tmp_path / "report.json", data, later)
     assert "this replaces report.json of step 55 (best) in" in capsys.readouterr().out

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from covid_flax.files import parse_json, part_of, write_atomically, write_json
+import pytest
+
+from covid_flax.errors import UserError
+from covid_flax.files import parse_json, part_of, refuse_foreign, write_atomically, write_json
 
 
 def test_what_a_killed_writer_left_is_cleared_and_no_other_s_part(tmp_path):
@@ -46,3 +49,16 @@ def test_what_a_process_of_this_number_left_is_removed(tmp_path):
         part = part_of(tmp_path / "x")
         make(part)
         assert part_of(tmp_path / "x") == part and not part.exists()
+
+
+def test_files_of_something_else_are_not_replaced(tmp_path):
+    names = ("compare.json", "compare.csv")
+    refuse_foreign(tmp_path / "new", names, "runs")
+    (tmp_path / "compare.csv").write_text("a,b\n")
+    for text in (None, "{}", "[1]", "no json"):
+        if text is not None:
+            (tmp_path / "compare.json").write_text(text)
+        with pytest.raises(UserError, match="of something else and would be lost"):
+            refuse_foreign(tmp_path, names, "runs")
+    (tmp_path / "compare.json").write_text('{"runs": []}')
+    refuse_foreign(tmp_path, names, "runs")

@@ -561,6 +561,17 @@ def test_the_command_writes_both_files_and_says_where(tmp_path):
     assert not (folder / "model_card.md").exists()
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.html"])
+def test_a_card_replaces_cards_alone(tmp_path, name):
+    artefacts = read_artefacts(write_run(tmp_path / "run"))
+    (tmp_path / name).write_text("# My project\n")
+    with pytest.raises(UserError, match=f"{name} is no card and would be lost"):
+        write_card(tmp_path / "README.md", artefacts)
+    assert (tmp_path / name).read_text() == "# My project\n"
+    for _ in range(2):
+        write_card(tmp_path / "card.md", artefacts)
+
+
 def test_wrong_answers_name_the_true_class_first(tmp_path):
     folder = write_run(tmp_path / "run")
     change(folder / "eval/test/report.json", confusion_matrix=[[30, 10], [3, 37]])

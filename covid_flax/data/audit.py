@@ -31,7 +31,14 @@ from covid_flax.data.folder import DataFolder, open_folder, refuse_inside
 from covid_flax.data.groups import connected, groups_csv
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.errors import UserError
-from covid_flax.files import expanded, make_writable, peek, write_atomically, write_json
+from covid_flax.files import (
+    expanded,
+    make_writable,
+    peek,
+    refuse_foreign,
+    write_atomically,
+    write_json,
+)
 
 # Below it a pair may also be two exposures of one patient.
 _SURELY_COPIED = 0.95
@@ -195,6 +202,7 @@ def _refuse_to_lose(output: Path, folder: DataFolder) -> None:
     """Where a groups.csv would be lost that no audit wrote, or one of other images."""
     listed = output / "groups.csv"
     if not listed.exists():
+        refuse_foreign(output, ("audit.json",), "data_dir")
         return
     before, ours = peek(output / "audit.json").get("data_dir"), False
     with contextlib.suppress(OSError), listed.open("rb") as f:

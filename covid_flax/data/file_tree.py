@@ -138,6 +138,11 @@ def open_tree(path: str) -> FileTree:
         return Disk(path)
     if not os.path.exists(path):
         raise UserError(f"{path} does not exist: name a folder of {LAYOUTS}, or its zip")
+    try:
+        with open(path, "rb"):
+            pass
+    except OSError as e:  # which `is_zipfile` would take for a broken zip
+        raise UserError(f"cannot read {path} ({e.strerror}): let this user read it") from e
     if zipfile.is_zipfile(path):
         return Zip(path)
     if path.lower().endswith(".zip"):

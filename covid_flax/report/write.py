@@ -9,7 +9,7 @@ from typing import Any
 from covid_flax.data.groups import groups_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation.predictions import COLUMNS, Predictions, predictions_csv
-from covid_flax.files import write_atomically, write_json, written_together
+from covid_flax.files import refuse_foreign, write_atomically, write_json, written_together
 
 # report.json last, so that a script that waits for it finds the others; predictions.csv before
 # groups.csv, which is an evaluation's where there is one.
@@ -60,12 +60,15 @@ def write_evaluation(
 
 
 def refuse_foreign_files(output: Path) -> None:
-    """Where tables would be lost that no evaluation wrote. Raises UserError."""
+    """Where files would be lost that no evaluation wrote. Raises UserError."""
     table, listed = output / "predictions.csv", output / "groups.csv"
     foreign = listed if listed.exists() and not table.exists() else None
     if table.exists():
         with open(table, "rb") as file:
             if not file.readline().startswith(",".join([*COLUMNS, ""]).encode()):
                 foreign = table
+    if not table.exists() and foreign is None:
+        rest = [name for name in reversed(_FILES) if name not in (table.name, listed.name)]
+        refuse_foreign(output, rest, "num_examples")
     if foreign:
         raise UserError(f"{foreign} is of no evaluation and would be lost: choose another --output")

@@ -3,6 +3,7 @@
 import csv
 import os
 import shutil
+import socket
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,14 @@ def test_one_class_for_evaluation(tmp_path):
     root = make(tmp_path, "Normal/images/COVID-1.png", "Normal/images/Normal-1.png")
     folder = open_folder(root, require_two_classes=False)
     assert folder.class_names == ("Normal",) and len(folder.files) == 2
+
+
+def test_a_zip_that_cannot_be_read_is_not_called_broken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path may not be long
+    with socket.socket(socket.AF_UNIX) as unreadable:
+        unreadable.bind("a.zip")
+        with pytest.raises(UserError, match=r"cannot read a\.zip \(No such device"):
+            open_folder("a.zip")
 
 
 def test_paths_that_are_no_folder(tmp_path):

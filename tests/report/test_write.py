@@ -112,6 +112,15 @@ def test_predictions_that_do_not_fit_are_refused_before_anything_is_written(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["report.html", "report.json", "confusion_matrix.png"])
+def test_pages_of_something_else_are_not_replaced(tmp_path, name):
+    report, predictions = _evaluation()
+    (tmp_path / name).write_text('{"name": "coverage"}')
+    with pytest.raises(UserError, match=f"{name} is of something else.*another --output"):
+        write_evaluation(tmp_path, report, predictions)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ['{"name": "coverage"}']
+
+
 def test_a_table_of_something_else_is_not_replaced(tmp_path):
     report, predictions = _evaluation()
     (tmp_path / "predictions.csv").write_text("patient,risk\n1,0.5\n")

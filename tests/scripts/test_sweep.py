@@ -309,6 +309,21 @@ def test_folds_are_averaged(fake_main, tmp_path, capsys):
         assert [row["fold"] for row in csv.DictReader(f)] == list("0123") * 3
 
 
+def test_a_configuration_edited_amid_the_sweep_is_told(fake_main, tmp_path):
+    """Each trial reads the file anew."""
+    made, workdir = plan(), tmp_path / "sweep"
+    trial = made.trials[0]
+    saved = config_lib.to_json(sweep._config_of(made.config, trial))
+    (workdir / trial.name).mkdir(parents=True)
+    config = workdir / trial.name / "config.json"
+    config.write_text(json.dumps({"config": saved | {"data": {**saved["data"], "num_threads": 9}}}))
+    sweep._refuse_changed(made, trial, workdir)
+    saved["optimizer"]["weight_decay"] = 0.3
+    config.write_text(json.dumps({"config": saved}))
+    with pytest.raises(UserError, match=r"a\.py has changed .*weight_decay was 0\.3, now 0\.0\)"):
+        sweep.sweep(made, workdir)
+
+
 def test_the_time_left_is_told(fake_main, tmp_path, capsys):
     slow = plan(sets=["optimizer.learning_rate=0.1"], fixed={"optimizer.weight_decay": 0.4})
     sweep.sweep(slow, tmp_path / "sweep")
