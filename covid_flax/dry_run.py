@@ -11,11 +11,18 @@ import numpy as np
 
 from covid_flax.config import keeps_averages
 from covid_flax.console import say
-from covid_flax.job import make_job, step_flops
+from covid_flax.feed import bytes_on_device
+from covid_flax.job import Job, make_job, step_flops
 from covid_flax.mesh import as_placed, jit_layout, make_mesh
 from covid_flax.models import MODELS
 from covid_flax.run import Run
 from covid_flax.step import create_state, make_train_step
+
+
+def _images(run: Run, job: Job) -> str:
+    """What the images take that lie on the device, where they do."""
+    size = bytes_on_device(run, job) if job.start is None else 0  # else what a cache holds
+    return f", {size / 1e9:.2f} GB images on each device" if size else ""
 
 
 def dry_run(run: Run) -> None:
@@ -73,7 +80,8 @@ def dry_run(run: Run) -> None:
     say(
         f"a step: {batch} images, {flops / 1e9:,.1f} GFLOP of the network, "
         f"{getattr(memory, 'temp_size_in_bytes', 0) / 1e9:.2f} GB temporary, "
-        f"{state_bytes / 1e9:.2f} GB state{each}; {job.steps_per_epoch:,} steps an epoch, "
+        f"{state_bytes / 1e9:.2f} GB state{each}{_images(run, job)}; "
+        f"{job.steps_per_epoch:,} steps an epoch, "
         f"at most {config.train.epochs} epochs"
     )
     say("dry run: nothing was trained")

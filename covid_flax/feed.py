@@ -207,27 +207,40 @@ def make_feed(run: Run, job: Job) -> Feed:
     )
 
 
-def _images_for_device(run: Run, job: Job) -> np.ndarray | None:
-    """All training images as they would lie on the device, None where they shall not."""
+def bytes_on_device(run: Run, job: Job) -> int:
+    """What all training images take on each device; 0 where they are not put there.
+
+    Raises UserError where they cannot be, and shall.
+    """
     how, source = run.config.data.on_device, job.train_source
     if how == "never" or job.layout.axis_name:
-        return None
-    on_cpu = jax.default_backend() == "cpu"
+        return 0
+    flat = isinstance(source, ArraySource) and source.images.ndim == 2
+    # In a loop XLA's convolutions take up to nine times as long on CPU; dense layers do not.
+    if how == "auto" and jax.default_backend() == "cpu" and not flat:
+        return 0
     if isinstance(source, ArraySource):
-        # In a loop XLA's convolutions take up to nine times as long on CPU; dense layers do not.
-        if how == "auto" and on_cpu and source.images.ndim > 2:
-            return None
-        return source.images if how == "always" or _fits(source.images.nbytes) else None
-    if how == "auto" and on_cpu:
-        return None  # a step takes so long here that nothing is won
-    if isinstance(source, StoreSource):
+        size = source.images.nbytes
+    elif isinstance(source, StoreSource):
         size = source.images[:1].nbytes * len(source.rows)
-        return source.images[source.rows] if how == "always" or _fits(size) else None
-    if how == "always":
+    elif how == "always":
         raise UserError(
             "data.on_device=always needs the decoded images in a store: raise data.store_gb"
         )
-    return None
+    else:
+        return 0
+    return size if how == "always" or _fits(size) else 0
+
+
+def _images_for_device(run: Run, job: Job) -> np.ndarray | None:
+    """All training images as they would lie on the device, None where they shall not."""
+    source = job.train_source
+    if not bytes_on_device(run, job):
+        return None
+    if isinstance(source, StoreSource):
+        return source.images[source.rows]
+    assert isinstance(source, ArraySource)
+    return source.images
 
 
 def _fits(size: int) -> bool:

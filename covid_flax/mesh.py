@@ -114,7 +114,8 @@ def jit_layout(mesh: Mesh, *, shard_state: bool = False) -> Layout:
         return jax.tree.map(lambda x: sharded(x, mesh) if shard_state else replicated(mesh), state)
 
     def place(state: Any) -> Any:
-        # A copy, for the caller's own arrays must outlive the first donating step.
+        # A copy, for the caller's own arrays must outlive the first donating step. (Of an array of
+        # one device spread over several, JAX may share that device's part; `put_state` copies it.)
         return jax.device_put(state, shardings(state), may_alias=False)
 
     def compile_step(step: Callable) -> Callable:
@@ -154,10 +155,9 @@ def pmap_layout() -> Layout:
         return spread(stacked)
 
     def get_state(state: Any) -> Any:
-        # Onto the mesh: a checkpoint then looks the same whichever layout wrote it.
-        return jax.tree.map(
-            lambda x: jax.device_put(np.asarray(x.addressable_data(0))[0], replicated(mesh)), state
-        )
+        # Onto the mesh: a checkpoint then looks the same whichever layout wrote it. Not by
+        # `device_put`, by which hosts compare arrays, and no NaN is equal to itself.
+        return put_whole(jax.tree.map(lambda x: np.asarray(x.addressable_data(0))[0], state), mesh)
 
     def split(x: np.ndarray) -> np.ndarray:
         return x.reshape(devices, x.shape[0] // devices, *x.shape[1:])

@@ -84,19 +84,24 @@ def make_recalibration(
 
     apply = jax.jit(statistics, out_shardings=replicated(mesh), compiler_options=compiler_options())
 
+    def like(old: jax.Array, x: np.ndarray) -> jax.Array:
+        # Not `device_put`, by which hosts compare arrays, and no NaN is equal to itself.
+        x = np.asarray(x, old.dtype)
+        return jax.make_array_from_callback(x.shape, old.sharding, lambda index: x[index])
+
     def recalibrate(state: TrainState) -> TrainState:
         params, batch_stats = state.for_evaluation()
-        totals: Tree = None
-        for batch in batches:
-            images = gather(source, batch[jax.process_index()])["image"]
-            of_batch = apply(params, batch_stats, put_batch(images, mesh))
-            sums = _sums(jax.device_get(of_batch))
-            totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
-        new = jax.tree.map(
-            lambda old, x: jax.device_put(np.asarray(x, old.dtype), old.sharding),
-            batch_stats,
-            _moments(totals, count),
-        )
+        totals = pending = None
+        for batch in [*batches, None]:
+            of_batch = None
+            if batch is not None:
+                images = gather(source, batch[jax.process_index()])["image"]
+                of_batch = apply(params, batch_stats, put_batch(images, mesh))
+            if pending is not None:  # the one before, while the device works on this one
+                sums = _sums(jax.device_get(pending))
+                totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+            pending = of_batch
+        new = jax.tree.map(like, batch_stats, _moments(totals, count))
         if state.average:
             return dataclasses.replace(state, average={**state.average, "batch_stats": new})
         return dataclasses.replace(state, batch_stats=new)

@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Peak:
-    """A device's peaks a second: bfloat16 flops, bytes of HBM, bytes to its neighbours."""
+    """A device's peaks a second: bfloat16 flops, bytes of HBM, bytes it sends to its neighbours."""
 
     flops: float
     hbm: float
@@ -15,16 +15,17 @@ class Peak:
 
 
 # Google Cloud's TPU documentation, "System architecture" of each generation: peak compute a
-# chip (bf16), HBM bandwidth, inter-chip interconnect (given there in bits, both directions).
-# NVIDIA's data sheets of A100, H100 and H200 SXM: dense bf16, HBM, NVLink.
+# chip (bf16), HBM bandwidth, inter-chip interconnect (one direction: there in bits, or twice as
+# many bytes as "bidirectional"). NVIDIA's data sheets of A100, H100 and H200 SXM: dense bf16, HBM,
+# NVLink (half of what they give, which is of both directions).
 PEAKS = {
     "v4": Peak(275e12, 1200e9, 300e9),
     "v5e": Peak(197e12, 819e9, 200e9),
     "v5p": Peak(459e12, 2765e9, 600e9),
     "v6e": Peak(918e12, 1638e9, 448e9),
-    "a100": Peak(312e12, 2039e9, 600e9),
-    "h100": Peak(989e12, 3350e9, 900e9),
-    "h200": Peak(989e12, 4800e9, 900e9),
+    "a100": Peak(312e12, 2039e9, 300e9),
+    "h100": Peak(989e12, 3350e9, 450e9),
+    "h200": Peak(989e12, 4800e9, 450e9),
 }
 # Parts of what JAX calls a device, `Device.device_kind`, in lower case.
 _KINDS = {

@@ -34,8 +34,14 @@ def widens(shape: tuple[int, ...], times: int) -> bool:
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """Of small float32 matrices; accelerators would round the operands to half precision."""
+    """Of float32 arrays, whose operands accelerators would round to half precision."""
     return jnp.dot(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _product(x: Array, matrix: Array) -> Array:
+    """`[..., I]`, `[I, O]` to float32 `[..., O]`: of the very numbers whose mean is subtracted."""
+    exact = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.dot(x, matrix, precision=exact, preferred_element_type=jnp.float32)
 
 
 def _over_positions(a: Array, b: Array, precision: lax.Precision | None = None) -> Array:
@@ -107,8 +113,8 @@ def _forward(
     mean, var = _dot(mean_x, kernel), jnp.maximum(jnp.sum(kernel * cov_kernel, 0), 0.0)
     deviation = lax.rsqrt(var + epsilon)
     folded = (kernel * (scale * deviation)).astype(x.dtype)
-    y = jnp.dot(x[:, ::every, ::every], folded, preferred_element_type=jnp.float32)
-    # The mean of what was computed: folding, and accelerators' products, round the kernel.
+    y = _product(x[:, ::every, ::every], folded)
+    # The mean of what was computed: folding rounds the kernel.
     y = (y + (bias - _dot(mean_x, folded.astype(jnp.float32)))).astype(x.dtype)
     return (y, mean, var), (x, kernel, scale, folded, mean_x, cov_kernel, mean, deviation)
 
@@ -135,7 +141,7 @@ def _backward(
     )
     b = slope * deviation * sum_gy / n
     matrix = _dot(kernel * b, kernel.T).astype(x.dtype)
-    share = jnp.dot(x, matrix, preferred_element_type=jnp.float32)
+    share = _product(x, matrix)
     # Of what is computed: rounded matrices would leave the gradient a mean, which it has not.
     offset = _dot(folded.astype(jnp.float32), sum_g / n)
     share = (share + offset - _dot(mean_x, matrix.astype(jnp.float32))).astype(x.dtype)

@@ -177,6 +177,8 @@ def test_operands_are_not_rounded_on_accelerators(platform):
     exact(head, (2, 8))
     exact(expand._dot, (4, 4), (4, 4))
     exact(lambda x: expand._moments(x, None)[1], (2, 3, 3, 4))
+    narrow, wide = (2, 3, 3, 4), (24,)
+    exact(lambda *a: expand.conv1x1_batch_norm(*a, 1e-3)[0], narrow, (4, 24), wide, wide)
     key = jax.random.key(0)
     exact(lambda x: augment._blur_or_sharpen(key, x, 0.5), (8, 8, 1))
     exact(lambda x: augment.stretched(x, 1.2), (2, 8, 8, 1))
