@@ -130,6 +130,7 @@ def evaluate(
         calibrated=calibrated,
         fitted_here=fits,
         prevalence=prevalence,
+        statistics_fit=run.statistics_fit,
     )
     if answers is not None:
         report["members"] = members_report(predictions.labels, predictions.class_names, answers)

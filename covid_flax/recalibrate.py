@@ -28,15 +28,19 @@ from covid_flax.step import TrainState
 Tree = Any
 
 
+def follow(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:
+    """Whether there are running statistics that follow what is trained."""
+    stages = batch_stats_stages(config.model)
+    return any(jax.tree.leaves(batch_stats.get(stage, {})) for stage in stages)
+
+
 def do_not_fit(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:
-    """Whether the running statistics are not those of what is evaluated.
+    """Whether those are not of what is evaluated.
 
     They follow augmented images, or (of a mean of the weights) other weights.
     """
-    stages = batch_stats_stages(config.model)
-    follow = any(jax.tree.leaves(batch_stats.get(stage, {})) for stage in stages)
     augmented = Augment(**config.augment.to_dict()).active
-    return follow and (augmented or config.train.swa_start > 0)
+    return follow(config, batch_stats) and (augmented or config.train.swa_start > 0)
 
 
 def is_due(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:

@@ -27,8 +27,8 @@ from covid_flax.models import MODELS, create_model, trained_stages
 from covid_flax.models.preprocess import MODES
 from covid_flax.optimizer import make_optimizer
 from covid_flax.outputs import compile_apply, predict
+from covid_flax.recalibrate import do_not_fit, follow, make_recalibration
 from covid_flax.recalibrate import is_due as recalibration_is_due
-from covid_flax.recalibrate import make_recalibration
 from covid_flax.run import saved_run
 from covid_flax.run_images import open_data
 from covid_flax.step import TrainState, create_state, make_eval_step
@@ -44,6 +44,8 @@ class TrainedRun:
       config: the configuration in it.
       class_names: in the order of the class indices.
       step: of the checkpoint.
+      statistics_fit: whether batch norm's statistics are of plain images and of these weights;
+        None where none follow what is trained.
     """
 
     workdir: Path
@@ -51,6 +53,7 @@ class TrainedRun:
     config: ml_collections.ConfigDict
     class_names: tuple[str, ...]
     step: int
+    statistics_fit: bool | None
     _step: Callable[..., Any] = dataclasses.field(repr=False)
     _apply: Callable[..., Any] = dataclasses.field(repr=False)
     _params: Any = dataclasses.field(repr=False)
@@ -97,6 +100,12 @@ class Ensemble:
     class_names: tuple[str, ...]
     step: int
     members: tuple[TrainedRun, ...]
+
+    @property
+    def statistics_fit(self) -> bool | None:
+        """Whether those of all members do."""
+        each = [member.statistics_fit for member in self.members]
+        return None if each[0] is None else all(each)
 
     def logits(self, images: jax.Array) -> jax.Array:
         """As `TrainedRun.logits`: logarithms of the mean probabilities."""
@@ -189,8 +198,8 @@ def _recalibrated(
     step: int,
     graphdef: nnx.GraphDef,
     state: TrainState,
-) -> TrainState:
-    """The state with statistics of plain training images, if those are there."""
+) -> TrainState | None:
+    """The state with statistics of plain training images; None where those are not there."""
     config = config_lib.from_json(saved["config"])
     for place in dict.fromkeys(("", data_dir)):
         try:
@@ -203,7 +212,7 @@ def _recalibrated(
         f"note: step {step:,} is amid an epoch, and the training images are not there to take "
         "batch norm's statistics anew: expect less than of an epoch's end"
     )
-    return state
+    return None
 
 
 def _say_if_unfinished(workdir: Path, checkpoints: Checkpoints, epochs: int) -> None:
@@ -252,8 +261,17 @@ def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str, data_dir: s
             )
         _say_if_unfinished(workdir, checkpoints, config.train.epochs)
     amid_an_epoch = float(state.sums["count"]) > 0
-    if amid_an_epoch and recalibration_is_due(config, batch_stats):
-        state = _recalibrated(workdir, saved, data_dir, step, graphdef, state)
+    fit: bool | None = None
+    if follow(config, batch_stats):
+        fit = not do_not_fit(config, batch_stats) or config.train.recalibrate > 0
+        if not fit:
+            say(
+                f"note: {workdir} was trained with train.recalibrate=0: batch norm's statistics "
+                "are of augmented images or other weights, and its answers may be far worse for it"
+            )
+        if amid_an_epoch and recalibration_is_due(config, batch_stats):
+            anew = _recalibrated(workdir, saved, data_dir, step, graphdef, state)
+            state, fit = anew or state, anew is not None
     eval_step = make_eval_step(
         graphdef,
         saved["preprocessing"],
@@ -268,6 +286,7 @@ def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str, data_dir: s
         config,
         class_names,
         step,
+        fit,
         eval_step,
         apply,
         params,

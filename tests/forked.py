@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
+
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["covid_flax.main", "jax"])
 
@@ -28,7 +30,8 @@ def command(target: str | Path, *args: object, cwd: Path) -> subprocess.Complete
 def _wait(run, args, cwd):
     with tempfile.TemporaryDirectory() as directory:
         paths = [os.path.join(directory, name) for name in ("out", "err")]
-        process = _context.Process(target=run, args=([*map(str, args)], str(cwd), *paths))
+        given = ([*map(str, args)], str(cwd), *paths)
+        process = _context.Process(target=_run, args=(run, _few_optimizations(), *given))
         process.start()
         process.join(300)
         if process.exitcode is None:
@@ -36,6 +39,16 @@ def _wait(run, args, cwd):
             raise TimeoutError(args)
         out, err = (Path(path).read_text() for path in paths)
         return subprocess.CompletedProcess(args, process.exitcode, out, err)
+
+
+def _few_optimizations() -> bool:
+    return jax.config.read("jax_disable_most_optimizations")
+
+
+def _run(run, few_optimizations: bool, *given) -> None:
+    """As this test's process compiles, not as the first did, at which all are forked."""
+    jax.config.update("jax_disable_most_optimizations", few_optimizations)
+    run(*given)
 
 
 def _command(args: list[str], cwd: str, out: str, err: str) -> None:

@@ -14,6 +14,7 @@ from small_resnet import with_batch_norm
 
 from covid_flax import preemption, recalibrate
 from covid_flax.data.pipeline import ArraySource
+from covid_flax.evaluate import evaluate
 from covid_flax.job import make_job
 from covid_flax.models import MODELS, create_model, preprocessing_of
 from covid_flax.models.preprocess import preprocess
@@ -152,8 +153,18 @@ def test_a_checkpoint_amid_an_epoch_gets_them_when_it_is_opened(
     ):
         np.testing.assert_array_equal(a, b)
     capsys.readouterr()
-    open_run(tmp_path, "latest")
+    assert amid.statistics_fit and there.statistics_fit
+    assert open_run(tmp_path, "latest").statistics_fit is False
     assert "the training images are not there" in capsys.readouterr().out
+
+
+def test_statistics_that_do_not_fit_are_an_alarm_of_every_evaluation(config, tmp_path, capsys):
+    config.train.epochs, config.train.recalibrate = 1, 0
+    run = setup(config, tmp_path)
+    train(run)
+    report = evaluate(tmp_path, data=run.data)
+    assert "batch-statistics" in [a["name"] for a in report["alarms"] if a["level"] == "alarm"]
+    assert "train.recalibrate=0" in capsys.readouterr().out
 
 
 def _assert_statistics_of_plain_images(config, run, trained):

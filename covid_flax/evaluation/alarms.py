@@ -27,6 +27,7 @@ CHECKS = {
     "accuracy-mismatch": "the stated accuracy is the matrix's",
     "scored-counts": "every image that should be scored is, once",
     "stopping-split-scored": "the images scored did not choose the epoch or the settings",
+    "batch-statistics": "batch norm's statistics are of plain images, as those scored are",
     "training-images-scored": "the images scored were not trained on",
     "group-leak": "no known group (patient, near-duplicates) is both trained on and scored",
     "duplicate-leak": "no identical file is both trained on and scored",
@@ -67,6 +68,16 @@ class Alarm:
     figures: dict[str, Any]
 
 
+_STATISTICS = Alarm(
+    "batch-statistics",
+    "alarm",
+    "Batch norm's statistics are of augmented images, or of other weights than those scored: the "
+    "figures may be many points too low (train.recalibrate=0, or a checkpoint amid an epoch whose "
+    "training images were not there).",
+    {},
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Evidence:
     """What is known of an evaluation. Checks whose input is missing are not made.
@@ -85,6 +96,8 @@ class Evidence:
       files: the scored files, one for each row of predictions.
       hashes: content hash by file, of some or all of `rows`.
       source_counts: images by source, then by class.
+      statistics_fit: whether batch norm's statistics are of images as those scored are; None
+        where none are kept, or nobody knows.
     """
 
     matrix: Any
@@ -98,6 +111,7 @@ class Evidence:
     files: Sequence[str] | None = None
     hashes: Mapping[str, str] | None = None
     source_counts: Mapping[str, Mapping[str, int]] | None = None
+    statistics_fit: bool | None = None
 
 
 def find_alarms(evidence: Evidence) -> list[Alarm]:
@@ -162,6 +176,8 @@ def _check_all(e: Evidence) -> dict[str, Alarm | None]:
         made["groups-unknown"] = groups_unknown([*fitted_rows, *scored_rows])
     if e.source_counts is not None and _sources_can_tell(e.source_counts):
         made["source-confounded"] = source_confounded(e.source_counts)
+    if e.statistics_fit is not None:
+        made["batch-statistics"] = None if e.statistics_fit else _STATISTICS
     return made
 
 

@@ -42,6 +42,7 @@ def assess(
     calibrated: bool = False,
     fitted_here: bool = False,
     prevalence: Mapping[str, float] | None = None,
+    statistics_fit: bool | None = None,
 ) -> tuple[dict[str, Any], Predictions]:
     """All that `report.json` says of predictions, whoever made them.
 
@@ -58,6 +59,7 @@ def assess(
       fitted_here: whether it was fitted to these predictions.
       prevalence: share of each class where the test would be used, see
         `classification_report`.
+      statistics_fit: see `TrainedRun`.
 
     Returns:
       The report, and the predictions it is of (scaled, where asked).
@@ -99,6 +101,7 @@ def assess(
         report["abstain"] = _abstain(after, calibration["abstain"])
 
     evidence = _evidence(report, predictions, split, rows, stopped_on, folder)
+    evidence = dataclasses.replace(evidence, statistics_fit=statistics_fit)
     alarms = find_alarms(evidence)
     # Rows are the truth here by construction, so that check could not fail.
     checked = [name for name in checks_made(evidence) if name != "swapped-axes"]

@@ -71,6 +71,7 @@ def clean_run(seed, k=None, n=None):
         source_counts=count_sources(
             [row.label for row in rows], rng.choice(["east", "west", "north"], len(rows))
         ),
+        statistics_fit=True,
     )
 
 
@@ -280,6 +281,12 @@ def test_group_within_train_and_val_alone_does_not_touch_test():
     e = clean_run(7)
     leaky, _ = plant(e, "val", group=next(r.group for r in e.rows if r.split == "train"))
     assert raised(leaky) == []
+
+
+def test_statistics_that_do_not_fit():
+    e = clean_run(9)
+    assert raised(dataclasses.replace(e, statistics_fit=False)) == ["batch-statistics"]
+    assert "batch-statistics" not in checks_made(dataclasses.replace(e, statistics_fit=None))
 
 
 def test_unknown_groups():
