@@ -348,6 +348,7 @@ def _write_run(
     with only_trainer(workdir):
         if has_checkpoints(workdir / "checkpoints"):  # while the images were read
             raise UserError(f"{workdir} has become another run's meanwhile: give another --workdir")
+        _refuse_another_split(workdir, data)
         # Of a training whose checkpoints were removed.
         (workdir / "calibration.json").unlink(missing_ok=True)
         write_split_csv(workdir / "split.csv", list(data.rows))
@@ -511,6 +512,17 @@ def _refuse_other_split(workdir: Path, data: Dataset) -> None:
             f"process {jax.process_index()} has other images, or another split of them, than "
             f"process 0: give all hosts the same {data.folder.root}, and the same csv of groups"
         )
+
+
+def _refuse_another_split(workdir: Path, data: Dataset) -> None:
+    """In a folder without a config.json, where a split.csv would be lost. Raises UserError."""
+    split = workdir / "split.csv"
+    if split.exists() and not (workdir / "config.json").exists():
+        if read_split_csv(split) != list(data.rows):
+            raise UserError(
+                f"{split} is not the split that this configuration makes, and would be lost: "
+                "remove it, or choose another --workdir"
+            )
 
 
 def has_figures(workdir: Path) -> bool:

@@ -298,8 +298,8 @@ class _Training:
         if not math.isfinite(val_loss):
             self._refuse(f"the validation loss is {val_loss}", self.step - job.steps_per_epoch)
         self.log.epoch(self.step, epoch, "val", loss=val_loss, accuracy=val_accuracy)
-        monitored = val_loss if self.run.config.train.monitor == "val_loss" else val_accuracy
-        improved = self.stopping.update(monitored)
+        monitored = {"val_loss": val_loss, "val_accuracy": val_accuracy}
+        improved = self.stopping.update(monitored[self.run.config.train.monitor])
         patience = f" of {self.stopping.patience}" if self.stopping.patience else ""
         verdict = "best so far" if improved else f"no better for {self.stopping.wait}{patience}"
         if skipped:

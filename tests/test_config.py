@@ -21,10 +21,8 @@ def _load(name, *argument):
 
 @pytest.mark.parametrize(
     ("name", "argument"),
-    [("quickstart", []), ("finetune", []), ("finetune", ["conv5"]), ("paper", []), ("tpu", [])]
-    + [("lenet", []), ("alexnet", []), ("covid_ct", [])]
-    + [("best", []), ("robust", []), ("student", [])]
-    + [(name, v) for name in ("full_224", "full_299") for v in ([], ["tpu"])]
+    [(path.stem, []) for path in sorted((ROOT / "configs").glob("*.py"))]
+    + [("finetune", ["conv5"]), ("full_224", ["tpu"]), ("full_299", ["tpu"])]
     + [("paper", [v]) for v in ("frozen", "caffe", "resize", "random", "nested", "frozen,nested")],
 )
 def test_every_configuration_is_valid_and_differs_as_said(name, argument):

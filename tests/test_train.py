@@ -22,7 +22,7 @@ from covid_flax import feed as feed_lib
 from covid_flax import preemption
 from covid_flax.checkpoint import Checkpoints
 from covid_flax.data import dataset
-from covid_flax.data.splits import read_split_csv
+from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
@@ -716,6 +716,22 @@ def test_another_s_files_are_not_a_run_s_to_lose(tiny_config, tmp_path):
         with pytest.raises(UserError, match=f"{name} is of no run .*another --workdir"):
             setup(tiny_config, folder)
         assert [p.read_text() for p in folder.iterdir()] == [text]
+
+
+def test_a_split_of_the_user_s_is_not_replaced(tiny_config, tmp_path):
+    """It would have been given in vain. That of a run that was killed is the same."""
+    setup(tiny_config, tmp_path)
+    (tmp_path / "config.json").unlink()
+    setup(tiny_config, tmp_path)
+    (tmp_path / "config.json").unlink()
+    rows = read_split_csv(tmp_path / "split.csv")
+    other = [
+        dataclasses.replace(row, split="train" if row.split == "val" else "val") for row in rows
+    ]
+    write_split_csv(tmp_path / "split.csv", other)
+    with pytest.raises(UserError, match=r"split\.csv is not the split .*would be lost"):
+        setup(tiny_config, tmp_path)
+    assert read_split_csv(tmp_path / "split.csv") == other
 
 
 def test_a_process_that_splits_otherwise_is_refused(tiny_config, tmp_path):

@@ -126,7 +126,7 @@ def make_split(
             fractions, names = [*fractions, test_fraction], [*names, "test"]
         parts = _grouped(folder.files, groups, fractions, names, seed)
         wanted = PARTS if test_fraction > 0 else PARTS[:2]
-    else:
+    else:  # paper-sorted or paper-random
         parts = _by_class(folder, split, val_fraction, nested_test, seed)
         wanted = PARTS if nested_test else PARTS[:2]
     rows = [
