@@ -32,6 +32,8 @@ from PIL import Image, ImageEnhance
 from covid_flax.data.audit import Audit, audit
 from covid_flax.data.decode import decode
 from covid_flax.data.folder import DataFolder, open_folder
+from covid_flax.errors import run_script
+from covid_flax.files import make_writable
 
 # Beyond the strengths that the audit is meant for, to show where it ends.
 KINDS: dict[str, tuple[float, ...]] = {
@@ -175,6 +177,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.json:
+        make_writable(args.json.parent)
 
     folder = open_folder(args.data_dir, require_two_classes=False)
     alone = audit(folder, progress=True)
@@ -212,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,6 +20,7 @@ import numpy as np
 
 from covid_flax.augment import Augment, _appearance, _geometry, augment
 from covid_flax.compiler.xla import compiler_options
+from covid_flax.errors import run_script
 
 GEOMETRY = ("flip", "shift", "rotate", "scale", "aspect")
 APPEARANCE = ("brightness", "contrast", "gamma", "blur", "noise", "erase", "border")
@@ -66,4 +67,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -44,6 +44,8 @@ from typing import Any
 
 import numpy as np
 
+from covid_flax.errors import run_script
+from covid_flax.files import make_writable
 from covid_flax.host_memory import KeptMemory, prepare_allocator
 
 CLASSES = 4
@@ -338,6 +340,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.json:
+        make_writable(args.json.parent)
     args.batch = args.batch or BATCH[args.mode]
     if args.serve:
         return serve(args.serve, args.network, args.mode, args.batch, args.size)
@@ -432,4 +436,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from covid_flax.errors import run_script
+from covid_flax.files import make_writable
+
 # Side, channels and kernel: MobileNetV2's second block, EfficientNet-B0's last, and one between.
 SHAPES = ((56, 96, 3), (28, 144, 5), (14, 480, 5), (7, 1152, 5), (7, 1152, 3))
 
@@ -90,6 +93,8 @@ def main() -> None:
     parser.add_argument("--torch_python", default=sys.executable, help="one that has PyTorch")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.json:
+        make_writable(args.json.parent)
     if args.serve:
         serve(args.serve, args.batch)
         return
@@ -137,4 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -22,7 +22,8 @@ from typing import Any
 import jax
 
 from covid_flax.data import phantoms
-from covid_flax.errors import UserError
+from covid_flax.errors import UserError, run_script
+from covid_flax.files import make_writable
 from covid_flax.numerics import divergence
 from covid_flax.run import setup
 from covid_flax.train import train
@@ -76,6 +77,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.json:
+        make_writable(args.json.parent)
     runs: list[dict[str, Any]] = []
     print(f"{'network':<16}{'rate':>8}  {'diverged':>8}  {'noted':>8}  last training losses")
     with tempfile.TemporaryDirectory() as directory:
@@ -105,4 +108,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
+from covid_flax.errors import run_script
+
 
 def keras_seconds(size: int, batches: int) -> dict[str, float]:
     """Median seconds of a batch of 32: trained and tested whole; features; the head alone."""
@@ -110,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

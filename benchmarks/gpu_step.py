@@ -31,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from covid_flax.errors import run_script
+
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 4
 LEARNING_RATE = 1e-5
@@ -416,4 +418,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

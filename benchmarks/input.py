@@ -33,6 +33,9 @@ from typing import Any
 
 import numpy as np
 
+from covid_flax.errors import run_script
+from covid_flax.files import make_writable
+
 CONTESTANTS = (
     "covid_flax files",
     "covid_flax store",
@@ -300,6 +303,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.json:
+        make_writable(args.json.parent)
     if args.serve:
         return serve(args)
 
@@ -372,4 +377,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

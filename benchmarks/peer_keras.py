@@ -40,6 +40,8 @@ from peer_images import (
     write_predictions,
 )
 
+from covid_flax.errors import run_script
+
 
 def lite0(side: int, classes: int, weights: Path) -> tuple[keras.Model, keras.Model]:
     """Keras's EfficientNet without squeeze and excitation and with ReLU6: Lite0.
@@ -203,4 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

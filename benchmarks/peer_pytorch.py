@@ -39,6 +39,8 @@ from peer_images import (
 from torch import nn
 from torch.nn import functional
 
+from covid_flax.errors import run_script
+
 
 def as_input(images: torch.Tensor, standardise: bool) -> torch.Tensor:
     x = images.float()
@@ -206,4 +208,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

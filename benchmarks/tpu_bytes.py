@@ -30,6 +30,8 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from covid_flax.compiler import aot
+from covid_flax.errors import run_script
+from covid_flax.files import make_writable
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 4
@@ -115,6 +117,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256, help="images a device")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     args = parser.parse_args()
+    if args.json:
+        make_writable(args.json.parent)
     jax.config.update("jax_enable_compilation_cache", False)
     mesh = aot.topology_mesh(args.topology)
     batch = args.batch * mesh.size
@@ -142,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

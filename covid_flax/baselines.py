@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from covid_flax import __version__
 from covid_flax import config as config_lib
@@ -257,7 +258,13 @@ def read_images(data: Dataset, split: str, config: Any) -> Images:
         num_threads=config.num_threads,
         prefetch=2,
     )
-    for batch in batches:
+    for batch in tqdm(
+        batches,
+        desc=f"reading {split}",
+        total=-(-len(source) // min(512, len(source))),
+        unit=" batches",
+        leave=False,
+    ):
         grey = batch["image"].mean(-1) / 255
         pixels[batch["index"][batch["mask"]]] = grey[batch["mask"]].reshape(-1, SIDE * SIDE)
     return Images(pixels, data.labels(split).astype(np.int64))
@@ -286,7 +293,7 @@ def fit_baseline(
     """
     x, x_val = components.transform(train.pixels), components.transform(val.pixels)
     fitted = []
-    for value in GRIDS[name][1]:
+    for value in tqdm(GRIDS[name][1], desc=f"fitting {name}", leave=False):
         classifier = _classifier(name, value, seed).fit(x, train.labels)
         fitted.append((float(classifier.score(x_val, val.labels)), value, classifier))
     # `max` keeps the first of equals.

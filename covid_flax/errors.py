@@ -25,16 +25,21 @@ def die_of_interrupts() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; a `UserError` of it is one line on stderr, and exit status 2.
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Ends with what a script's `main` returns; an error of the user's or the disk's is one line.
+
+    The exit status is 2 then.
 
     The package's own commands, which want JAX, have `covid_flax.command.run_command`.
     """
     try:
-        main()
+        sys.exit(main())
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
+        print(f"error: {printable(where + (e.strerror or str(e)))}", file=sys.stderr)
+    sys.exit(2)
 
 
 def no_command(module: str, instead: str) -> NoReturn:

@@ -28,6 +28,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from covid_flax.errors import run_script
+from covid_flax.files import make_writable
+
 KINDS = (
     "a bit flipped",
     "a byte of the JSON changed",
@@ -241,6 +244,8 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.json:
+        make_writable(args.json.parent)
     if args.work:
         work(args.work, args.place, args.first, args.trials, args.seed)
         return 0
@@ -271,4 +276,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

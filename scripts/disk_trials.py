@@ -34,6 +34,9 @@ from typing import Any
 
 from kill_trials import LIMIT_S, command, differences, finish, outcome
 
+from covid_flax.errors import run_script
+from covid_flax.files import make_writable
+
 AS_ANY_USER = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 KINDS = ("full", "read-only", "slow")
 _CALLS = "fsync,fdatasync,rename,renameat,renameat2"
@@ -119,6 +122,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.json:
+        make_writable(args.json.parent)
     if "slow" in args.kinds and not shutil.which("strace"):
         print("error: --kinds slow needs strace: install it, or give --kinds full read-only")
         return 2
@@ -147,4 +152,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

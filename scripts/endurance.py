@@ -40,8 +40,9 @@ from covid_flax import train as train_lib
 from covid_flax.config import check
 from covid_flax.console import Meter
 from covid_flax.data import phantoms
+from covid_flax.errors import run_script
 from covid_flax.evaluate import evaluate
-from covid_flax.files import write_atomically
+from covid_flax.files import make_writable, write_atomically
 from covid_flax.run import setup
 from ml_collections_configs import base
 
@@ -352,6 +353,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    if args.json:
+        make_writable(args.json.parent)
     with tempfile.TemporaryDirectory(dir=args.place) as directory:
         result = {"steps": steps, "images": images, "runs": runs}[args.mode](args, Path(directory))
     holds = _print(result)
@@ -363,4 +366,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -30,6 +30,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from covid_flax.errors import run_script
+from covid_flax.files import make_writable
+
 COMMAND = (
     "--config=configs/lenet.py",
     "--config.data.phantoms_per_class=24",
@@ -193,6 +196,8 @@ def main() -> int:
     parser.add_argument("--place", type=Path, help="folder for the runs (a temporary one)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.json:
+        make_writable(args.json.parent)
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     failed, trials = [], []
     with tempfile.TemporaryDirectory(dir=args.place) as folder:
@@ -240,4 +245,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

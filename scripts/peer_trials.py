@@ -29,6 +29,9 @@ from typing import Any
 
 from kill_trials import LIMIT_S, command, differences, outcome
 
+from covid_flax.errors import run_script
+from covid_flax.files import make_writable
+
 KILLS_A_RUN = 3
 # JAX's own patience with its coordinator beyond ours, and as much again for a loaded machine.
 BEYOND_TIMEOUT_S = 40.0
@@ -116,6 +119,8 @@ def main() -> int:
     parser.add_argument("--peer_timeout", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    if args.json:
+        make_writable(args.json.parent)
     rng = random.Random(args.seed)
     kills: list[dict[str, Any]] = []
     faults: list[str] = []
@@ -161,4 +166,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

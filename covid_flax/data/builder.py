@@ -12,6 +12,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,19 @@ from covid_flax.files import expanded, parse_json, part_of, wait_for_lock, write
 # Part of the cache's key: raise it when what a record holds changes.
 RECORDS_VERSION = "1.0.0"
 
+SHARD_BYTES = 128 << 20
+
 _MARKER = "complete.json"
 _NAMED = 20  # bad images in a message
 
 
-class ChestXrayFolder(tfds.core.GeneratorBasedBuilder):
+class ChestXrayFolder(tfds.core.ShardBasedBuilder):
     """The images of a data folder: every file's own bytes, name, class and source.
 
-    One TFDS split, `images`, in the order of `DataFolder.files`. Give a `folder`, or use it as any
-    TFDS builder with `DownloadConfig(manual_dir=...)`.
+    One TFDS split, `images`, in the order of `DataFolder.files`, in shards of `SHARD_BYTES`: TFDS
+    holds a shard in memory while it writes it. (A generator of all would be held whole, and from
+    1,000 MiB on be sorted by TensorFlow.) Give a `folder`, or use it as any TFDS builder with
+    `DownloadConfig(manual_dir=...)`.
     """
 
     VERSION = tfds.core.Version(RECORDS_VERSION)
@@ -73,15 +78,29 @@ class ChestXrayFolder(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+    def _shard_iterators_per_split(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, list[Callable[[], Iterator[tuple[int, dict[str, Any]]]]]]:
         folder = self._folder or open_folder(os.fspath(dl_manager.manual_dir))
-        return {"images": self._generate_examples(folder)}
+        return {"images": [partial(self._examples, folder, s) for s in _shards(folder)]}
 
-    def _generate_examples(self, folder: DataFolder) -> Iterator[tuple[int, dict[str, Any]]]:
-        for i, f in enumerate(folder.files):
+    def _examples(self, folder: DataFolder, shard: range) -> Iterator[tuple[int, dict[str, Any]]]:
+        for i in shard:
+            f = folder.files[i]
             image = folder.read(f.file)
             self._on_image()
             yield i, {"image": image, "file": f.file, "label": f.label, "source": f.source}
+
+
+def _shards(folder: DataFolder) -> list[range]:
+    """Which of the folder's files lie together: as many as `SHARD_BYTES` hold, one at least."""
+    starts, size = [0], 0
+    for i, f in enumerate(folder.files):
+        size += folder.num_bytes(f.file)
+        if size > SHARD_BYTES and i > starts[-1]:
+            starts.append(i)
+            size = folder.num_bytes(f.file)
+    return [range(a, b) for a, b in zip(starts, [*starts[1:], len(folder.files)], strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +191,7 @@ def _write(folder: DataFolder, cache_dir: Path, place: Path, on_bad_image: str) 
         wait_for_lock(lock)  # another process may be at it: wait for its records
         if _is_complete(place):
             return
-        partial = part_of(place)
+        unfinished = part_of(place)
         if shutil.disk_usage(cache_dir).free < _needed_bytes(folder):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         bar = tqdm(
@@ -186,15 +205,15 @@ def _write(folder: DataFolder, cache_dir: Path, place: Path, on_bad_image: str) 
                 bad = _check_images(folder, bar)
                 if bad and on_bad_image == "refuse":
                     raise _bad_images(folder, bad, place)
-                partial.mkdir()
-                _build(folder.without(bad), partial, bar)
+                unfinished.mkdir()
+                _build(folder.without(bad), unfinished, bar)
                 bar.update(len(bad))
-            _mark_complete(partial, bad)
+            _mark_complete(unfinished, bad)
             if not _is_complete(place):  # else another host was faster, and may be reading
                 shutil.rmtree(place, ignore_errors=True)
-                partial.rename(place)
+                unfinished.rename(place)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _check_images(folder: DataFolder, bar: tqdm) -> dict[str, str]:

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
 
 from covid_flax.errors import UserError, run_script
 from covid_flax.files import expanded, part_of
@@ -162,6 +163,13 @@ def _holds(directory: Path, settings: dict[str, int]) -> bool:
 
 
 def _write(directory: Path, settings: dict[str, int]) -> None:
+    total = settings["per_class"] * len(CLASSES)
+    with tqdm(total=total, desc="Drawing phantoms", unit=" pictures", leave=False) as bar:
+        _draw_all(directory, settings, bar)
+    (directory / SETTINGS_FILE).write_text(json.dumps(settings) + "\n")
+
+
+def _draw_all(directory: Path, settings: dict[str, int], bar: tqdm) -> None:
     for k, label in enumerate(CLASSES):
         for folder in ("images", "masks"):
             (directory / label / folder).mkdir(parents=True)
@@ -172,7 +180,7 @@ def _write(directory: Path, settings: dict[str, int]) -> None:
             for folder, array in (("images", pixels), ("masks", mask)):
                 path = directory / label / folder / f"{label}-{n}.png"
                 Image.fromarray(array).save(path, compress_level=1)
-    (directory / SETTINGS_FILE).write_text(json.dumps(settings) + "\n")
+            bar.update()
 
 
 def _check_size(size: int) -> None:

@@ -276,3 +276,22 @@ def test_folders_that_agree_in_names_sizes_and_times_are_kept_apart(tmp_path):
                 z.write(tmp_path / name / label / "x.bmp", f"{label}/x.bmp")
         prints.add(open_folder(str(tmp_path / "data.zip")).fingerprint())
     assert len(prints) == 2
+
+
+@pytest.mark.parametrize(("limit", "shards"), [(1, 8), (2500, 6), (10**9, 1)])
+def test_a_folder_larger_than_a_shard_is_written_in_order(tmp_path, monkeypatch, limit, shards):
+    """None is held whole: TFDS would sort from 1,000 MiB on, and wants TensorFlow for it."""
+    monkeypatch.setattr(builder, "SHARD_BYTES", limit)
+    monkeypatch.setattr("tensorflow_datasets.core.shuffle.MAX_MEM_BUFFER_SIZE", 1000)
+    for label, side in (("A", 28), ("B", 4)):  # of 1,862 and of 1,094 bytes
+        (tmp_path / "data" / label).mkdir(parents=True)
+        for n in range(4):
+            pixels = np.random.default_rng(n).integers(0, 256, (side, side), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / label / f"{n}.bmp")
+    folder = open_folder(str(tmp_path / "data"))
+    records = builder.prepare(folder, tmp_path / "cache")
+    assert len(list(records.place.rglob("*.array_record*"))) == shards
+    for i, f in enumerate(folder.files):
+        record = records[i]
+        assert record["file"] == f.file and record["label"] == f.label
+        assert record["image"] == (tmp_path / "data" / f.file).read_bytes()
