@@ -76,13 +76,15 @@ def open_data(
             raise UserError(f"--class_map leaves no image of {root}: name a class of the run")
         if others := folder.passed_over():
             say(f"note: {others}: not scored")
+        if folder.unused:
+            say(f"note: {folder.unused}: each image counts as its own group")
     else:
         folder = _reopen(root, config, class_names)
     records = None
     if config.data.on_bad_image == "skip":  # else later: what is missing is told at once
         folder, records = _prepared(folder, config.data)
     if elsewhere:
-        groups = folder.groups or {}
+        groups = {f: g for f, g in (folder.groups or {}).items() if f not in folder.ungrouped}
         rows = [Row(f.file, label[f.label], "", groups.get(f.file, "")) for f in folder.files]
     else:
         rows = read_split_csv(workdir / "split.csv")

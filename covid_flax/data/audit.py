@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from covid_flax.command import run_command
 from covid_flax.data import duplicates
-from covid_flax.data.decode import decode
+from covid_flax.data.decode import decode, is_dark
 from covid_flax.data.duplicates import Pair, find_duplicates, thumbnail
 from covid_flax.data.folder import DataFolder, open_folder, refuse_inside
 from covid_flax.data.groups import connected, groups_csv
@@ -51,6 +51,7 @@ _FEWEST_FOR_MEDIAN = 20
 
 _MENDS = {
     "unreadable": "replace or remove them",
+    "dark": "values of 10 or 12 bits in files of 16? scale them to the full range",
     "blank": "remove them",
     "two-valued": "a mask or a page of text? remove them",
     "colour": "a photograph or a coloured picture? look at them, remove what is no X-ray",
@@ -66,7 +67,7 @@ class Suspicion:
     Attributes:
       file: relative to the data folder.
       label: its class.
-      kind: `unreadable`, `blank`, `two-valued`, `colour`, `inverted` or `unlike`.
+      kind: `unreadable`, `dark`, `blank`, `two-valued`, `colour`, `inverted` or `unlike`.
       reason: a phrase with the figure that raised it.
     """
 
@@ -387,6 +388,8 @@ def _odd(pixels: np.ndarray) -> _Oddity | None:
         return "colour", f"{coloured:.0%} of its pixels are coloured"
     counts = np.bincount(some[:, :, 1].ravel(), minlength=256)
     low, high = np.searchsorted(counts.cumsum(), [0.01 * counts.sum(), 0.99 * counts.sum()])
+    if is_dark(pixels):
+        return "dark", f"no grey above {pixels.max()} of 255"
     if high - low < _BLANK_RANGE:
         return "blank", f"grey levels from {low} to {high} only"
     band = np.convolve(counts, np.ones(16, np.int64), "valid")
@@ -419,6 +422,10 @@ def _define_flags() -> None:
     flags.DEFINE_string("data_dir", None, "folder of labelled images, or its zip", required=True)
     flags.DEFINE_string("output", "audit", "folder to write groups.csv and audit.json to")
     flags.DEFINE_string(
+        "groups_file", "", "csv of groups that are known, as of patients, beside the folder's own"
+    )
+    flags.DEFINE_string("group_column", "", "its column of groups; empty: one that is known")
+    flags.DEFINE_string(
         "split_csv", "", "a run's split.csv: also look for copies across its splits"
     )
 
@@ -427,7 +434,12 @@ def _main() -> None:
     f = flags.FLAGS
     data_dir, output = os.path.expanduser(f.data_dir), expanded(f.output)
     rows = read_split_csv(os.path.expanduser(f.split_csv)) if f.split_csv else []
-    folder = open_folder(data_dir, require_two_classes=False)
+    folder = open_folder(
+        data_dir,
+        groups_file=f.groups_file,
+        group_column=f.group_column,
+        require_two_classes=False,
+    )
     refuse_inside(output, data_dir, "--output", makes_folders=False)
     make_writable(output)
     _refuse_to_lose(output, folder)

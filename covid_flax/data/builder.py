@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from tqdm import tqdm
 
-from covid_flax.data.decode import decode
+from covid_flax.data.decode import decode, is_dark
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.errors import UserError, printable
 from covid_flax.files import expanded, parse_json, part_of, wait_for_lock, write_atomically
@@ -111,11 +111,13 @@ class Records:
       files: name of each, relative to the data folder.
       place: the folder that holds the records.
       bad: images of the data folder that cannot be read and are left out: the reason by name.
+      dark: how many images `is_dark`.
     """
 
     files: list[str]
     place: Path
     bad: Mapping[str, str]
+    dark: int
     _source: Any = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
@@ -202,13 +204,13 @@ def _write(folder: DataFolder, cache_dir: Path, place: Path, on_bad_image: str) 
         )
         try:
             with bar:
-                bad = _check_images(folder, bar)
+                bad, dark = _check_images(folder, bar)
                 if bad and on_bad_image == "refuse":
                     raise _bad_images(folder, bad, place)
                 unfinished.mkdir()
                 _build(folder.without(bad), unfinished, bar)
                 bar.update(len(bad))
-            _mark_complete(unfinished, bad)
+            _mark_complete(unfinished, bad, dark)
             if not _is_complete(place):  # else another host was faster, and may be reading
                 shutil.rmtree(place, ignore_errors=True)
                 unfinished.rename(place)
@@ -216,19 +218,24 @@ def _write(folder: DataFolder, cache_dir: Path, place: Path, on_bad_image: str) 
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _check_images(folder: DataFolder, bar: tqdm) -> dict[str, str]:
-    """Decodes every image; why it failed, of each that does."""
+def _check_images(folder: DataFolder, bar: tqdm) -> tuple[dict[str, str], int]:
+    """Decodes every image; why it failed, of each that does, and how many are dark."""
 
-    def problem(file: str) -> str:
+    def check(file: str) -> tuple[str, bool]:
         try:
-            return _problem(folder, file)
+            pixels = decode(folder.read(file), file)
+        except UserError as e:
+            return printable(str(e)), False
         finally:
             bar.update()
+        return "", is_dark(pixels)
 
     files = [f.file for f in folder.files]
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.filterwarnings("ignore", module="PIL")  # of what is reported below
-        return {f: p for f, p in zip(files, pool.map(problem, files), strict=True) if p}
+        found = list(pool.map(check, files))
+    bad = {file: problem for file, (problem, _) in zip(files, found, strict=True) if problem}
+    return bad, sum(dark for _, dark in found)
 
 
 def _problem(folder: DataFolder, file: str) -> str:
@@ -262,13 +269,13 @@ def _build(folder: DataFolder, data_dir: Path, bar: tqdm) -> None:
     shutil.rmtree(data_dir / "downloads", ignore_errors=True)  # made empty by TFDS
 
 
-def _mark_complete(data_dir: Path, bad: Mapping[str, str]) -> None:
+def _mark_complete(data_dir: Path, bad: Mapping[str, str], dark: int) -> None:
     files = [p for p in data_dir.rglob("*") if p.is_file()]
     for p in files:
         with open(p, "rb") as f:
             os.fsync(f.fileno())
     sizes = {str(p.relative_to(data_dir)): p.stat().st_size for p in files}
-    (data_dir / _MARKER).write_text(json.dumps({"sizes": sizes, "bad": dict(bad)}))
+    (data_dir / _MARKER).write_text(json.dumps({"sizes": sizes, "bad": dict(bad), "dark": dark}))
 
 
 def _is_complete(place: Path) -> bool:
@@ -276,21 +283,25 @@ def _is_complete(place: Path) -> bool:
     return _marker(place) is not None
 
 
-def _marker(place: Path) -> dict[str, str] | None:
-    """The bad images that complete records lack; None where the records are not complete."""
+def _marker(place: Path) -> tuple[dict[str, str], int] | None:
+    """The bad images that complete records lack, and how many of theirs are dark.
+
+    None where the records are not complete.
+    """
     try:
         marker = parse_json((place / _MARKER).read_text())
         whole = all((place / name).stat().st_size == n for name, n in marker["sizes"].items())
-        return dict(marker.get("bad", {})) if whole else None
+        return (dict(marker.get("bad", {})), int(marker.get("dark", 0))) if whole else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _open(place: Path, folder: DataFolder) -> Records | None:
     """The records of `folder` in `place`, or None where they are not whole."""
-    bad = _marker(place)
-    if bad is None:
+    marker = _marker(place)
+    if marker is None:
         return None
+    bad, dark = marker
     # What kept an image from being read may be gone without a trace on the file.
     bad = {file: _problem(folder, file) for file in bad}
     if not all(bad.values()):
@@ -304,7 +315,7 @@ def _open(place: Path, folder: DataFolder) -> Records | None:
         )
     if len(source) != len(files):
         return None
-    return Records(files, place, bad, source)
+    return Records(files, place, bad, dark, source)
 
 
 @contextlib.contextmanager

@@ -172,6 +172,11 @@ def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
     notes = _notes(folder, config)
     if records.bad:
         notes.insert(0, f"{left_out(records.bad)} (all in config.json)")
+    if records.dark:
+        notes.append(
+            f"{records.dark:,} images have no grey above a quarter of white: are they of 10 or 12 "
+            "bits in files of 16? scale them to the full range"
+        )
     return Dataset(folder, records, rows, folder.class_names, notes, records.bad)
 
 
@@ -205,7 +210,12 @@ def _notes(folder: DataFolder, config: Any) -> list[str]:
         known = "only files of identical bytes stay together"
         if split != "grouped":
             known = "near-duplicates and a patient's images may lie on both sides of the split"
-        notes.append(f"no groups.csv or manifest.csv says which images belong together: {known}")
+        if folder.unused:
+            notes.append(f"{folder.unused}: {known}")
+        else:
+            notes.append(
+                f"no groups.csv or manifest.csv says which images belong together: {known}"
+            )
     elif split != "grouped":
         notes.append("the split does not heed the known groups; data.split=grouped does")
     elif folder.ungrouped:

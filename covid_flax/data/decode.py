@@ -145,6 +145,14 @@ def resize(
     return image
 
 
+def is_dark(pixels: np.ndarray) -> bool:
+    """Whether an image, uint8, shows something, but nothing above a quarter of white.
+
+    So look the values of 10 or 12 bits in a file of 16.
+    """
+    return int(pixels.min()) + 2 < int(pixels.max()) <= 64
+
+
 def _white_is_zero(image: Image.Image) -> bool:
     return isinstance(image, TiffImageFile) and image.tag_v2.get(PHOTOMETRIC_INTERPRETATION) == 0
 

@@ -58,6 +58,7 @@ class DataFolder:
       empty: class folders without an image, where those are passed over.
       loose: how many images lie beside the class folders.
       masks: folders beside the classes whose names say that they hold masks, and that hold images.
+      unused: why the folder's own csv tells no groups, where there is one.
     """
 
     root: Path
@@ -71,6 +72,7 @@ class DataFolder:
     empty: tuple[str, ...] = ()
     loose: int = 0
     masks: tuple[str, ...] = ()
+    unused: str = ""
 
     def read(self, file: str) -> bytes:
         """The content of `file`. Thread safe. UserError where it cannot be read."""
@@ -184,8 +186,8 @@ def open_folder(
     Args:
       path: folder, or zip of one (read without unpacking).
       groups_file: csv with a `file` column, relative to `path` or to the working
-        directory. "" looks for `groups.csv`, then `manifest.csv`, in `path`, in the folder
-        that holds the classes, and in the folder above `path`.
+        directory, beside the folder's own: `groups.csv`, else `manifest.csv`, in `path`, in the
+        folder that holds the classes, or in the folder above `path`.
       group_column: its column of groups. "" takes `GROUP_COLUMNS`: images that one of those
         which are there puts together stay together.
       require_two_classes: whether one class alone is an error.
@@ -234,6 +236,7 @@ def open_folder(
         empty,
         loose=_loose(tree, dataset),
         masks=_masks(tree, dataset),
+        unused=tables.unused,
     )
 
 
@@ -340,8 +343,10 @@ def _list_images(
     if skip_empty:
         names = [label for label in names if images[label]]
     elif empty:
+        others = f" ({_by_suffix(ignored[empty[0]])} are not read: save them as PNG)"
         raise UserError(
             f"no image in the class folder {join(where, empty[0])}: fill it or remove it"
+            f"{others if ignored[empty[0]] else ''}"
         )
     listed = [(join(d, n), label) for label in names for d, n in images[label]]
     for file, _ in listed:

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -129,11 +129,17 @@ def make_split(
     else:  # paper-sorted or paper-random
         parts = _by_class(folder, split, val_fraction, nested_test, seed)
         wanted = PARTS if nested_test else PARTS[:2]
-    rows = [
-        Row(f.file, f.label, parts[f.file], groups[f.file] if groups else "") for f in folder.files
-    ]
+    groups = _known(groups, folder) if groups else {}
+    rows = [Row(f.file, f.label, parts[f.file], groups.get(f.file, "")) for f in folder.files]
     _check_classes(rows, folder.class_names, wanted, split)
     return rows
+
+
+def _known(groups: Mapping[str, str], folder: DataFolder) -> dict[str, str]:
+    """Without those that nobody told and no other image shares: each is but the image itself."""
+    size = Counter(groups.values())
+    told = set() if folder.groups is None else folder.groups.keys() - folder.ungrouped
+    return {file: name for file, name in groups.items() if file in told or size[name] > 1}
 
 
 def write_split_csv(path: str | os.PathLike[str], rows: Sequence[Row]) -> None:

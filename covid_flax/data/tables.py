@@ -68,12 +68,21 @@ class Tables:
         self._group_column, self._tolerant = group_column, tolerant
         self._name = os.path.basename(os.path.abspath(path))
         self._manifest: _Table | None = None
+        self.unused = ""  # why the folder's own csv tells no groups, where there is one
         try:
             self._manifest = self._find("manifest.csv")
-        except UserError:
+        except UserError as e:
             if not tolerant:
                 raise
-        self._of_groups = self._explicit(groups_file) if groups_file else self._automatic()
+            self.unused = str(e)
+        # A csv that is named adds to what the folder's own tells: an audit's may be older than
+        # the patients' csv, or have never seen it.
+        self._of_groups: list[tuple[_Table, list[str]]] = []
+        if groups_file:
+            named = self._explicit(groups_file)
+            self._of_groups = [(named, self._group_columns(named, group_column)), *self._beside()]
+        elif (table := self._automatic()) is not None:
+            self._of_groups = [(table, self._group_columns(table, group_column))]
 
     def groups(self) -> tuple[dict[str, str] | None, frozenset[str]]:
         """Group of every file, or None where no csv tells groups; and the files it gives none.
@@ -81,20 +90,21 @@ class Tables:
         Raises:
           UserError: an image's row says another class.
         """
-        table, labels = self._of_groups, self._labels
-        if table is None:
+        labels = self._labels
+        if not self._of_groups:
             return None, frozenset()
-        columns = self._group_columns(table)
         names = set(labels.values())
         refuse_mislabelled(
             [
                 f"{file} is {said} in {table.name}"
+                for table, _ in self._of_groups
                 for file, label in labels.items()
                 if (said := table.rows.get(file, {}).get("label", "")) in names and said != label
             ]
         )
         told = [
             {file: table.rows.get(file, {}).get(column, "").strip() for file in labels}
+            for table, columns in self._of_groups
             for column in columns
         ]
         ungrouped = frozenset(file for file in labels if not any(of[file] for of in told))
@@ -115,7 +125,7 @@ class Tables:
         unreadable: list[str] = []
         sources = {
             file: row["source_repo"]
-            for table in (self._of_groups, self._manifest)
+            for table in (*(table for table, _ in self._of_groups[::-1]), self._manifest)
             if table is not None
             for file, row in table.rows.items()
             if row.get("source_repo")
@@ -158,12 +168,13 @@ class Tables:
     def _automatic(self) -> _Table | None:
         asked, table = self._group_column, None
         try:
-            table = self._groups_csv_or_manifest()
+            table = self._groups_csv_or_manifest(asked)
             if table is not None:
-                self._group_columns(table)
-        except UserError:
+                self._group_columns(table, asked)
+        except UserError as e:
             if not self._tolerant or asked:
                 raise
+            self.unused = str(e)
             return None
         if table is None and asked:
             raise UserError(
@@ -172,13 +183,25 @@ class Tables:
             )
         return table
 
-    def _groups_csv_or_manifest(self) -> _Table | None:
+    def _beside(self) -> list[tuple[_Table, list[str]]]:
+        """The folder's own csv and its columns, where another is named; none if it is of no use."""
+        try:
+            table = self._groups_csv_or_manifest("")
+            return [] if table is None else [(table, self._group_columns(table, ""))]
+        except UserError as e:
+            self.unused = str(e)
+            return []
+
+    def _groups_csv_or_manifest(self, asked: str) -> _Table | None:
         groups = self._find("groups.csv")
         if groups is not None:
             return self._usable(groups)
         if self._manifest is None or not self._manifest.rows:
+            if self._manifest is not None and "file" not in self._manifest.columns:
+                listed = ", ".join(self._manifest.columns)
+                self.unused = f"{self._manifest.name} has no column `file` (it has {listed})"
             return None
-        columns = (self._group_column,) if self._group_column else GROUP_COLUMNS
+        columns = (asked,) if asked else GROUP_COLUMNS
         return self._manifest if any(c in self._manifest.columns for c in columns) else None
 
     def _find(self, name: str) -> _Table | None:
@@ -217,8 +240,7 @@ class Tables:
         found = {f: rows.get(name) or folded.get(_folded(name)) for f, name in names.items()}
         return {file: row for file, row in found.items() if row is not None}
 
-    def _group_columns(self, table: _Table) -> list[str]:
-        asked = self._group_column
+    def _group_columns(self, table: _Table, asked: str) -> list[str]:
         columns = [c for c in ((asked,) if asked else GROUP_COLUMNS) if c in table.columns]
         if not columns:
             raise UserError(

@@ -38,8 +38,8 @@ def temperature_scale(probabilities: np.ndarray, temperature: float) -> np.ndarr
 def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """The temperature of least mean negative log-likelihood, between 0.05 and 20.
 
-    The likelihood has one minimum in T. Where all predictions are right it lies at 0, and the
-    lower bound or a value near it is returned; where no temperature betters it, exactly 1.
+    The likelihood has one minimum in T. Where no temperature betters it, exactly 1 is returned; and
+    where all predictions are right, for it lies at 0 then, and no error tells how unsure to be.
 
     Args:
       labels: integers [N], N at least 1.
@@ -50,6 +50,8 @@ def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
     labels = np.asarray(labels)
     logs = _log(probabilities)
+    if (np.asarray(probabilities).argmax(1) == labels).all():
+        return 1.0
 
     def loss(log_temperature: float) -> float:
         scaled = log_softmax(logs / float(np.exp(log_temperature)))

@@ -208,6 +208,17 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert len(builder.prepare(folder, tmp_path / "cache")) == 8
 
 
+def test_dark_images_are_counted_and_told_of(tmp_path):
+    """12 bits in files of 16 come out as 16 greys."""
+    folder = make_folder(tmp_path / "data")
+    for f in folder.files[:3]:
+        values = np.random.default_rng(0).integers(0, 4096, (20, 20)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / "data" / f.file)
+    Image.new("L", (20, 20)).save(tmp_path / "data" / folder.files[3].file)  # black is no sign
+    for _ in range(2):  # when they are written, and when they are opened
+        assert builder.prepare(open_folder(folder.root), tmp_path / "cache").dark == 3
+
+
 def test_an_image_that_vanishes_while_written(tmp_path, monkeypatch):
     folder = make_folder(tmp_path / "data")
     check = builder._check_images

@@ -240,6 +240,34 @@ def test_groups_csv_comes_before_the_manifest(tmp_path):
     assert folder.ungrouped == {FOUR[3]}
 
 
+def test_a_csv_that_is_named_adds_to_the_folder_s_own(tmp_path):
+    """An audit's may be older than the patients' csv; neither may be lost by naming the other."""
+    root = make(tmp_path, *FOUR)
+    named = tmp_path / "elsewhere.csv"
+    write_csv(named, ["file", "cluster", "group"], (FOUR[0], "c", "g"), (FOUR[1], "c", "h"))
+    write_csv(tmp_path / "groups.csv", ["file", "patient_id"], (FOUR[1], "p"), (FOUR[2], "p"))
+    folder = open_folder(root, groups_file=str(named), group_column="cluster")
+    groups = folder.groups
+    assert groups[FOUR[0]] == groups[FOUR[1]] == groups[FOUR[2]] != groups[FOUR[3]]
+    assert folder.ungrouped == {FOUR[3]} and folder.unused == ""
+    # One that tells nothing is passed over.
+    write_csv(tmp_path / "groups.csv", ["file", "age"], (FOUR[1], "60"), (FOUR[2], "60"))
+    folder = open_folder(root, groups_file=str(named))
+    assert folder.groups[FOUR[1]] != folder.groups[FOUR[2]]
+    assert "groups.csv has no column group or" in folder.unused
+
+
+def test_why_a_table_tells_no_groups(tmp_path):
+    root = make(tmp_path, *FOUR)
+    (tmp_path / "manifest.csv").write_text("file;patient_id\na/1.png;p\n")
+    folder = open_folder(root)
+    assert folder.groups is None
+    assert "manifest.csv has no column `file` (it has file;patient_id)" in folder.unused
+    (tmp_path / "groups.csv").write_text("file;group\na/1.png;p\n")
+    other = open_folder(root, classes=("a", "b"))
+    assert other.groups is None and "groups.csv has no column `file`" in other.unused
+
+
 def test_what_any_of_several_columns_puts_together_stays_together(tmp_path):
     root = make(tmp_path, *FOUR, "b/5.png", "b/6.png")
     rows = [(FOUR[0], "n1", "p1"), (FOUR[1], "", "p1"), (FOUR[2], "n1", ""), (FOUR[3], "n2", "")]

@@ -271,6 +271,22 @@ def test_csv_round_trip_with_odd_names(tmp_path):
         read_split_csv(tmp_path / "none.csv")
 
 
+def test_only_groups_that_are_told_or_shared_are_written(tmp_path):
+    """What is but an image's own name would pass for a known group."""
+    for label in ("a", "b"):
+        for i in range(8):
+            (tmp_path / label).mkdir(exist_ok=True)
+            (tmp_path / label / f"{i}.png").write_text(f"{label}{max(i, 2)}")  # 0, 1, 2 are alike
+    rows = make_split(open_folder(str(tmp_path)), split="grouped", val_fraction=0.4)
+    assert {row.file for row in rows if row.group} == {
+        f"{label}/{i}.png" for label in "ab" for i in range(3)
+    }
+    (tmp_path / "groups.csv").write_text("file,group\na/5.png,p\nb/5.png,q\na/6.png,\n")
+    rows = make_split(open_folder(str(tmp_path)), split="grouped", val_fraction=0.4)
+    named = {row.file for row in rows if row.group}
+    assert {"a/5.png", "b/5.png", "a/0.png"} <= named and len(named) == 8
+
+
 def test_a_joined_group_bears_its_least_name():
     """Else a split would hang on the order of a set, which no two processes have alike."""
     groups = {f"{i}.png": f"g{i}" for i in range(100, 300)}

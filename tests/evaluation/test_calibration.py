@@ -76,7 +76,7 @@ def test_the_likelihood_is_never_worse_than_unscaled(seed):
 def test_perfect_and_hopeless_predictions_have_a_temperature():
     labels = np.array([0, 1, 2])
     assert fit_temperature(labels, np.eye(3)) == 1  # nothing to better
-    assert fit_temperature(labels, 0.1 + 0.7 * np.eye(3)) == pytest.approx(0.05, rel=0.3)
+    assert fit_temperature(labels, 0.1 + 0.7 * np.eye(3)) == 1  # no error tells how unsure to be
     assert fit_temperature(labels, np.eye(3)[[1, 2, 0]]) == pytest.approx(20, rel=1e-3)
     assert fit_temperature(labels, np.full((3, 3), 1 / 3)) == 1
     assert fit_temperature(np.array([0]), np.ones((1, 1))) == 1
