@@ -143,7 +143,8 @@ def evaluate(
     if split == "val" and chosen_by_val:
         kept = sum(saved["data"]["images"].get("test", {}).values())
         report["note"] = "These images chose the epoch, so the figures are optimistic; " + (
-            f"the run's {kept:,} test images chose nothing (--split=test, once, at the end)."
+            f"the run's {kept:,} test image{'s' if kept > 1 else ''} chose nothing (--split=test, "
+            "once, at the end)."
             if kept
             else "a test split (data.nested_test, or grouped with data.test_fraction) is not."
         )

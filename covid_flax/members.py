@@ -149,7 +149,9 @@ def _print(summary: Mapping[str, Any]) -> None:
     for split, figures in summary["mean"].items():
         accuracy = figures["accuracy"]
         low, high = accuracy["interval"]
-        over_runs = f"{low:.4f} to {high:.4f} over runs" if high > low else "all alike"
+        over_runs = (
+            f"95 % interval of the mean {low:.4f} to {high:.4f}" if high > low else "all alike"
+        )
         say(
             f"{split}: {accuracy['runs']} runs, accuracy {accuracy['mean']:.4f} "
             f"({over_runs}); together {summary['whole'][split]['accuracy']:.4f}"

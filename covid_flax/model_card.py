@@ -160,7 +160,7 @@ def card(a: Artefacts, facts: Mapping[str, Mapping[str, str]] | None = None) -> 
                 ("Devices and acquisition", stated("claim.13")),
                 (
                     "Sources, as the data folder names them",
-                    alarm_text(a, "source-confounded") or NOT_KNOWN,
+                    _sources(a),
                 ),
             ],
         ),
@@ -234,6 +234,13 @@ def _answer(
     return text or NOT_KNOWN, status
 
 
+def _sources(a: Artefacts) -> str:
+    """What is known of whether an image's source tells its class."""
+    made = {name for report in a.reports.values() for name in report.get("alarms_checked") or ()}
+    silent = "Not shown to give the class away." if "source-confounded" in made else NOT_KNOWN
+    return alarm_text(a, "source-confounded") or silent
+
+
 def _notes(a: Artefacts) -> list[str]:
     """What the table of evaluations must not be read without."""
     reports = [*a.reports.values(), *a.baselines.values()]
@@ -241,7 +248,7 @@ def _notes(a: Artefacts) -> list[str]:
     if any(map(_scaled, reports)):
         said.append(
             f"Rows marked '{_SCALED}': probabilities scaled by the temperature. AUROC and ECE of "
-            "the other rows are of probabilities as the model gave them."
+            "the other rows are of unscaled probabilities (the svm baseline's are fitted on val)."
         )
     if any(bootstrap(report, "ece") for report in reports):
         said.append(ECE_NOTE)
@@ -255,7 +262,7 @@ def _scaled(report: Mapping[str, Any]) -> bool:
 def _evaluation_tables(a: Artefacts) -> list[Table]:
     head = ["Scored", "Images", "Accuracy", "Balanced accuracy", "AUROC", "ECE", "Those images"]
     roles = {
-        "test": "neither trained nor chose",
+        "test": "neither trained this run nor chose its epoch",
         "val": "chose the epoch or setting",
         "train": "trained",
         "all": "trained, chose and neither",

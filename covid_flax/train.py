@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
 from covid_flax import preemption
@@ -81,8 +82,9 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
             _loop(run, job, held, stopping, loop, checkpoints, Profile(run.workdir, profile))
         if stopping.should_stop:
             say(
-                f"early stop: {config.train.monitor} has not improved for {config.train.patience} "
-                f"epochs; best epoch {stopping.best_epoch}"
+                f"early stop: {config.train.monitor} has not improved{_enough(config)} for "
+                f"{config.train.patience} epoch{'s' if config.train.patience > 1 else ''}; best "
+                f"epoch {stopping.best_epoch}"
             )
         if 0 < stopping.best_epoch <= config.train.swa_start:
             say(
@@ -95,6 +97,11 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
 
         path = run.workdir / "curves.png"
         plot_curves(run.workdir / "metrics.jsonl", path, best_epoch=stopping.best_epoch)
+
+
+def _enough(config: ml_collections.ConfigDict) -> str:
+    """What a gain must be, where not any will do."""
+    return f" by more than {config.train.min_delta:g}" if config.train.min_delta else ""
 
 
 def _start(
@@ -301,9 +308,10 @@ class _Training:
         monitored = {"val_loss": val_loss, "val_accuracy": val_accuracy}
         improved = self.stopping.update(monitored[self.run.config.train.monitor])
         patience = f" of {self.stopping.patience}" if self.stopping.patience else ""
-        verdict = "best so far" if improved else f"no better for {self.stopping.wait}{patience}"
-        if skipped:
-            verdict += f" | {skipped['skipped']:,} updates skipped"
+        wait = f"no better{_enough(self.run.config)} for {self.stopping.wait}{patience}"
+        verdict = "best so far" if improved else wait
+        if count := skipped.get("skipped"):
+            verdict += f" | {count:,} update{'s' if count > 1 else ''} skipped"
         held_up = find_straggler(self.meter.epoch_waiting)
         self.meter.end_epoch(epoch, train_figures, (val_loss, val_accuracy), verdict)
         if held_up:

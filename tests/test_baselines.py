@@ -116,6 +116,9 @@ def test_figures_are_scikit_learn_s_on_the_run_s_split(run, reports, phantom_dir
         assert report["nll"] == pytest.approx(log_loss(y[split], p), rel=1e-6)
         assert report["accuracy"] == reports[name][split]["accuracy"]
         assert ("optimistic" in report.get("note", "")) == (split == "val")
+        raised = {alarm["name"] for alarm in report["alarms"]}
+        assert ("stopping-split-scored" in raised) == (split == "val")
+        assert report["stopped_on"] == "val"
 
 
 def test_test_images_change_nothing_that_is_fitted(

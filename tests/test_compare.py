@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from report.browser import chromium, visit
 from scipy.stats import binom, norm
-from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
+from sklearn.metrics import balanced_accuracy_score, f1_score, log_loss, roc_auc_score
 
 from covid_flax.compare import (
     Evaluation,
@@ -86,6 +86,7 @@ def test_the_figures_and_paired_intervals_are_those_of_a_slow_loop_with_scikit_l
             "accuracy": np.mean(x.argmax(1) == y),
             "balanced_accuracy": balanced_accuracy_score(y, x.argmax(1)),
             "macro_auroc": np.mean([roc_auc_score(y == k, x[:, k]) for k in range(3)]),
+            "macro_f1": f1_score(y, x.argmax(1), average="macro", zero_division=0),
             "nll": log_loss(y, x, labels=range(3)),
         }
 
@@ -600,3 +601,19 @@ def test_a_recall_s_interval_is_of_the_class_s_own_images():
     runs = [evaluation(name, labels, np.eye(3)[answers] * 0.7 + 0.1, files) for name in "ab"]
     figures = compare(runs, resamples=50)["runs"][0]["figures"]
     assert figures["recall"]["COVID"]["interval"] == pytest.approx(wilson_by_roots(30, 30))
+
+
+def test_who_alone_is_right_is_told_of_the_right_run(tmp_path):
+    labels, groups = images(60)
+    a, b = labels.copy(), labels.copy()
+    a[:9], b[9:13] = (labels[:9] + 1) % 3, (labels[9:13] + 1) % 3  # the first fails 9, the other 4
+    runs = [
+        evaluation(n, labels, np.eye(3)[x] * 0.7 + 0.1, groups) for n, x in (("a", a), ("b", b))
+    ]
+    found = compare(runs, resamples=5)
+    test = found["pairs"][0]["mcnemar"]
+    assert (test["only_first"], test["only_second"]) == (4, 9)
+    write_comparison(tmp_path, found)
+    text = " ".join((tmp_path / "compare.html").read_text().split())
+    assert "Right where the other is wrong: on 9 images against 4;" in text
+    assert "<td>9</td><td>4</td>" in text.replace(' class="figure"', "")  # alone right, alone wrong

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ from covid_flax.evaluation import source_probe
 from covid_flax.evaluation.metrics import classification_report
 from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.evaluation.twins import find_twins
-from covid_flax.report.controls_page import explain, verdict
+from covid_flax.report.controls_page import explain, verdict, write_controls_page
 from covid_flax.run import setup
 from covid_flax.train import train
 
@@ -277,6 +278,54 @@ def test_masked_conditions_show_the_mask_and_score_only_what_has_one(tmp_path):
     np.testing.assert_array_equal(shown["whole"]["COVID"], second)
     assert shown["lungs_only"]["COVID"].any()
     assert len(seen["all"]) == sum(c["num_examples"] for c in report["conditions"])
+
+
+def test_findings_are_corrected_for_every_test_of_the_page(marked):
+    """22 of 60 right where chance gives 15: p is about 0.03, of eighteen tests."""
+    data, training = marked
+
+    def probabilities(source, description=""):
+        labels = np.array([source[i]["label"] for i in range(len(source))])
+        right = np.arange(len(labels)) % 15 < np.where(labels < 2, 6, 5)
+        return np.eye(4)[np.where(right, labels, (labels + 1) % 4)]
+
+    run = SimpleNamespace(
+        class_names=NAMES, config=SimpleNamespace(data=None), probabilities=probabilities
+    )
+    report, _ = controls.score_conditions(run, data, training=training)
+    assert report["tests"]["count"] == 2 * len(report["conditions"]) == 18
+    for c in report["conditions"]:
+        assert 0.05 / 18 < c["p"] < 0.05 and not c["above_chance"]
+
+
+def test_a_probe_s_interval_is_by_groups():
+    rng, of_group = np.random.default_rng(0), np.arange(40) % 2
+    features = np.repeat(rng.normal(1.5 * of_group, 1.0)[:, None], 10, 0)  # ten copies each
+    sources = np.repeat(np.array(["a", "b"])[of_group], 10).tolist()
+    got = source_probe.probe(features, sources, np.repeat(np.arange(40), 10))
+    (low, high), p = got["interval"], got["balanced_accuracy"]
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(p * (1 - p) / 40), rel=0.35)
+
+
+@pytest.mark.parametrize(("share", "found"), [(0.27, False), (0.31, True)])
+def test_a_surplus_of_two_points_is_no_finding_however_sure(share, found):
+    labels = np.repeat(np.arange(4), 1500)
+    right = np.arange(6000) % 1500 < round(1500 * share)
+    p = np.eye(4)[np.where(right, labels, (labels + 1) % 4)]
+    got = figures.condition_figures(p, labels, p, NAMES, np.arange(6000))
+    assert got["p"] < 0.05 and got["above_chance"] is found
+
+
+def test_the_page_s_tile_is_of_the_strongest_condition(marked, tmp_path):
+    report, examples = controls.score_conditions(_reading(_border), marked[0], training=marked[1])
+    found = next(c for c in report["conditions"] if c["name"] == "lungs_hidden_grey")
+    found["balanced_accuracy"] = 0.3
+    report |= {"warning": None, "split": "test", "data_dir": "d", "elsewhere": False}
+    report |= {"checkpoint": {}, "pairs_dir": None, "text": []}
+    write_controls_page(tmp_path / "p.html", report, examples, title="t")
+    text = " ".join(re.sub("<[^>]*>", " ", (tmp_path / "p.html").read_text()).split())
+    tile = text[text.index("Highest with no lung shown") :][:90]
+    assert "100.0" in tile and "30.0" not in tile, tile
 
 
 def test_conditions_hide_what_they_say():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+import sklearn.metrics
 
 from covid_flax.baselines import baselines
 from covid_flax.config import is_repeated
@@ -18,7 +19,7 @@ from covid_flax.controls import run_controls
 from covid_flax.data.splits import read_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate, stored_calibration
-from covid_flax.evaluation.members import mean_interval
+from covid_flax.evaluation.members import mean_interval, members_report
 from covid_flax.evaluation.predictions import read_predictions
 from covid_flax.members import check_members, member_configs, train_members
 from covid_flax.report.artefacts import read_artefacts
@@ -290,3 +291,27 @@ def test_a_temperature_is_of_its_members_steps(folds, tmp_path):
     assert stored_calibration(other, saved, "best", "val", False) is None
     with pytest.raises(UserError, match="has no temperature"):
         stored_calibration(other, saved, "best", "val", True)
+
+
+def test_the_mean_of_each_figure_has_its_own_interval():
+    rng, labels = np.random.default_rng(0), np.arange(60) % 2
+    answers = [0.01 + 0.98 * rng.dirichlet([0.2, 0.2], 60) for _ in range(4)]
+    each = {f"m{i}": (np.arange(60), p) for i, p in enumerate(answers)}
+    got = members_report(labels, ("a", "b"), each)["mean"]
+    judges = {
+        "accuracy": lambda p: sklearn.metrics.accuracy_score(labels, p.argmax(1)),
+        "balanced_accuracy": lambda p: sklearn.metrics.balanced_accuracy_score(labels, p.argmax(1)),
+        "loss": lambda p: sklearn.metrics.log_loss(labels, p / p.sum(1, keepdims=True)),
+    }
+    for key, judge in judges.items():
+        values = [judge(p) for p in answers]
+        ends = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        want = list(ends) if key == "loss" else list(np.clip(ends, 0, 1))
+        assert got[key]["mean"] == pytest.approx(np.mean(values), rel=0.02)
+        np.testing.assert_allclose(got[key]["interval"], want, rtol=0.02)
+    assert got["loss"]["interval"][1] > 1
+
+
+def test_a_split_that_is_named_stays(tiny_config):
+    tiny_config.repeats, tiny_config.seed, tiny_config.data.split_seed = 3, 5, 2
+    assert {m.data.split_seed for m in member_configs(tiny_config).values()} == {2}

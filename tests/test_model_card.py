@@ -227,8 +227,8 @@ def test_a_leak_of_groups_is_told(tmp_path):
     folder = write_run(tmp_path / "run", leak=True)
     change(folder / "eval/test/report.json", alarms=None)  # as reports were before they had any
     text = text_of(folder)
-    assert "20 groups, 1 are in more than one split" in text
-    said = "By split.csv 1 of 20 groups (patients, near-duplicates) are in more than one split"
+    assert "20 groups, 1 is in more than one split" in text
+    said = "By split.csv 1 of 20 groups (patients, near-duplicates) is in more than one split"
     assert said in section(text, "Limits")
     (folder / "split.csv").unlink()
     assert "By split.csv" not in text_of(folder)
@@ -258,7 +258,8 @@ def test_a_split_scored_in_another_folder_is_called_neither_the_same_nor_externa
     assert item(text, "33 Testing on external data") == ("not known", "not known")
     assert item(text, "32 Evaluation on internal data")[1] == "partly"
     assert "No evaluation on images of another folder is" not in text
-    assert "| neither trained nor chose, if the folder holds the images of the run |" in text
+    role = "neither trained this run nor chose its epoch, if the folder holds the images of the run"
+    assert f"| {role} |" in text
 
 
 def test_what_another_folder_shows_is_said_of_that_folder(tmp_path):
@@ -598,7 +599,7 @@ def test_images_that_stopped_nothing_chose_nothing(tmp_path):
     """Those of val, where the last epoch is scored and no patience ended the training."""
     folder = write_run(tmp_path / "run")
     shutil.copytree(folder / "eval/test", folder / "eval/val", dirs_exist_ok=True)
-    roles = {None: "neither trained nor chose", "val": "chose the epoch or setting"}
+    roles = {None: "neither trained this run nor", "val": "chose the epoch or setting"}
     for stopped_on, said in roles.items():
         change(folder / "eval/val/report.json", split="val", stopped_on=stopped_on)
         rows = [line for line in text_of(folder).splitlines() if line.startswith("| val | 80 |")]
@@ -616,3 +617,24 @@ def test_corruptions_and_warnings_of_controls_are_told(tmp_path):
     text = text_of(folder)
     assert "90.0% of the images plain are right, 12.3 points fewer on average over 12 kinds" in text
     assert "Shortcut controls (val): Mind: these images chose the epoch." in text
+
+
+def test_the_card_s_sentences_hold_the_right_figure(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "eval/test/report.json"
+    abstain = {"threshold": 0.625, "coverage": 0.75, "accuracy": 0.9, "accuracy_interval": None}
+    change(path, abstain=abstain)
+    said, of = (
+        statements(read_artefacts(folder)),
+        json.loads(path.read_text())["per_class"]["COVID"],
+    )
+    s = "\N{NO-BREAK SPACE}"
+    assert f"75.0{s}% of the test images are answered, 90.0{s}% of them rightly" in said["output"]
+    assert of["recall"] != of["specificity"]
+    covid = said["diagnostic"].split(";")[0]
+    assert f"COVID: sensitivity {100 * of['recall']:.1f}" in covid
+    assert f"specificity {100 * of['specificity']:.1f}" in covid
+    change(path, abstain=abstain | {"coverage": 0.0, "accuracy": None})
+    assert (
+        f" 0.0{s}% of the test images are answered." in statements(read_artefacts(folder))["output"]
+    )

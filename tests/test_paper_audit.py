@@ -205,3 +205,21 @@ def test_command(tmp_path, predictions):
     assert len(written["findings"]) == len(paper_findings())
     assert written["shuffled"]["before"] == shuffle_predictions(predictions).before.tolist()
     assert {a["level"] for a in written["alarms"]} == {"alarm", "caution"}
+
+
+def test_recalls_are_along_the_columns(findings):
+    truth = np.repeat(np.arange(4), MATRIX.sum(0))
+    said = np.concatenate([np.repeat(np.arange(4), column) for column in MATRIX.T])
+    recall, as_read = (
+        sklearn.metrics.recall_score(a, b, average=None) for a, b in ((truth, said), (said, truth))
+    )
+    told = next(f for f in findings if f.claim.startswith("COVID is told"))
+    np.testing.assert_allclose(list(told.figures["recall"].values()), recall)
+    np.testing.assert_allclose(list(told.figures["recall_as_read"].values()), as_read)
+    assert told.recomputed.startswith(
+        f"recall of COVID is {100 * recall[0]:.2f} % (as the text reads the axes "
+        f"{100 * as_read[0]:.2f} %)"
+    )
+    normal = text(findings, "Normal does")
+    assert "47.77 % of the row Normal" in normal and "takes 48.16 % of all images" in normal
+    assert "up to 96.27 %" in text(findings, "82.33 % and")

@@ -33,7 +33,9 @@ CHECKS = {
     "duplicate-leak": "no identical file is both trained on and scored",
     "groups-unknown": "most images share a known group with another, as a patient's images do",
     "small-class": f"every class has at least {_SMALL_CLASS} scored images",
-    "source-confounded": "an image's source, as the data name it, does not give its class away",
+    "source-confounded": (
+        "an image's source, as the data name it, is not shown to give its class away"
+    ),
 }
 """Every check by the name of its alarm, with what its silence says."""
 
@@ -607,7 +609,8 @@ def source_confounded(source_counts: Mapping[str, Mapping[str, int]]) -> Alarm |
         return None
     text = (
         f"Class goes with the source that the data folder names (Cramer's V {test.cramers_v:.2f}): "
-        f"the source alone gives {percent(source_only)} accuracy, the commonest class "
+        f"the source alone gives {percent(source_only)} accuracy (learned from these very images), "
+        f"the commonest class "
         f"{percent(majority)}."
     )
     if alone:

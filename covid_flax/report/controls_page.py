@@ -67,7 +67,8 @@ def _nothing_shown(report: Mapping[str, Any]) -> str:
     said = "Even on whole images the run is not shown to do better than a fixed answer"
     if fewest is not None and fewest < least:
         said += (
-            f" (a class has {fewest:,} independent images, and no finding rests on under {least})"
+            f" (a class has {fewest:,} independent image{'s' if fewest != 1 else ''}, and no "
+            f"finding rests on under {least})"
         )
     return f"{said}, so the changed images can show nothing of it."
 

@@ -156,6 +156,7 @@ def write_report_page(
         intervals=report.get("intervals") or {},
         one_group=one_group(report),
         bins=BINS,
+        unanswered=any(of.get("predicted") == 0 for of in report["per_class"].values()),
         matrix=_matrix_table(report),
         pictures=pictures.evaluation_pictures(report, predictions),
         calibration=report.get("calibration"),
@@ -254,8 +255,15 @@ def _whole_table(report: Mapping[str, Any]) -> dict[str, Any]:
         if key in report:
             form = percent if "accuracy" in key else figure3
             heading = Markup('{}<br><span class="soft">{}</span>').format(label, meaning)
-            rows.append([heading, with_interval(report[key], whole_interval(report, key), form)])
+            undefined = key == "mcc" and _one_class(report["confusion_matrix"])
+            value = None if undefined else report[key]
+            rows.append([heading, with_interval(value, whole_interval(report, key), form)])
     return {"head": ["All images", "Figure"], "rows": rows}
+
+
+def _one_class(matrix: Sequence[Sequence[int]]) -> bool:
+    """Whether all images are of one class, or all answers: no correlation is defined then."""
+    return sum(map(any, matrix)) < 2 or sum(map(any, zip(*matrix, strict=True))) < 2
 
 
 def _members_table(report: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -147,9 +147,11 @@ def _disjoint(a: Artefacts) -> str | None:
     unknown = sum(not row.group for row in a.rows)
     if not groups:
         return "Images: split.csv names no groups (patients, near-duplicates)."
-    said = "none is in two splits" if not crossing else f"{crossing:,} are in more than one split"
+    are = "is" if crossing == 1 else "are"
+    said = f"{crossing:,} {are} in more than one split" if crossing else "none is in two splits"
     text = f"Groups of images: {groups:,} groups, {said}"
-    text += f"; {unknown:,} images have no known group" if unknown else ""
+    have = "image has" if unknown == 1 else "images have"
+    text += f"; {unknown:,} {have} no known group" if unknown else ""
     return f"{text}. Whether a group is a patient is not recorded."
 
 
@@ -242,7 +244,7 @@ def _training(a: Artefacts) -> str | None:
         ("schedule", a.config("optimizer", "schedule")),
         ("batches of", a.config("train", "batch_size")),
         ("at most", f"{epochs} epochs"),
-        ("patience", a.config("train", "patience")),
+        ("patience", a.config("train", "patience") or "none (no early stop)"),
         ("class weights", a.config("train", "class_weights")),
         ("label smoothing", a.config("train", "label_smoothing")),
         ("weight decay", a.config("optimizer", "weight_decay")),
@@ -276,9 +278,11 @@ def _selection(a: Artefacts) -> str | None:
         return f"In each run, the epoch with the best {monitor}, of at most {most} epochs."
     if not monitor or not lines:
         return None
-    best = _best_epoch(a)
+    best, least = _best_epoch(a), a.config("train", "min_delta")
+    gains = f" (gains of {least:g} or less do not count)" if least else ""
+    last = max(line["epoch"] for line in lines)
     return (
-        f"The epoch with the best {monitor}: {best} of {max(line['epoch'] for line in lines)} "
+        f"The epoch with the best {monitor}{gains}: {best} of {last} "
         f"trained (at most {a.config('train', 'epochs')})."
     )
 
@@ -319,7 +323,8 @@ def _ensemble(a: Artefacts) -> str | None:
     if decay:
         text += f"; weights are moving averages (decay {decay:g})"
     if start:
-        text += f"; weights are means over all steps after epoch {start:g}"
+        after = f"epoch {start:g}"
+        text += f"; weights are means over all steps after {after}, if the checkpoint is of later"
     mirror, aspect = a.config("eval", "mirror"), a.config("eval", "aspect")
     views = ["its mirror image"] if mirror else []
     views += [f"other proportions (height times, width over exp(+-{aspect:g}))"] if aspect else []
@@ -361,9 +366,11 @@ def _uncertainty(a: Artefacts) -> str | None:
         return None
     if one_group(report):
         return "No intervals: all images are of one group."
-    text = f"{100 * intervals['level']:g}{_NBSP}% intervals: Wilson's of shares of a class"
+    text = f"{100 * intervals['level']:g}{_NBSP}% intervals: Wilson's of "
     if resamples_groups(report):
-        text += " where all resamples agree"
+        text += "accuracy and of shares of a class where all resamples agree"
+    else:
+        text += "shares of a class, and of accuracy where all resamples agree"
     if intervals.get("bootstrap"):
         text += (
             f"; percentile bootstrap of {intervals['clusters']:,} groups of images (an image of no "
@@ -388,6 +395,7 @@ def _robustness(a: Artefacts) -> str | None:
             f"Corruptions ({name}{a.of_folder(found)}): {plain:.1%} of the images plain are right, "
             f"{100 * found['mean_drop']:.1f} points fewer on average over "
             f"{len(found['corruptions'])} kinds at five strengths."
+            + (f" Mind: {found['warning']}." if found.get("warning") else "")
         )
     return " ".join(said) if said else None
 
@@ -554,9 +562,14 @@ def _output(a: Artefacts) -> str | None:
         scaled = " scaled by the temperature" if at(report, "calibration", "ece") else ""
         text += (
             f" With an abstain threshold of {abstain['threshold']:.3f} on the top probability"
-            f"{scaled} {share(abstain.get('coverage'))} of the {a.headline} images are answered, "
-            f"{share(abstain.get('accuracy'), abstain.get('accuracy_interval'))} of them rightly."
+            f"{scaled} {share(abstain.get('coverage'))} of the {a.headline} images are answered"
         )
+        if abstain.get("accuracy") is not None:
+            right = share(abstain["accuracy"], abstain.get("accuracy_interval"))
+            text += f", {right} of them rightly"
+        if at(report, "calibration", "fitted_here"):
+            text += " (the threshold was chosen on these very images)"
+        text += "."
     return text
 
 
@@ -610,7 +623,8 @@ def limits(a: Artefacts) -> list[str]:
             raised[alarm["level"], alarm["name"], alarm["text"]].append(name)
     for (level, _, text), names in sorted(raised.items()):
         said.append(f"{level.capitalize()} of {_listed(names)}: {text}")
-    own = [a.reports[name] for name in _of_own_images(a)]
+    own_names = list(_of_own_images(a))
+    own = [a.reports[name] for name in own_names]
     checked = {name for report in own for name in report.get("alarms_checked") or ()}
     if a.reports and "source-confounded" not in checked:
         said.append(
@@ -622,9 +636,15 @@ def limits(a: Artefacts) -> list[str]:
         said.append("No groups are known: images of one patient may be in two splits.")
     groups, crossing = _groups(a)
     if crossing:
+        are = "is" if crossing == 1 else "are"
         said.append(
-            f"By split.csv {crossing:,} of {groups:,} groups (patients, near-duplicates) are in "
+            f"By split.csv {crossing:,} of {groups:,} groups (patients, near-duplicates) {are} in "
             "more than one split: the figures are optimistic."
+        )
+    if any(a.split(name) == "test" for name in own_names):
+        said.append(
+            "How often the test images had been scored before, by this run or others, and whether "
+            "a setting was chosen by them, is not recorded."
         )
     for name, found in a.controls.items():
         of = f"{name}{a.of_folder(found)}"

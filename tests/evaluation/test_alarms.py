@@ -283,6 +283,15 @@ def test_group_within_train_and_val_alone_does_not_touch_test():
     assert raised(leaky) == []
 
 
+@pytest.mark.parametrize(
+    ("k", "each", "level"),
+    [(2, 66, "caution"), (2, 68, "alarm"), (4, 9, "caution"), (4, 10, "alarm")],
+)  # 264, 272, 144 and 160 images; docs/evaluation.md: 268 and 145
+def test_how_many_images_tell_chance(k, each, level):
+    alarm = by_name(Evidence(np.full((k, k), each)), "independent-predictions")
+    assert alarm.level == level
+
+
 def test_statistics_that_do_not_fit():
     e = clean_run(9)
     assert raised(dataclasses.replace(e, statistics_fit=False)) == ["batch-statistics"]

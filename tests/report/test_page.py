@@ -335,7 +335,7 @@ def test_calibration_abstention_and_what_was_scored(tmp_path):
         in _read(_write(tmp_path, report, p, run))["pictures"]
     )
     report["calibration"] = None
-    assert "No temperature fits these answers" in _read(_write(tmp_path, report, p))["calibration"]
+    assert "No temperature was applied" in _read(_write(tmp_path, report, p))["calibration"]
 
 
 def test_hostile_text_stays_text(tmp_path):

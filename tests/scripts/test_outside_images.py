@@ -136,3 +136,23 @@ def test_what_a_user_can_get_wrong_is_one_line(tmp_path):
     table.write_text("file,label,predicted,p_COVID,p_Normal\na.png,COVID,COVID,0.75,0.25\n")
     done = _run("--score", table)
     assert done.returncode == 2 and "none of Normal" in done.stderr
+
+
+def test_copies_make_the_score_no_surer(tmp_path, monkeypatch):
+    monkeypatch.setattr(outside_images, "_RESAMPLES", 300)
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.ones(2), 40)
+    labels = np.where(rng.random(40) < p[:, 0], "COVID", "Normal")
+
+    def scored(copies):
+        (folder := tmp_path / str(copies)).mkdir()
+        names = [(f"A~{i}-{k}.png", i) for i in range(40) for k in range(copies)]
+        rows = [[n, labels[i], ("COVID", "Normal")[p[i].argmax()], *p[i]] for n, i in names]
+        head = ["file", "label", "predicted", "p_COVID", "p_Normal"]
+        tables = {"predictions.csv": [head, *rows], "groups.csv": [["file", "group"], *names]}
+        for file, table in tables.items():
+            with open(folder / file, "w", newline="") as f:
+                csv.writer(f).writerows(table)
+        return re.search(r"AUROC .*\)", outside_images.score(folder / "predictions.csv"))[0]
+
+    assert scored(1) == scored(4)

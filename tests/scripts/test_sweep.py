@@ -324,6 +324,15 @@ def test_a_configuration_edited_amid_the_sweep_is_told(fake_main, tmp_path):
         sweep.sweep(made, workdir)
 
 
+@pytest.mark.parametrize(
+    ("monitor", "direction"), [("val_loss", "MINIMIZE"), ("val_accuracy", "MAXIMIZE")]
+)
+def test_halving_keeps_the_good_end_of_the_figure(tmp_path, monitor, direction):
+    halving = sweep._Halving(plan("halving", trials=2, fixed={"train.monitor": monitor}), tmp_path)
+    halving.open()
+    assert halving._study.direction.name == direction
+
+
 def test_the_time_left_is_told(fake_main, tmp_path, capsys):
     slow = plan(sets=["optimizer.learning_rate=0.1"], fixed={"optimizer.weight_decay": 0.4})
     sweep.sweep(slow, tmp_path / "sweep")
