@@ -445,6 +445,7 @@ def run_controls(
         "elsewhere": data.elsewhere,
         "checkpoint": checkpoint_record(run, checkpoint),
         "data_dir": str(Path(data.folder.root).absolute()),
+        "class_map": dict(class_map or {}),
         "pairs_dir": pairs or None,
         "masks_dir": masks or None,
         **report,

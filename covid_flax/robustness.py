@@ -179,6 +179,7 @@ def robustness(
         "warning": what_they_chose(workdir, split, data, by_val=val_chose(checkpoint, run.config)),
         "checkpoint": checkpoint_record(run, checkpoint),
         "data_dir": str(Path(data.folder.root).absolute()),
+        "class_map": dict(class_map or {}),
         **score_corruptions(run, source, data.labels(split), limit, clusters),
     }
     # Slow to import.

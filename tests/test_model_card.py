@@ -595,6 +595,25 @@ def test_the_best_epoch_by_loss_has_the_least(tmp_path):
     assert "best val_loss: 2 of 3 trained" in text_of(folder)
 
 
+def test_what_was_left_out_of_an_external_folder_is_told(tmp_path):
+    folder = write_run(tmp_path / "run")
+    shutil.copytree(folder / "eval/test", folder / "eval/other", dirs_exist_ok=True)
+    change(
+        folder / "eval/other/report.json",
+        split="all",
+        data_dir="/elsewhere",
+        class_map={"portable": "-", "pneumonia": "COVID"},
+        bad_images={"a.png": "is no image"},
+        not_images={".dcm": 3},
+        alarms=[],
+    )
+    said = statements(read_artefacts(folder))["external"]
+    assert (
+        "(portable left out, pneumonia as COVID, 1 unreadable image left out, "
+        "3 files in class folders no images)"
+    ) in said
+
+
 def test_images_that_stopped_nothing_chose_nothing(tmp_path):
     """Those of val, where the last epoch is scored and no patience ended the training."""
     folder = write_run(tmp_path / "run")

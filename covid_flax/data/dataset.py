@@ -243,4 +243,5 @@ def summary(data: Dataset) -> Mapping[str, Any]:
             for split in splits
         },
         "bad_images": dict(data.bad_images),
+        "not_images": dict(data.folder.ignored),
     }

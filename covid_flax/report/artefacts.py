@@ -66,6 +66,8 @@ EVALUATION: dict[str, Any] = {
     "stopped_on": str,
     "data_dir": str,
     "bad_images": {"*": str},
+    "not_images": {"*": int},
+    "class_map": {"*": str},
     "checkpoint": {"runs": {"*": int}},
     "calibration": {"ece": {"before!": float, "after!": float}},
     "alarms": [{"name!": str, "level!": str, "text!": str}],

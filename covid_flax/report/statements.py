@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from covid_flax.data.dataset import LEFT_OUT
 from covid_flax.data.splits import PARTS
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.evaluation.intervals import (
@@ -436,12 +437,26 @@ def _root(a: Artefacts) -> str:
 def _external(a: Artefacts) -> str | None:
     said = [
         f"{name}: {a.reports[name]['num_examples']:,} images of {a.reports[name]['data_dir']}, "
-        f"accuracy {share_of(a.reports[name], 'accuracy')}{_alike(a, name)}"
+        f"accuracy {share_of(a.reports[name], 'accuracy')}{_left_out(a.reports[name])}"
+        f"{_alike(a, name)}"
         for name in a.external
     ]
     if not said:
         return None
     return f"{'; '.join(said)}. Whether they come from another hospital is not recorded."
+
+
+def _left_out(report: Mapping[str, Any]) -> str:
+    """In brackets, what of a folder was not scored, or under another name."""
+    said = [
+        f"{theirs} left out" if ours == LEFT_OUT else f"{theirs} as {ours}"
+        for theirs, ours in (report.get("class_map") or {}).items()
+    ]
+    if bad := report.get("bad_images"):
+        said.append(f"{len(bad):,} unreadable image{'s' if len(bad) > 1 else ''} left out")
+    if others := sum((report.get("not_images") or {}).values()):
+        said.append(f"{others:,} file{'s' if others > 1 else ''} in class folders no images")
+    return f" ({', '.join(said)})" if said else ""
 
 
 def _alike(a: Artefacts, name: str) -> str:
