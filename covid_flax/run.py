@@ -34,14 +34,13 @@ from covid_flax.models import (
     MODELS,
     RESNETS,
     batch_stats_stages,
-    beginning_of,
     create_model,
     preprocessing_of,
     stage_before,
     trained_stages,
 )
 from covid_flax.pretrained.fetch import resolve, sha256
-from covid_flax.pretrained.load import array_names, load_weights, stage_of
+from covid_flax.pretrained.load import arrays_of_the_whole, load_weights, stage_of
 from covid_flax.pretrained.read import read_weights
 from covid_flax.step import abstract_batch
 from ml_collections_configs import base
@@ -290,7 +289,7 @@ def _initial_weights(
         batch_stats,
         source=str(path),
         may_miss=tuple(config.model.weights_may_miss),
-        may_spare=_of_the_whole(config.model),
+        may_spare=arrays_of_the_whole(config.model),
     )
     say(f"weights: {path.name}: {report.summary()}")
     _note_frozen_norms(config, {stage_of(name) for name in report.initialised} & set(batch_stats))
@@ -469,14 +468,6 @@ def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict
             "that this run holds out: its figures would be of images seen; give a teacher of the "
             "same split, or none: --config.train.teacher="
         )
-
-
-def _of_the_whole(config: Any) -> list[str]:
-    """The arrays of the network whose first layers the configuration's `model` is."""
-    whole = beginning_of(config)
-    if whole is None:
-        return []
-    return array_names(*jax.eval_shape(lambda: create_model(whole, 2, 0)[1:]))
 
 
 def _meet(workdir: Path) -> None:

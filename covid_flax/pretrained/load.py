@@ -14,10 +14,12 @@ import re
 from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from covid_flax.errors import UserError
+from covid_flax.models import beginning_of, create_model
 from covid_flax.models.preprocess import TORCH_MEAN, TORCH_STD
 from covid_flax.models.resnet import RESNETS
 from covid_flax.pretrained.names import TreePath, keras_name
@@ -184,9 +186,20 @@ def as_named_today(
     return named
 
 
-def array_names(params: Tree, batch_stats: Tree) -> list[str]:
-    """Keras's names of a network's arrays."""
-    return [keras_name(path) for tree in (params, batch_stats) for path, _ in _leaves(tree)]
+def array_paths(params: Tree, batch_stats: Tree) -> dict[str, TreePath]:
+    """A network's arrays by their Keras names: the path of each, from the stage down."""
+    return {keras_name(path): path for tree in (params, batch_stats) for path, _ in _leaves(tree)}
+
+
+def arrays_of_the_whole(config: Any) -> Collection[str]:
+    """Names of the arrays of the network whose first layers the configuration's `model` is."""
+    whole = beginning_of(config)
+    return () if whole is None else array_paths(*shapes_of(whole, 2))
+
+
+def shapes_of(config: Any, classes: int) -> tuple[Tree, Tree]:
+    """Shapes of the parameters and running statistics of the configuration's `model`."""
+    return jax.eval_shape(lambda: create_model(config, classes, 0)[1:])
 
 
 def stage_of(name: str) -> str:

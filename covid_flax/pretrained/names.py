@@ -1,4 +1,4 @@
-"""Keras's array names from the paths of this package's parameter trees, and back for ResNets.
+"""Keras's array names from the paths of this package's parameter trees.
 
     conv1_conv/kernel                     conv1/conv/kernel
     conv2_block1_0_conv/bias              conv2/block1/unit0/conv/bias
@@ -30,7 +30,6 @@ _ARRAYS = {
     "conv": {"kernel": "kernel", "bias": "bias"},
     "bn": {"scale": "gamma", "bias": "beta", "mean": "moving_mean", "var": "moving_variance"},
 }
-_FROM_KERAS = {kind: {k: ours for ours, k in pairs.items()} for kind, pairs in _ARRAYS.items()}
 
 _HEAD_PATH = re.compile(r"head/(hidden|predictions)/(kernel|bias)")
 _STEM_PATH = re.compile(r"(conv1)/(conv|bn)/([a-z]+)")
@@ -62,10 +61,6 @@ _LITE_REPEATS = {16: (1, 2, 2, 3, 3, 4, 1), 21: (1, 3, 3, 4, 4, 5, 1)}
 
 _LITE_NAME = re.compile(r"(?:_blocks\.([0-9]+)\.)?(\w+)\.(\w+)")
 
-_HEAD_NAME = re.compile(r"(hidden|predictions)/(kernel|bias)")
-_STEM_NAME = re.compile(r"(conv1)_(conv|bn)/([a-z_]+)")
-_BLOCK_NAME = re.compile(r"(conv[2-5])_block([1-9]\d*)_([0-3])_(conv|bn)/([a-z_]+)")
-
 
 def keras_name(path: TreePath) -> str:
     """Keras's name, `layer/array`, of the array at `path`.
@@ -84,21 +79,6 @@ def keras_name(path: TreePath) -> str:
         kind = "bn" if _IS_BATCH_NORM.fullmatch(m[1]) else "conv"
         return f"{m[1]}/{_ARRAYS[kind][m[2]]}"
     raise KeyError(text)
-
-
-def tree_path(name: str) -> TreePath:
-    """The path, from the stage down, of the array that Keras names `name`.
-
-    Raises:
-      KeyError: no such name in a ResNet.
-    """
-    if m := _HEAD_NAME.fullmatch(name):
-        return ("head", m[1], m[2])
-    if m := _STEM_NAME.fullmatch(name):
-        return (m[1], m[2], _FROM_KERAS[m[2]][m[3]])
-    if m := _BLOCK_NAME.fullmatch(name):
-        return (m[1], f"block{m[2]}", f"unit{m[3]}", m[4], _FROM_KERAS[m[4]][m[5]])
-    raise KeyError(name)
 
 
 def from_lite_pytorch(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

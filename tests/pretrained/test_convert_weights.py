@@ -7,8 +7,11 @@ import forked
 import numpy as np
 import pytest
 
+from covid_flax.models import MODELS
+from covid_flax.pretrained.load import shapes_of
 from covid_flax.pretrained.names import keras_name
 from covid_flax.pretrained.read import read_weights
+from ml_collections_configs import base
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,3 +91,26 @@ def test_refusals_are_one_line_and_write_nothing(arrays, tmp_path, capsys, monke
         assert captured.err.startswith("error: ") and word in captured.err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.npz", "there.npz"]
     assert (tmp_path / "there.npz").read_text() == "mine"
+
+
+@pytest.mark.parametrize("model", ["mobilenet_v3_small", "efficientnet_lite0_small", "densenet121"])
+def test_light_networks_too(model, leaves, tmp_path):
+    whole = {"efficientnet_lite0_small": "efficientnet_lite0"}.get(model, model)
+    config = base.get_config().model
+    config.name, config.hidden_units = whole, 0
+    arrays = {
+        keras_name(path): np.full(leaf.shape, 0.5, np.float32)
+        for tree in shapes_of(config, 7)
+        for path, leaf in leaves(tree).items()
+    }
+    np.savez(tmp_path / "in.npz", **arrays)
+    done = run(tmp_path / "in.npz", tmp_path / "out.npz", "--model", model)
+    assert done.returncode == 0, done.stderr
+    with np.load(tmp_path / "out.npz") as npz:
+        assert set(npz.files) <= set(arrays)
+        assert (set(npz.files) == set(arrays)) == (model == whole)
+        assert "predictions/kernel" in npz.files or model != whole
+    table = {r[0]: r[1:] for r in map(str.split, done.stdout.splitlines()) if len(r) == 3}
+    assert len([stage for stage in table if stage in MODELS[model].stages]) >= 5
+    refused = run(tmp_path / "in.npz", tmp_path / "no.npz", "--model", model, "--may_miss", "conv5")
+    assert refused.returncode == 2 and "stages of ResNets" in refused.stderr

@@ -21,7 +21,7 @@ from covid_flax.errors import UserError
 from covid_flax.models import MODELS, create_model
 from covid_flax.models.preprocess import preprocess
 from covid_flax.pretrained.fetch import resolve
-from covid_flax.pretrained.load import array_names, load_weights
+from covid_flax.pretrained.load import array_paths, load_weights
 from covid_flax.pretrained.read import read_weights
 from covid_flax.pretrained.torch_file import MAGIC
 from ml_collections_configs import base
@@ -91,7 +91,7 @@ def test_the_short_form_is_its_first_layers(weight_file):
     arrays = read_weights(weight_file)
     whole, *trees = create_model(config, 4, 0)
     params, stats, _ = load_weights(arrays, *trees, source="whole")
-    names = array_names(*trees)
+    names = array_paths(*trees)
     config.name = "efficientnet_lite0_small"
     short, *trees = create_model(config, 4, 0)
     with pytest.raises(UserError, match="spare"):

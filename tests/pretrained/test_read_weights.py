@@ -10,7 +10,7 @@ import pytest
 
 from covid_flax.errors import UserError
 from covid_flax.models import create_model
-from covid_flax.pretrained.load import array_names, load_weights
+from covid_flax.pretrained.load import array_paths, load_weights
 from covid_flax.pretrained.read import read_weights
 from ml_collections_configs import base
 
@@ -211,7 +211,7 @@ def test_what_a_file_says_of_its_input_is_checked():
     config = base.get_config().model
     config.name, config.hidden_units = "efficientnet_b0", 0
     _, params, stats = jax.eval_shape(lambda: create_model(config, 4, 0))
-    shapes = dict(zip(array_names(params, stats), jax.tree.leaves([params, stats]), strict=True))
+    shapes = dict(zip(array_paths(params, stats), jax.tree.leaves([params, stats]), strict=True))
     arrays = {name: np.zeros(leaf.shape, np.float32) for name, leaf in shapes.items()}
     said = {"normalization/mean": np.array(MEAN), "normalization/variance": np.array(DEVIATION)}
     report = load_weights(arrays | said, params, stats, source="a.h5")[2]
@@ -275,7 +275,7 @@ def test_published_files_of_light_networks_name_layers_as_keras_2_did(
     config.name, config.hidden_units = network, 0
     _, params, stats = jax.eval_shape(lambda: create_model(config, 4, 0))
     rng = np.random.default_rng(0)
-    shapes = dict(zip(array_names(params, stats), jax.tree.leaves([params, stats]), strict=True))
+    shapes = dict(zip(array_paths(params, stats), jax.tree.leaves([params, stats]), strict=True))
     arrays = {
         name: rng.uniform(0.5, 1, leaf.shape).astype(np.float32)
         for name, leaf in shapes.items()
@@ -297,6 +297,6 @@ def test_published_files_of_light_networks_name_layers_as_keras_2_did(
     write_official_h5(path, old)
     params, stats, report = load_weights(read_weights(path), params, stats, source="published")
     assert len(report.loaded) == len(arrays)
-    loaded = dict(zip(array_names(params, stats), jax.tree.leaves([params, stats]), strict=True))
+    loaded = dict(zip(array_paths(params, stats), jax.tree.leaves([params, stats]), strict=True))
     for name, value in arrays.items():
         np.testing.assert_array_equal(loaded[name], value, err_msg=name)
