@@ -61,19 +61,47 @@ def _shifted_products(x: Array, kernel: Array, stride: int, height: int, width: 
 
 def _forward_cpu(x: Array, kernel: Array, stride: int) -> Array:
     height, width = (-(-side // stride) for side in x.shape[1:3])
-    return _shifted_products(_padded(x, len(kernel), stride), kernel, stride, height, width)
+    # Else each product looks for itself whether it is beyond the edge.
+    x = lax.optimization_barrier(_padded(x, len(kernel), stride))
+    return _shifted_products(x, kernel, stride, height, width)
 
 
 def _input_gradient_cpu(g: Array, kernel: Array, stride: int, height: int, width: int) -> Array:
-    """The same sum over the output's gradient, spread by the stride, with the kernel turned."""
-    size = len(kernel)
-    pads = same_padding((height, width), size, stride)
-    spread = [
-        (size - 1 - before, side + before - ((outputs - 1) * stride + 1), stride - 1)
-        for (before, _), side, outputs in zip(pads, (height, width), g.shape[1:3], strict=True)
+    """The same sum over the output's gradient, with the kernel turned.
+
+    Under a stride a row of the input meets every so-many-th row of the kernel alone: rows and
+    columns are summed for each remainder by the stride, and woven together.
+    """
+    size, dtype = len(kernel), g.dtype
+    sides = -(-height // stride), -(-width // stride)
+    taps = [
+        [
+            [
+                ((place + before - i) // stride, i)
+                for i in range(size)
+                if (place + before - i) % stride == 0
+            ]
+            for place in range(stride)
+        ]
+        for before, _ in same_padding((height, width), size, stride)
     ]
-    g = lax.pad(g, jnp.zeros((), g.dtype), ((0, 0, 0), *spread, (0, 0, 0)))
-    return _shifted_products(g, kernel[::-1, ::-1], 1, height, width)
+    pads = []  # of zeros, where a tap looks beyond the gradient
+    for of_axis, side, given in zip(taps, sides, g.shape[1:3], strict=True):
+        offsets = [offset for of_place in of_axis for offset, _ in of_place]
+        pads.append((max(0, -min(offsets)), max(0, max(offsets) + side - given)))
+    g = jnp.pad(g.astype(jnp.float32), ((0, 0), *pads, (0, 0)))
+    weights, (top, left) = kernel[..., 0].astype(jnp.float32), (before for before, _ in pads)
+    total = jnp.zeros((), jnp.float32)
+    for (row, rows), (column, columns) in itertools.product(*map(enumerate, taps)):
+        products = [
+            g[:, top + y :][:, : sides[0], left + x :][:, :, : sides[1]] * weights[i, j]
+            for (y, i), (x, j) in itertools.product(rows, columns)
+        ]
+        if products:
+            woven = [(place, stride - 1 - place, stride - 1) for place in (row, column)]
+            plane = functools.reduce(jnp.add, products)
+            total = total + lax.pad(plane, jnp.float32(0), ((0, 0, 0), *woven, (0, 0, 0)))
+    return total[:, :height, :width].astype(dtype)
 
 
 # Rows summed in one expression, of all images of a part and of one: more are compiled slowly and
