@@ -19,8 +19,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from covid_flax.errors import run_script
-from covid_flax.files import make_writable
+# Beside this folder, for an environment of another library that does not have it installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from covid_flax.errors import run_script  # noqa: E402
+from covid_flax.files import make_writable  # noqa: E402
 
 # Side, channels and kernel: MobileNetV2's second block, EfficientNet-B0's last, and one between.
 SHAPES = ((56, 96, 3), (28, 144, 5), (14, 480, 5), (7, 1152, 5), (7, 1152, 3))

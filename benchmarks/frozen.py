@@ -23,7 +23,10 @@ from pathlib import Path
 
 import numpy as np
 
-from covid_flax.errors import run_script
+# Beside this folder, for an environment of another library that does not have it installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from covid_flax.errors import run_script  # noqa: E402
 
 
 def keras_seconds(size: int, batches: int) -> dict[str, float]:

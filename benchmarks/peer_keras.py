@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -40,7 +41,10 @@ from peer_images import (
     write_predictions,
 )
 
-from covid_flax.errors import run_script
+# Beside this folder, for an environment of another library that does not have it installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from covid_flax.errors import run_script  # noqa: E402
 
 
 def lite0(side: int, classes: int, weights: Path) -> tuple[keras.Model, keras.Model]:

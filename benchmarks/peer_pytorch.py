@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -39,7 +40,10 @@ from peer_images import (
 from torch import nn
 from torch.nn import functional
 
-from covid_flax.errors import run_script
+# Beside this folder, for an environment of another library that does not have it installed.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from covid_flax.errors import run_script  # noqa: E402
 
 
 def as_input(images: torch.Tensor, standardise: bool) -> torch.Tensor:

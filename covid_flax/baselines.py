@@ -33,7 +33,7 @@ from covid_flax.data.pipeline import eval_batches
 from covid_flax.data.splits import write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluation.predictions import Predictions, predictions_of
-from covid_flax.files import expanded, write_json
+from covid_flax.files import expanded, refuse_foreign, write_json
 from covid_flax.report.summary import print_report
 from covid_flax.run import refuse_folds, saved_run
 from covid_flax.run_images import make_output, open_data
@@ -134,6 +134,8 @@ def baselines(
     data = open_data(workdir, saved)
     output = output or workdir / "baselines"
     make_output(output, data)
+    for name in models:
+        refuse_foreign(output / name, ("config.json", "split.csv", "metrics.jsonl"), "baseline")
     started = time.monotonic()
     splits = [s for s in ("train", "val", "test") if data.files(s)]
     images = {split: read_images(data, split, config.data) for split in splits}

@@ -261,9 +261,10 @@ def write_comparison(output: Path, comparison: Mapping[str, Any]) -> None:
 
     refuse_foreign(output, _FILES, "against_first")
     page = comparison_page(comparison)
-    write_atomically(output / "compare.html", page.encode("utf-8", "replace"))
-    write_atomically(output / "compare.csv", _csv(comparison))
+    # First, for it tells that the others are a comparison's.
     write_json(output / "compare.json", comparison)
+    write_atomically(output / "compare.csv", _csv(comparison))
+    write_atomically(output / "compare.html", page.encode("utf-8", "replace"))
 
 
 def _places(folders: Sequence[Path], split: str) -> list[Path]:
@@ -560,6 +561,8 @@ def _compared_in(output: Path) -> list[str] | None:
 def _main(arguments: list[str]) -> None:
     f = flags.FLAGS
     evaluations = read_evaluations([expanded(a) for a in arguments], f.split)
+    if f.output:  # before the work
+        refuse_foreign(expanded(f.output), _FILES, "against_first")
     comparison = compare(evaluations)
     split = comparison["split"]
     output = expanded(f.output) if f.output else Path(f"compare-{split}".rstrip("-"))

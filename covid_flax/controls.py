@@ -46,7 +46,13 @@ from covid_flax.evaluation.intervals import LEVEL, RESAMPLES
 from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.evaluation.source_probe import learn, probe_classes, probed_sources, source_only
-from covid_flax.evaluation.twins import FileRecords, count_answers, find_twins, twin_figures
+from covid_flax.evaluation.twins import (
+    FileRecords,
+    count_answers,
+    find_twins,
+    refuse_itself,
+    twin_figures,
+)
 from covid_flax.files import expanded, refuse_foreign, write_json
 from covid_flax.run import learned_files, saved_run
 from covid_flax.run_images import (
@@ -419,11 +425,8 @@ def run_controls(
             say(f"note: {data.folder.root} lacks training images: no simple models are trained")
     data = dataclasses.replace(data, rows=data.files(split))
     twin_folder = open_folder(pairs, require_two_classes=False) if pairs else None
-    if twin_folder and os.path.realpath(twin_folder.root) == os.path.realpath(data.folder.root):
-        raise UserError(
-            f"--pairs={pairs} is the folder of the images themselves: give one of the same images "
-            "put through another export"
-        )
+    if pairs:
+        refuse_itself(pairs, data.folder)
     lungs = find_masks(data.folder, [*data.rows, *(training.rows if training else ())], masks)
     run = open_run(workdir, checkpoint, data_dir)
     report, examples = score_conditions(

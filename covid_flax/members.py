@@ -20,7 +20,7 @@ from covid_flax import distributed
 from covid_flax.checkpoint import has_checkpoints
 from covid_flax.console import say
 from covid_flax.data.dataset import check_splits
-from covid_flax.data.splits import read_split_csv, write_split_csv
+from covid_flax.data.splits import Row, read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.members import FIGURES
@@ -28,6 +28,7 @@ from covid_flax.files import write_json
 from covid_flax.run import (
     has_figures,
     read_run,
+    refuse_another_split,
     refuse_changes,
     refuse_foreign_files,
     saved_run,
@@ -94,6 +95,8 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
     for number, (name, member) in enumerate(configs.items(), 1):
         say(f"run {number} of {len(configs)}: {name}")
         run = setup(member, workdir / name)
+        if data is None:
+            refuse_another_split(workdir, _rows_of_whole(config, workdir / name))
         data = data or run.data
         train(run)
         reports[name] = {"val": evaluate(workdir / name, data=run.data)}
@@ -126,15 +129,18 @@ def _figures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, fl
     return {split: {f: report[f] for f in FIGURES} for split, report in reports.items()}
 
 
+def _rows_of_whole(config: ml_collections.ConfigDict, first: Path) -> list[Row]:
+    """Of all runs together, from the first one's folder: all that is not test is val in a fold."""
+    rows = read_split_csv(first / "split.csv")
+    if not config_lib.is_cross_validation(config.data):
+        return rows
+    return [row if row.split == "test" else dataclasses.replace(row, split="val") for row in rows]
+
+
 def _write_whole(config: ml_collections.ConfigDict, workdir: Path, names: Sequence[str]) -> None:
     """The files that make the folder a run, from its first member's."""
     first = saved_run(workdir / names[0])
-    rows = read_split_csv(workdir / names[0] / "split.csv")
-    if config_lib.is_cross_validation(config.data):
-        rows = [
-            row if row.split == "test" else dataclasses.replace(row, split="val") for row in rows
-        ]
-    write_split_csv(workdir / "split.csv", rows)
+    write_split_csv(workdir / "split.csv", _rows_of_whole(config, workdir / names[0]))
     about = first | {"config": config_lib.to_json(config), "members": list(names)}
     if config_lib.is_cross_validation(config.data):
         images = dict(first["data"]["images"])

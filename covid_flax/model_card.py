@@ -34,6 +34,7 @@ from covid_flax.report.statements import (
     fall_short,
     limits,
     number,
+    own_evaluations,
     sentences,
     share,
     share_of,
@@ -236,7 +237,8 @@ def _answer(
 
 def _sources(a: Artefacts) -> str:
     """What is known of whether an image's source tells its class."""
-    made = {name for report in a.reports.values() for name in report.get("alarms_checked") or ()}
+    own = [a.reports[name] for name in own_evaluations(a)]
+    made = {name for report in own for name in report.get("alarms_checked") or ()}
     silent = "Not shown to give the class away." if "source-confounded" in made else NOT_KNOWN
     return alarm_text(a, "source-confounded") or silent
 

@@ -32,7 +32,7 @@ from covid_flax.evaluation.alarms import (
 )
 from covid_flax.evaluation.intervals import wilson
 from covid_flax.evaluation.predictions import Predictions, read_predictions
-from covid_flax.files import expanded, write_json
+from covid_flax.files import expanded, refuse_foreign, write_json
 from covid_flax.models import create_model
 from ml_collections_configs import base
 
@@ -428,6 +428,7 @@ def _main() -> None:
             run = dataclasses.asdict(shuffled)
             run |= {"before": shuffled.before.tolist(), "after": shuffled.after.tolist()}
             document["shuffled"] = {"class_names": list(predictions.class_names), **run}
+        refuse_foreign(path.parent, (path.name,), "findings")
         write_json(path, document, allow_nan=True)
         print(f"\nwritten: {path}")
 

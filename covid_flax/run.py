@@ -26,7 +26,7 @@ from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.folder import refuse_inside
 from covid_flax.data.pipeline import usable_examples
-from covid_flax.data.splits import read_split_csv, write_split_csv
+from covid_flax.data.splits import Row, read_split_csv, write_split_csv
 from covid_flax.data.tables import from_class_on
 from covid_flax.errors import UserError
 from covid_flax.files import cache_dir, expanded, parse_json, write_json
@@ -87,7 +87,7 @@ class Run:
     graphdef: nnx.GraphDef
     params: dict[str, Any]
     batch_stats: dict[str, Any]
-    written: bytes  # config.json, as it was left
+    written: bytes  # config.json, as process 0 left it
     resumed: bool = False  # a checkpoint is there, and the arrays here mean nothing
 
     @property
@@ -156,35 +156,40 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     if resumed:
         assert saved is not None
         _check_resumed(workdir, saved, config, data)
+        written = b""  # of process 0 alone, which looks whether it changes
         if jax.process_index() == 0:
-            _write_moved(config, workdir, saved, data)
+            written = _write_moved(config, workdir, saved, data)
         _meet(workdir)
-        written = (workdir / "config.json").read_bytes()
         return Run(config, workdir, data, graphdef, params, batch_stats, written, resumed=True)
     params, batch_stats, weights = _initial_weights(config, params, batch_stats, weights_file)
     taught_by = _teacher_arrays(config.train.teacher)
+    written = b""
     if jax.process_index() == 0:
-        _write_run(config, workdir, data, weights, taught_by)
+        written = _write_run(config, workdir, data, weights, taught_by)
     _meet(workdir)
     if jax.process_index() != 0:
         _refuse_other_split(workdir, data)
-    written = (workdir / "config.json").read_bytes()
     return Run(config, workdir, data, graphdef, params, batch_stats, written)
 
 
 def _write_moved(
     config: ml_collections.ConfigDict, workdir: Path, saved: Mapping[str, Any], data: Dataset
-) -> None:
-    """Where the images, or the teacher, are no longer where config.json says, says where."""
-    now = dict(saved)
+) -> bytes:
+    """Where the images, or the teacher, are no longer where config.json says, says where.
+
+    Returns config.json as it is then.
+    """
+    path, now = workdir / "config.json", dict(saved)
     if not os.path.exists(saved["data"]["root"]):
         moved = {key: dataset_lib.summary(data)[key] for key in ("root", "fingerprint")}
         now["data"] = saved["data"] | moved
     if saved.get("teacher_folder") and not os.path.exists(saved["teacher_folder"]):
         now["teacher_folder"] = os.path.realpath(expanded(config.train.teacher))
-    if now != saved:
-        with only_trainer(workdir):
-            write_json(workdir / "config.json", now, allow_nan=True)
+    if now == saved:
+        return path.read_bytes()
+    with only_trainer(workdir):
+        write_json(path, now, allow_nan=True)
+        return path.read_bytes()
 
 
 def _check_resumed(
@@ -324,7 +329,8 @@ def _write_run(
     data: Dataset,
     weights: dict[str, Any],
     teacher: list[str],
-) -> None:
+) -> bytes:
+    """Writes split.csv and config.json, and returns what the latter holds."""
     teacher_dir = config.train.teacher
     about = {
         "config": config_lib.to_json(config),
@@ -347,12 +353,11 @@ def _write_run(
     with only_trainer(workdir):
         if has_checkpoints(workdir / "checkpoints"):  # while the images were read
             raise UserError(f"{workdir} has become another run's meanwhile: give another --workdir")
-        _refuse_another_split(workdir, data)
-        # Of a training whose checkpoints were removed.
-        (workdir / "calibration.json").unlink(missing_ok=True)
+        refuse_another_split(workdir, data.rows)
         write_split_csv(workdir / "split.csv", list(data.rows))
         # Last: a folder with a config.json is a run.
         write_json(workdir / "config.json", about, allow_nan=True)
+        return (workdir / "config.json").read_bytes()
 
 
 def check_devices(config: ml_collections.ConfigDict) -> None:
@@ -505,11 +510,11 @@ def _refuse_other_split(workdir: Path, data: Dataset) -> None:
         )
 
 
-def _refuse_another_split(workdir: Path, data: Dataset) -> None:
+def refuse_another_split(workdir: Path, rows: Sequence[Row]) -> None:
     """In a folder without a config.json, where a split.csv would be lost. Raises UserError."""
     split = workdir / "split.csv"
     if split.exists() and not (workdir / "config.json").exists():
-        if read_split_csv(split) != list(data.rows):
+        if read_split_csv(split) != list(rows):
             raise UserError(
                 f"{split} is not the split that this configuration makes, and would be lost: "
                 "remove it, or choose another --workdir"
@@ -530,6 +535,8 @@ def _refuse_file(workdir: Path) -> None:
 def refuse_foreign_files(workdir: Path) -> None:
     """In a folder that holds no run. Raises UserError: what is not a run's would be lost."""
     foreign = workdir / "metrics.jsonl" if has_figures(workdir) else None
+    if (workdir / "calibration.json").exists():
+        foreign = workdir / "calibration.json"
     split = workdir / "split.csv"
     if split.exists():
         try:

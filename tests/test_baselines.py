@@ -187,3 +187,12 @@ def test_refusals_and_the_command(run, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Gaussian naive Bayes: var_smoothing" in done.stdout
     assert os.listdir(tmp_path / "out") == ["naive_bayes"]
+
+
+def test_a_run_is_not_replaced(run, tmp_path):
+    """As where --output=runs, and a run is called `tree`."""
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/config.json").write_text('{"config": {}}')
+    with pytest.raises(UserError, match=r"tree/config\.json is of something else"):
+        baselines(run, models=["tree"], output=tmp_path)
+    assert (tmp_path / "tree/config.json").read_text() == '{"config": {}}'

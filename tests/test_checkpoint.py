@@ -344,8 +344,9 @@ def test_a_reader_leaves_a_save_under_way_alone(tmp_path):
     tree = make_layout("jit").put_state({"w": jnp.arange(2e7)})
     with Checkpoints(tmp_path, writing=True) as c:
         c.save(1, tree, {}, best=True)
+        deadline = time.monotonic() + 60
         while not list(tmp_path.glob("1*")):  # its temporary folder, or the finished one
-            pass
+            assert time.monotonic() < deadline
         with Checkpoints(tmp_path):
             pass
         c.wait()

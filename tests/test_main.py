@@ -222,6 +222,7 @@ def test_a_full_disk(tmp_path, args):
         text=True,
         cwd=ROOT,
         preexec_fn=limit,
+        env=os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"},  # which would keep a part
     )
     _refused(done, "cannot write")
 

@@ -16,7 +16,7 @@ import sklearn.metrics
 from covid_flax.baselines import baselines
 from covid_flax.config import is_repeated
 from covid_flax.controls import run_controls
-from covid_flax.data.splits import read_split_csv
+from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate, stored_calibration
 from covid_flax.evaluation.members import mean_interval, members_report
@@ -103,7 +103,7 @@ def test_the_report_of_the_whole_tells_of_each_run_and_of_their_mean(folds, spli
     assert 'id="members"' not in (workdir / "fold0" / "eval" / split / "report.html").read_text()
 
 
-def test_the_mean_of_folds_has_no_temperature(folds):
+def test_the_mean_of_folds_has_no_temperature(folds, tmp_path):
     """That of the val images is of single runs' answers."""
     _, workdir, _ = folds
     stored = json.loads((workdir / "calibration.json").read_text())
@@ -113,7 +113,8 @@ def test_the_mean_of_folds_has_no_temperature(folds):
     assert report["calibration"] is None and report["abstain"] is None
     with pytest.raises(UserError, match="not of their mean"):
         evaluate(workdir, split="test", calibrated=True)
-    assert evaluate(workdir / "fold0", split="test", calibrated=True)["calibration"]["applied"]
+    scaled = evaluate(workdir / "fold0", split="test", calibrated=True, output=tmp_path / "scaled")
+    assert scaled["calibration"]["applied"]
 
 
 @pytest.mark.slow
@@ -272,6 +273,21 @@ def test_another_s_files_are_not_several_runs_to_lose(tiny_config, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"loss": 1}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl is of no run .*another --workdir"):
         check_members(tiny_config, tmp_path)
+
+
+def test_a_split_of_the_user_s_is_not_replaced_by_several_runs(make_tiny_config, tmp_path):
+    config = make_tiny_config()
+    config.repeats, config.train.epochs = 2, 1
+    setup(config, tmp_path / "seed0")
+    (tmp_path / "seed0" / "split.csv").rename(tmp_path / "split.csv")
+    shutil.rmtree(tmp_path / "seed0")
+    rows = read_split_csv(tmp_path / "split.csv")
+    other = [dataclasses.replace(row, split="val") for row in rows]
+    write_split_csv(tmp_path / "split.csv", other)
+    with pytest.raises(UserError, match="split.csv is not the split"):
+        train_members(config, tmp_path)
+    assert read_split_csv(tmp_path / "split.csv") == other
+    assert not (tmp_path / "seed0" / "metrics.jsonl").exists()  # it was told before the training
 
 
 def test_a_temperature_is_of_its_members_steps(folds, tmp_path):

@@ -22,6 +22,7 @@ from covid_flax import feed as feed_lib
 from covid_flax import preemption
 from covid_flax.checkpoint import Checkpoints
 from covid_flax.data import dataset
+from covid_flax.data.folder import open_folder
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.dry_run import dry_run
 from covid_flax.errors import UserError
@@ -314,7 +315,6 @@ def test_cached_frozen_stages_change_no_result(trainable, tiny_config, tmp_path,
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
-@pytest.mark.slow
 def test_images_on_the_device_change_no_result(tiny_config, tmp_path):
     """Many steps a dispatch, gathered on the device; and a run may go on the other way."""
     tiny_config.train.epochs, tiny_config.train.batch_size = 2, 16
@@ -330,9 +330,28 @@ def test_images_on_the_device_change_no_result(tiny_config, tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=tolerance)
     a, b = (_final(tmp_path / name)[3]["iterator"] for name in ("host", "device"))
     assert a == b
-    tiny_config.train.log_every_steps = 1  # how many steps a dispatch makes changes no bit
-    train(setup(tiny_config, tmp_path / "one by one"))
-    _assert_same_run(tmp_path / "one by one", tmp_path / "device")
+
+
+@pytest.mark.slow
+def test_how_many_steps_a_dispatch_makes_changes_no_bit(tiny_config, tmp_path):
+    tiny_config.train.epochs, tiny_config.train.batch_size = 2, 16
+    tiny_config.data.on_device = "always"
+    for steps in (1, 3):
+        tiny_config.train.log_every_steps = steps
+        train(setup(tiny_config, tmp_path / str(steps)))
+    _assert_same_run(tmp_path / "1", tmp_path / "3")
+
+
+@pytest.mark.parametrize("layout", [{"parallel": "pmap"}, {"shard_state": True}])
+def test_on_one_device_every_layout_gives_the_same_run(tiny_config, tmp_path, layout):
+    """test_mesh.py has several devices."""
+    tiny_config.model.dropout, tiny_config.train.epochs = 0.0, 1
+    tiny_config.optimizer.epsilon, tiny_config.optimizer.learning_rate = 1.0, 0.01
+    train(setup(tiny_config, tmp_path / "jit"))
+    tiny_config.train.update(layout)
+    train(setup(tiny_config, tmp_path / "other"))
+    for a, b in zip(_lines(tmp_path / "jit"), _lines(tmp_path / "other"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +374,6 @@ def test_averaged_weights_are_what_is_evaluated(tiny_config, tmp_path, key, valu
     assert abs(val_line["loss"] - report["loss"]) > 1e-5  # rounding would be 1e-7
 
 
-@pytest.mark.slow
 def test_a_trace_of_chosen_steps_is_written(tiny_config, tmp_path, capsys):
     tiny_config.train.epochs = 1
     tiny_config.model.trainable = "head"
@@ -544,13 +562,14 @@ def test_the_main_command_follows_moved_data(tiny_config, phantom_dir, tmp_path,
     capsys.readouterr()
     setup(tiny_config, tmp_path / "run")
     assert "note: the image files" not in capsys.readouterr().out
-    os.utime(next((tmp_path / "after").rglob("COVID-*.png")), (1, 1))
+    image = "COVID/images/COVID-1.png"
+    os.utime(tmp_path / "after" / image, (1, 1))
     setup(tiny_config, tmp_path / "run")
     assert f"note: the image files in {tmp_path / 'after'}, or" in capsys.readouterr().out
     shutil.copytree(tmp_path / "after", tmp_path / "copy")  # with the times they have
     tiny_config.data.dir = str(tmp_path / "copy")
-    setup(tiny_config, tmp_path / "run")
-    os.utime(next((tmp_path / "copy").rglob("COVID-*.png")), (2, 2))
+    was = json.loads((tmp_path / "run/config.json").read_text())["data"]["fingerprint"]
+    assert open_folder(str(tmp_path / "copy")).fingerprint() != was  # the touched file's
     capsys.readouterr()
     setup(tiny_config, tmp_path / "run")
     assert f"note: the image files in {tmp_path / 'copy'}, or" in capsys.readouterr().out
@@ -709,13 +728,30 @@ def test_what_needs_no_images_is_refused_before_they_are_read(tiny_config, tmp_p
 
 
 def test_another_s_files_are_not_a_run_s_to_lose(tiny_config, tmp_path):
-    for name, text in (("split.csv", "patient,part\n1,a\n"), ("metrics.jsonl", '{"loss": 1}\n')):
+    for name, text in (
+        ("split.csv", "patient,part\n1,a\n"),
+        ("metrics.jsonl", '{"loss": 1}\n'),
+        ("calibration.json", '{"camera": [1, 2]}\n'),
+    ):
         folder = tmp_path / name
         folder.mkdir()
         (folder / name).write_text(text)
         with pytest.raises(UserError, match=f"{name} is of no run .*another --workdir"):
             setup(tiny_config, folder)
         assert [p.read_text() for p in folder.iterdir()] == [text]
+
+
+def test_temperatures_go_with_the_checkpoints_alone(tiny_config, tmp_path):
+    """A dry run in a run whose checkpoints were removed keeps them; a training of it does not."""
+    tiny_config.train.epochs = 1
+    run = setup(tiny_config, tmp_path)
+    train(run)
+    evaluate(tmp_path, data=run.data)
+    shutil.rmtree(tmp_path / "checkpoints")
+    again = setup(tiny_config, tmp_path)
+    assert (tmp_path / "calibration.json").exists()
+    train(again)
+    assert not (tmp_path / "calibration.json").exists()
 
 
 def test_a_split_of_the_user_s_is_not_replaced(tiny_config, tmp_path):

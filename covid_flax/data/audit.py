@@ -1,6 +1,7 @@
 """Looks for leaks in a data folder: copies, and images that are no chest X-rays.
 
     python -m covid_flax.data.audit --data_dir=DIR [--output=DIR] [--split_csv=RUN/split.csv]
+        [--groups_file=CSV [--group_column=NAME]]
 
 Writes `groups.csv` (`file,group`, every image), which `data.split=grouped` uses, and `audit.json`.
 Never writes into the data folder unless `--output` names it.

@@ -173,10 +173,7 @@ def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
     if records.bad:
         notes.insert(0, f"{left_out(records.bad)} (all in config.json)")
     if records.dark:
-        notes.append(
-            f"{records.dark:,} images have no grey above a quarter of white: are they of 10 or 12 "
-            "bits in files of 16? scale them to the full range"
-        )
+        notes.append(dark_images(records.dark))
     return Dataset(folder, records, rows, folder.class_names, notes, records.bad)
 
 
@@ -195,6 +192,15 @@ def left_out(bad_images: Collection[str]) -> str:
         "images that cannot be read are" if len(bad_images) > 1 else "image that cannot be read is"
     )
     return f"{len(bad_images):,} {are} left out: {named}{more}"
+
+
+def dark_images(count: int) -> str:
+    """`3 images have no grey above a quarter of white: ...`."""
+    images = f"{count:,} image{'s have' if count > 1 else ' has'}"
+    return (
+        f"{images} no grey above a quarter of white: values of 10 or 12 bits in files of 16? scale "
+        "them to the full range"
+    )
 
 
 def _notes(folder: DataFolder, config: Any) -> list[str]:
@@ -218,6 +224,8 @@ def _notes(folder: DataFolder, config: Any) -> list[str]:
             )
     elif split != "grouped":
         notes.append("the split does not heed the known groups; data.split=grouped does")
+    elif folder.unused:
+        notes.append(f"{folder.unused}: it is not heeded beside data.groups_file")
     elif folder.ungrouped:
         notes.append(f"{len(folder.ungrouped):,} images are in no known group: each is its own")
     return notes

@@ -76,11 +76,12 @@ class Tables:
                 raise
             self.unused = str(e)
         # A csv that is named adds to what the folder's own tells: an audit's may be older than
-        # the patients' csv, or have never seen it.
+        # the patients' csv, or have never seen it. A column that is named is meant alone.
         self._of_groups: list[tuple[_Table, list[str]]] = []
         if groups_file:
             named = self._explicit(groups_file)
-            self._of_groups = [(named, self._group_columns(named, group_column)), *self._beside()]
+            self._of_groups = [(named, self._group_columns(named, group_column))]
+            self._of_groups += [] if group_column else self._beside()
         elif (table := self._automatic()) is not None:
             self._of_groups = [(table, self._group_columns(table, group_column))]
 
@@ -156,8 +157,8 @@ class Tables:
             content = Disk(os.path.dirname(groups_file)).read(os.path.basename(groups_file))
         else:
             raise UserError(
-                f"data.groups_file={groups_file} is neither in {self._path} nor in the working "
-                "directory"
+                f"groups_file={groups_file} is neither in {self._path} nor in the working "
+                "directory: name a csv that is there"
             )
         columns, rows = _read_csv(groups_file, content)
         found = [self._matched(rows, prefix) for prefix in ("", self._dataset, f"../{self._name}")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import PurePosixPath
@@ -14,6 +15,15 @@ from covid_flax.data.folder import DataFolder
 from covid_flax.data.splits import Row
 from covid_flax.errors import UserError
 from covid_flax.evaluation.intervals import share_interval
+
+
+def refuse_itself(pairs: str, folder: DataFolder) -> None:
+    """Where the folder of twins is that of the images, each its own twin. Raises UserError."""
+    if os.path.realpath(pairs) == os.path.realpath(folder.root):
+        raise UserError(
+            f"--pairs={pairs} is the folder of the images themselves: give one of the same images "
+            "put through another export"
+        )
 
 
 def find_twins(

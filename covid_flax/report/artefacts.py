@@ -118,6 +118,7 @@ _CORRUPTIONS: dict[str, Any] = {
     "mean_drop!": float,
     "corruptions!": [{"name!": str}],
     "data_dir": str,
+    "warning": str,
 }
 
 Origin = Literal["own", "unsure", "external", "alike", "seen", "unknown"]

@@ -396,7 +396,7 @@ def _robustness(a: Artefacts) -> str | None:
             f"Corruptions ({name}{a.of_folder(found)}): {plain:.1%} of the images plain are right, "
             f"{100 * found['mean_drop']:.1f} points fewer on average over "
             f"{len(found['corruptions'])} kinds at five strengths."
-            + (f" Mind: {found['warning']}." if found.get("warning") else "")
+            + "".join(f" {text}" for text in sentences(found))
         )
     return " ".join(said) if said else None
 
@@ -409,12 +409,12 @@ def _condition(condition: Mapping[str, Any]) -> str:
 def _internal(a: Artefacts) -> str | None:
     said = [
         f"{name} {share_of(a.reports[name], 'accuracy')}{_elsewhere(a, name)}"
-        for name in _of_own_images(a)
+        for name in own_evaluations(a)
     ]
     return f"Evaluations and their accuracy: {_listed(said)}." if said else None
 
 
-def _of_own_images(a: Artefacts) -> list[str]:
+def own_evaluations(a: Artefacts) -> list[str]:
     """Evaluations of the folder that trained, as far as the files tell."""
     return [name for name in a.reports if a.origin(name) in ("own", "unsure", "unknown")]
 
@@ -638,7 +638,7 @@ def limits(a: Artefacts) -> list[str]:
             raised[alarm["level"], alarm["name"], alarm["text"]].append(name)
     for (level, _, text), names in sorted(raised.items()):
         said.append(f"{level.capitalize()} of {_listed(names)}: {text}")
-    own_names = list(_of_own_images(a))
+    own_names = list(own_evaluations(a))
     own = [a.reports[name] for name in own_names]
     checked = {name for report in own for name in report.get("alarms_checked") or ()}
     if a.reports and "source-confounded" not in checked:
@@ -679,19 +679,19 @@ def limits(a: Artefacts) -> list[str]:
 
 def alarm_text(a: Artefacts, name: str) -> str | None:
     """Of that alarm about the run's own images, as the evaluation that says most raised it."""
-    for key in sorted(_of_own_images(a), key=lambda key: key != a.headline):
+    for key in sorted(own_evaluations(a), key=lambda key: key != a.headline):
         for alarm in a.reports[key].get("alarms") or ():
             if alarm["name"] == name:
                 return alarm["text"]
     return None
 
 
-def sentences(controls: Mapping[str, Any]) -> list[str]:
-    """What a controls.json says in words."""
-    warning = controls.get("warning")
+def sentences(found: Mapping[str, Any]) -> list[str]:
+    """What a controls.json, or a robustness.json, says in words."""
+    warning = found.get("warning")
     if not warning:
-        return list(controls.get("text") or ())
-    return [*(controls.get("text") or ()), f"Mind: {warning}{'' if warning[-1] in '.?' else '.'}"]
+        return list(found.get("text") or ())
+    return [*(found.get("text") or ()), f"Mind: {warning}{'' if warning[-1] in '.?' else '.'}"]
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -244,12 +244,15 @@ def test_a_csv_that_is_named_adds_to_the_folder_s_own(tmp_path):
     """An audit's may be older than the patients' csv; neither may be lost by naming the other."""
     root = make(tmp_path, *FOUR)
     named = tmp_path / "elsewhere.csv"
-    write_csv(named, ["file", "cluster", "group"], (FOUR[0], "c", "g"), (FOUR[1], "c", "h"))
     write_csv(tmp_path / "groups.csv", ["file", "patient_id"], (FOUR[1], "p"), (FOUR[2], "p"))
-    folder = open_folder(root, groups_file=str(named), group_column="cluster")
+    write_csv(named, ["file", "group", "style"], (FOUR[0], "c", "g"), (FOUR[1], "c", "h"))
+    folder = open_folder(root, groups_file=str(named))
     groups = folder.groups
     assert groups[FOUR[0]] == groups[FOUR[1]] == groups[FOUR[2]] != groups[FOUR[3]]
     assert folder.ungrouped == {FOUR[3]} and folder.unused == ""
+    # A column that is named is meant alone, as clusters of style are.
+    groups = open_folder(root, groups_file=str(named), group_column="style").groups
+    assert groups[FOUR[0]] == "g" and groups[FOUR[1]] == "h" and groups[FOUR[2]] == FOUR[2]
     # One that tells nothing is passed over.
     write_csv(tmp_path / "groups.csv", ["file", "age"], (FOUR[1], "60"), (FOUR[2], "60"))
     folder = open_folder(root, groups_file=str(named))

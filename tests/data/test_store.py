@@ -345,7 +345,7 @@ def _build_in_process(root: str, barrier, results) -> None:
     seen = []
     real = ImageSource.__getitem__
     ImageSource.__getitem__ = lambda self, i: seen.append(i) or real(self, i)  # type: ignore
-    barrier.wait()
+    barrier.wait(120)
     source = data.source("train", make_config())
     results.put((len(seen), everything(source).tobytes()))
 
@@ -355,7 +355,9 @@ def test_processes_that_want_it_at_once_decode_it_once(tmp_path):
     context = multiprocessing.get_context("spawn")
     barrier, results = context.Barrier(2), context.Queue()
     processes = [
-        context.Process(target=_build_in_process, args=(str(tmp_path), barrier, results))
+        context.Process(
+            target=_build_in_process, args=(str(tmp_path), barrier, results), daemon=True
+        )
         for _ in range(2)
     ]
     for p in processes:

@@ -95,7 +95,6 @@ def test_the_gradient_is_that_of_the_loss(network, batch):
     assert slope == pytest.approx(norm, rel=0.02)
 
 
-@pytest.mark.slow  # test_step.py has the same of a ResNet
 def test_what_fills_a_batch_up_touches_nothing(network, batch):
     step, state = _step(network)
     five, loss = jax.jit(step)(state, {name: x[:5] for name, x in batch.items()})
@@ -110,7 +109,6 @@ def test_what_fills_a_batch_up_touches_nothing(network, batch):
     )
 
 
-@pytest.mark.slow
 def test_mapped_devices_have_the_statistics_of_the_whole_batch(network, batch):
     step, state = _step(network)
     want, loss = jax.jit(step)(state, batch)

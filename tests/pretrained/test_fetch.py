@@ -189,6 +189,7 @@ def test_a_server_that_stalls(server, published, tmp_path, monkeypatch):
     assert not (tmp_path / "net.h5").exists()
     assert (tmp_path / "net.h5.part").stat().st_size <= 300_000
     server.cut_at = None
+    monkeypatch.setattr(fetch, "_TIMEOUT_S", 30)  # what must succeed may take its time
     assert fetch._fetch(published, tmp_path).read_bytes() == CONTENT
 
 

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from test_real_weights import PHOTOGRAPHS, photograph
 
 from covid_flax.errors import UserError
 from covid_flax.models import MODELS, create_model
@@ -25,7 +26,6 @@ from covid_flax.pretrained.load import array_paths, load_weights
 from covid_flax.pretrained.read import read_weights
 from covid_flax.pretrained.torch_file import MAGIC
 from ml_collections_configs import base
-from tests.pretrained.test_real_weights import PHOTOGRAPHS, photograph
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

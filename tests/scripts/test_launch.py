@@ -114,7 +114,13 @@ def test_a_run_that_is_still_there_is_followed_on(call, tmp_path):
     """As gcloud gives the command again where the connection broke."""
     (run,) = _printed(call("tpu_vm.sh", "--dry_run", *_TPU, "run", "--", *_TRAIN)[0])
     other = subprocess.Popen(
-        ["sh", "-c", "sleep 0.5; echo 3 >host/covid_flax/run.status"], cwd=tmp_path
+        [
+            "sh",
+            "-c",
+            "until [ -d host/covid_flax ]; do sleep 0.05; done; sleep 0.5; "
+            "echo 3 >host/covid_flax/run.status",
+        ],
+        cwd=tmp_path,
     )
     command, where = _host(tmp_path, run, "touch started\n", f"echo {other.pid}")
     log = where["cwd"] / "covid_flax" / "run.log"
@@ -180,8 +186,9 @@ def test_a_signal_is_awaited_by_all_processes(tmp_path):
     script = subprocess.Popen(
         command, env={"PATH": "/usr/bin:/bin", "PYTHON": str(slow)}, cwd=tmp_path
     )
+    deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("begun.*"))) < 3:
-        assert script.poll() is None
+        assert script.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     script.terminate()
     assert script.wait(30) == 143
