@@ -595,6 +595,22 @@ def test_the_best_epoch_by_loss_has_the_least(tmp_path):
     assert "best val_loss: 2 of 3 trained" in text_of(folder)
 
 
+def test_what_else_the_training_was_like_is_told(tmp_path):
+    folder = write_run(tmp_path / "run")
+    saved = json.loads((folder / "config.json").read_text())
+    saved["config"]["optimizer"] |= {"stage_decay": 0.75, "clip_norm": 1.0, "warmup_epochs": 0.5}
+    saved["config"]["train"]["patience"] = 0
+    (folder / "config.json").write_text(json.dumps(saved))
+    said = statements(read_artefacts(folder))["training"]
+    for words in (
+        "stage after it 0.75",
+        "norm at most 1.0",
+        "warm-up, epochs 0.5",
+        "no early stop",
+    ):
+        assert words in said
+
+
 def test_what_was_left_out_of_an_external_folder_is_told(tmp_path):
     folder = write_run(tmp_path / "run")
     shutil.copytree(folder / "eval/test", folder / "eval/other", dirs_exist_ok=True)

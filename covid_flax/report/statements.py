@@ -240,16 +240,22 @@ def _training(a: Artefacts) -> str | None:
     epochs = a.config("train", "epochs")
     if epochs is None:
         return None
+    patience = a.config("train", "patience")
     settings = [
         ("learning rate", a.config("optimizer", "learning_rate")),
         ("schedule", a.config("optimizer", "schedule")),
         ("batches of", a.config("train", "batch_size")),
         ("at most", f"{epochs} epochs"),
-        ("patience", a.config("train", "patience") or "none (no early stop)"),
+        ("patience", "none (no early stop)" if patience == 0 else patience),
         ("class weights", a.config("train", "class_weights")),
         ("label smoothing", a.config("train", "label_smoothing")),
         ("weight decay", a.config("optimizer", "weight_decay")),
+        ("warm-up, epochs", a.config("optimizer", "warmup_epochs") or None),
+        ("gradients' norm at most", a.config("optimizer", "clip_norm") or None),
     ]
+    decay = a.config("optimizer", "stage_decay")
+    if decay not in (None, 1):
+        settings.append(("each stage's rate, of the rate of the stage after it", decay))
     if a.config("train", "teacher"):
         settings += [
             ("learning too from the answers of", a.config("train", "teacher")),
