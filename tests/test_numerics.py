@@ -172,7 +172,7 @@ def test_a_bad_image_stops_the_run_which_may_go_on_skipping_it(one_bad_image, tm
     lines = _train_lines(workdir)
     assert [line["skipped"] for line in lines] == [1, 1, 1]
     assert all(np.isfinite(line["loss"]) for line in lines)
-    assert "1 updates skipped" in capsys.readouterr().out
+    assert "1 update skipped" in capsys.readouterr().out
     config.train.on_non_finite = "stop"  # a finished run is a run like any other
     train(setup(config, workdir))
     # The same from the beginning, with a row of figures before each of its checkpoints.

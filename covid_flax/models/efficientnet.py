@@ -1,10 +1,9 @@
 """EfficientNet (Tan and Le 2019) as in `keras.applications`, and EfficientNet-Lite0 to Lite2.
 
-Mobile inverted bottlenecks: 1x1 expand, depthwise, squeeze and excitation, 1x1 project, added to
-the input where shapes agree. The Lite form (TensorFlow's `efficientnet/lite`) has ReLU6 for
-swish, no squeeze and excitation, and a stem and top of one width. A layer's name in the tree is
-Keras's, under its stage: `block2/block2a_dwconv/kernel`. Keras's dropping of whole blocks in
-training is left out.
+Of inverted bottlenecks with squeeze and excitation. The Lite form (TensorFlow's
+`efficientnet/lite`) has ReLU6 for swish, no squeeze and excitation, and a stem and top of one
+width. A layer's name in the tree is Keras's, under its stage: `block2/block2a_dwconv/kernel`.
+Keras's dropping of whole blocks in training is left out.
 """
 
 from __future__ import annotations
@@ -13,25 +12,11 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from covid_flax.models.blocks import (
-    Activation,
-    DepthwiseConv,
-    NamedConvBN,
-    StagedNetwork,
-    add_named,
-    batch_norm,
-    conv_batch_norm,
-    conv_same,
-    global_average,
-    multiple_of_8,
-)
-from covid_flax.models.layers import BatchNorm, Conv
-
-Array = jax.Array
+from covid_flax.models.blocks import Activation, NamedConvBN, StagedNetwork, multiple_of_8
+from covid_flax.models.inverted import Bottleneck, Gate, InvertedBottlenecks, Names
 
 # Of each stage before scaling: kernel size, outputs, expansion, stride.
 _STAGES = (
@@ -107,73 +92,47 @@ EFFICIENTNETS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """One inverted bottleneck: Keras's name for it, and its shape."""
-
-    name: str
-    inputs: int
-    outputs: int
-    size: int
-    expansion: int
-    stride: int
-
-
-def _blocks(spec: EfficientNetSpec) -> dict[str, list[_Block]]:
+def _blocks(spec: EfficientNetSpec) -> dict[str, list[Bottleneck]]:
     """Those of each stage, `block1` to `block7`."""
-    stages: dict[str, list[_Block]] = {}
-    inputs = spec.outer_channels(32)
+    stages: dict[str, list[Bottleneck]] = {}
+    inputs, activation = spec.outer_channels(32), _activation(spec)
     shapes = zip(spec.blocks, _STAGES, strict=False)
-    for i, (repeats, (size, outputs, expansion, stride)) in enumerate(shapes, 1):
-        stage = stages[f"block{i}"] = []
+    for i, (repeats, (size, base, expansion, stride)) in enumerate(shapes, 1):
+        stage, outputs = stages.setdefault(f"block{i}", []), spec.channels(base)
         for j in range(spec.repeats(repeats)):
-            name, outputs_j = f"block{i}{chr(ord('a') + j)}", spec.channels(outputs)
-            stage.append(_Block(name, inputs, outputs_j, size, expansion, 1 if j else stride))
-            inputs = outputs_j
+            gate = None if spec.lite else Gate(max(1, inputs // 4), activation, nnx.sigmoid)
+            stage.append(
+                Bottleneck(
+                    _names(f"block{i}{chr(ord('a') + j)}_"),
+                    inputs,
+                    inputs * expansion,
+                    outputs,
+                    size,
+                    1 if j else stride,
+                    activation,
+                    gate,
+                )
+            )
+            inputs = outputs
     return stages
 
 
-class _Stage(nnx.Module):
-    """The blocks of one stage, their layers side by side."""
+def _activation(spec: EfficientNetSpec) -> Activation:
+    return nnx.relu6 if spec.lite else nnx.swish
 
-    def __init__(self, blocks: list[_Block], *, lite: bool, activation: Activation, rngs: nnx.Rngs):
-        self.blocks, self.lite, self.activation = tuple(blocks), lite, activation
 
-        def conv(inputs: int, outputs: int, use_bias: bool = False) -> Conv:
-            return Conv(inputs, outputs, 1, use_bias=use_bias, rngs=rngs)
-
-        for b in blocks:
-            wide = b.inputs * b.expansion
-            layers: dict[str, Any] = {}
-            if b.expansion != 1:
-                layers = {"expand_conv": conv(b.inputs, wide), "expand_bn": BatchNorm(wide)}
-            layers["dwconv"] = DepthwiseConv(wide, b.size, rngs=rngs)
-            layers["bn"] = BatchNorm(wide)
-            if not lite:
-                narrow = max(1, b.inputs // 4)
-                layers["se_reduce"] = conv(wide, narrow, use_bias=True)
-                layers["se_expand"] = conv(narrow, wide, use_bias=True)
-            layers |= {"project_conv": conv(wide, b.outputs), "project_bn": BatchNorm(b.outputs)}
-            add_named(self, {f"{b.name}_{name}": layer for name, layer in layers.items()})
-
-    def __call__(self, x: Array, **bn: Any) -> Array:
-        activate = self.activation
-        for b in self.blocks:
-
-            def layer(name: str, prefix: str = b.name) -> Any:
-                return getattr(self, f"{prefix}_{name}")
-
-            y = x
-            if b.expansion != 1:
-                y = activate(conv_batch_norm(layer("expand_conv"), layer("expand_bn"), y, **bn))
-            y = activate(batch_norm(layer("bn"), layer("dwconv")(y, stride=b.stride), **bn))
-            if not self.lite:
-                gate = global_average(y)[:, None, None]
-                gate = activate(conv_same(layer("se_reduce"), gate))
-                y = y * nnx.sigmoid(conv_same(layer("se_expand"), gate)).astype(y.dtype)
-            y = conv_batch_norm(layer("project_conv"), layer("project_bn"), y, **bn)
-            x = x + y if b.stride == 1 and b.inputs == b.outputs else y
-        return x
+def _names(start: str) -> Names:
+    """The layers' names of the block whose name this is."""
+    return Names(
+        expand=start + "expand_conv",
+        expand_bn=start + "expand_bn",
+        depthwise=start + "dwconv",
+        depthwise_bn=start + "bn",
+        squeeze=start + "se_reduce",
+        excite=start + "se_expand",
+        project=start + "project_conv",
+        project_bn=start + "project_bn",
+    )
 
 
 class EfficientNet(StagedNetwork):
@@ -201,12 +160,11 @@ class EfficientNet(StagedNetwork):
         rngs: nnx.Rngs,
     ):
         super().__init__(spec, momentum=momentum, dtype=dtype)
-        activation = nnx.relu6 if spec.lite else nnx.swish
-        how: dict[str, Any] = {"activation": activation, "rngs": rngs}
+        how: dict[str, Any] = {"activation": _activation(spec), "rngs": rngs}
         features = spec.outer_channels(32)
         self.stem = NamedConvBN(3, features, 3, 2, conv="stem_conv", bn="stem_bn", **how)
         for name, blocks in _blocks(spec).items():
-            setattr(self, name, _Stage(blocks, lite=spec.lite, **how))
+            setattr(self, name, InvertedBottlenecks(blocks, rngs=rngs))
             features = blocks[-1].outputs
         if spec.top:
             wide = spec.outer_channels(1280)

@@ -1,9 +1,9 @@
 """MobileNetV2 (Sandler et al. 2018) and V3 (Howard et al. 2019) as in `keras.applications`.
 
-Inverted bottlenecks: 1x1 expand, depthwise, in V3 squeeze and excitation, 1x1 project, added to the
-input where shapes agree. Width 1.0. A layer's name in the tree is Keras's, under its stage, a
-stage being the blocks of one number of outputs: `block2/block_1_depthwise/kernel`. The head
-takes the pooled features, as after Keras's `include_top=False, pooling="avg"`.
+Of inverted bottlenecks, some of V3's with squeeze and excitation. Width 1.0. A layer's name in the
+tree is Keras's, under its stage, a stage being the blocks of one number of outputs:
+`block2/block_1_depthwise/kernel`. The head takes the pooled features, as after Keras's
+`include_top=False, pooling="avg"`.
 """
 
 from __future__ import annotations
@@ -12,45 +12,11 @@ import dataclasses
 import itertools
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from covid_flax.models.blocks import (
-    Activation,
-    DepthwiseConv,
-    NamedConvBN,
-    StagedNetwork,
-    add_named,
-    batch_norm,
-    conv_batch_norm,
-    conv_same,
-    global_average,
-    multiple_of_8,
-)
-from covid_flax.models.layers import BatchNorm, Conv
-
-Array = jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class _Block:
-    """One inverted bottleneck: the start of its layers' names, and its shape.
-
-    Attributes:
-      wide: channels of the depthwise convolution; those of the input: nothing is expanded.
-      excite: squeeze and excitation after the depthwise convolution.
-      activation: a name in `_ACTIVATIONS`.
-    """
-
-    prefix: str
-    inputs: int
-    wide: int
-    outputs: int
-    size: int
-    stride: int
-    excite: bool
-    activation: str
+from covid_flax.models.blocks import Activation, NamedConvBN, StagedNetwork, multiple_of_8
+from covid_flax.models.inverted import Bottleneck, Gate, InvertedBottlenecks, Names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +25,6 @@ class MobileNetSpec:
 
     Attributes:
       blocks: in order.
-      bn: the end of a batch norm's name.
       stem, top: names of the convolution and its batch norm, outputs.
       activation: of stem and top.
       preprocessing: what its ImageNet weights expect, see `covid_flax.models.preprocess`.
@@ -68,17 +33,16 @@ class MobileNetSpec:
       smallest: side of the smallest image, pixels.
     """
 
-    blocks: tuple[_Block, ...]
-    bn: str
+    blocks: tuple[Bottleneck, ...]
     stem: tuple[str, str, int]
     top: tuple[str, str, int]
-    activation: str
+    activation: Activation
     preprocessing: ClassVar[str] = "tf"
     epsilon: ClassVar[float] = 1e-3
     native_size: ClassVar[int] = 224
     smallest: ClassVar[int] = 32
 
-    def staged(self) -> dict[str, list[_Block]]:
+    def staged(self) -> dict[str, list[Bottleneck]]:
         """The blocks by stage, `block1` first."""
         groups = itertools.groupby(self.blocks, lambda b: b.outputs)
         return {f"block{i}": list(group) for i, (_, group) in enumerate(groups, 1)}
@@ -90,7 +54,7 @@ class MobileNetSpec:
 
 
 def _v2() -> MobileNetSpec:
-    blocks: list[_Block] = []
+    blocks: list[Bottleneck] = []
     inputs = 32
     # Expansion, outputs, blocks, stride of the first: table 2 of the paper.
     for expansion, outputs, repeats, stride in (
@@ -103,24 +67,42 @@ def _v2() -> MobileNetSpec:
         (6, 320, 1, 1),
     ):
         for i in range(repeats):
-            prefix = f"block_{len(blocks)}_" if blocks else "expanded_conv_"
+            names = _names(f"block_{len(blocks)}_" if blocks else "expanded_conv_", "BN")
             step, wide = 1 if i else stride, inputs * expansion
-            blocks.append(_Block(prefix, inputs, wide, outputs, 3, step, False, "relu6"))
+            blocks.append(Bottleneck(names, inputs, wide, outputs, 3, step, nnx.relu6, None))
             inputs = outputs
     stem, top = ("Conv1", "bn_Conv1", 32), ("Conv_1", "Conv_1_bn", 1280)
-    return MobileNetSpec(tuple(blocks), "BN", stem, top, "relu6")
+    return MobileNetSpec(tuple(blocks), stem, top, nnx.relu6)
 
 
-def _v3(rows: tuple[tuple[int, int, int, int, bool, str], ...]) -> MobileNetSpec:
+def _v3(rows: tuple[tuple[int, int, int, int, bool, Activation], ...]) -> MobileNetSpec:
     """Of (depthwise channels, outputs, size, stride, squeeze and excitation, activation)."""
-    blocks: list[_Block] = []
+    blocks: list[Bottleneck] = []
     inputs = 16
-    for i, (wide, outputs, *rest) in enumerate(rows):
-        prefix = f"expanded_conv_{i}_" if i else "expanded_conv_"
-        blocks.append(_Block(prefix, inputs, wide, outputs, *rest))  # type: ignore[arg-type]
+    for i, (wide, outputs, size, stride, excite, activation) in enumerate(rows):
+        names = _names(f"expanded_conv_{i}_" if i else "expanded_conv_", "bn")
+        gate = Gate(multiple_of_8(wide / 4), nnx.relu, nnx.hard_sigmoid) if excite else None
+        blocks.append(Bottleneck(names, inputs, wide, outputs, size, stride, activation, gate))
         inputs = outputs
     stem, top = ("conv", "conv_bn", 16), ("conv_1", "conv_1_bn", 6 * inputs)
-    return MobileNetSpec(tuple(blocks), "bn", stem, top, "hard_swish")
+    return MobileNetSpec(tuple(blocks), stem, top, nnx.hard_swish)
+
+
+def _names(start: str, bn: str) -> Names:
+    """The layers' names of the block whose name this is, batch norms ending in `bn`."""
+    return Names(
+        expand=start + "expand",
+        expand_bn=f"{start}expand_{bn}",
+        depthwise=start + "depthwise",
+        depthwise_bn=f"{start}depthwise_{bn}",
+        squeeze=start + "squeeze_excite_conv",
+        excite=start + "squeeze_excite_conv_1",
+        project=start + "project",
+        project_bn=f"{start}project_{bn}",
+    )
+
+
+_RE, _HS = nnx.relu, nnx.hard_swish
 
 
 # Tables 1 and 2 of the V3 paper.
@@ -128,90 +110,39 @@ MOBILENETS = {
     "mobilenet_v2": _v2(),
     "mobilenet_v3_small": _v3(
         (
-            (16, 16, 3, 2, True, "relu"),
-            (72, 24, 3, 2, False, "relu"),
-            (88, 24, 3, 1, False, "relu"),
-            (96, 40, 5, 2, True, "hard_swish"),
-            (240, 40, 5, 1, True, "hard_swish"),
-            (240, 40, 5, 1, True, "hard_swish"),
-            (120, 48, 5, 1, True, "hard_swish"),
-            (144, 48, 5, 1, True, "hard_swish"),
-            (288, 96, 5, 2, True, "hard_swish"),
-            (576, 96, 5, 1, True, "hard_swish"),
-            (576, 96, 5, 1, True, "hard_swish"),
+            (16, 16, 3, 2, True, _RE),
+            (72, 24, 3, 2, False, _RE),
+            (88, 24, 3, 1, False, _RE),
+            (96, 40, 5, 2, True, _HS),
+            (240, 40, 5, 1, True, _HS),
+            (240, 40, 5, 1, True, _HS),
+            (120, 48, 5, 1, True, _HS),
+            (144, 48, 5, 1, True, _HS),
+            (288, 96, 5, 2, True, _HS),
+            (576, 96, 5, 1, True, _HS),
+            (576, 96, 5, 1, True, _HS),
         )
     ),
     "mobilenet_v3_large": _v3(
         (
-            (16, 16, 3, 1, False, "relu"),
-            (64, 24, 3, 2, False, "relu"),
-            (72, 24, 3, 1, False, "relu"),
-            (72, 40, 5, 2, True, "relu"),
-            (120, 40, 5, 1, True, "relu"),
-            (120, 40, 5, 1, True, "relu"),
-            (240, 80, 3, 2, False, "hard_swish"),
-            (200, 80, 3, 1, False, "hard_swish"),
-            (184, 80, 3, 1, False, "hard_swish"),
-            (184, 80, 3, 1, False, "hard_swish"),
-            (480, 112, 3, 1, True, "hard_swish"),
-            (672, 112, 3, 1, True, "hard_swish"),
-            (672, 160, 5, 2, True, "hard_swish"),
-            (960, 160, 5, 1, True, "hard_swish"),
-            (960, 160, 5, 1, True, "hard_swish"),
+            (16, 16, 3, 1, False, _RE),
+            (64, 24, 3, 2, False, _RE),
+            (72, 24, 3, 1, False, _RE),
+            (72, 40, 5, 2, True, _RE),
+            (120, 40, 5, 1, True, _RE),
+            (120, 40, 5, 1, True, _RE),
+            (240, 80, 3, 2, False, _HS),
+            (200, 80, 3, 1, False, _HS),
+            (184, 80, 3, 1, False, _HS),
+            (184, 80, 3, 1, False, _HS),
+            (480, 112, 3, 1, True, _HS),
+            (672, 112, 3, 1, True, _HS),
+            (672, 160, 5, 2, True, _HS),
+            (960, 160, 5, 1, True, _HS),
+            (960, 160, 5, 1, True, _HS),
         )
     ),
 }
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "relu": nnx.relu,
-    "relu6": nnx.relu6,
-    "hard_swish": nnx.hard_swish,
-}
-
-
-class _Stage(nnx.Module):
-    """The blocks of one stage, their layers side by side."""
-
-    def __init__(self, blocks: list[_Block], bn: str, *, rngs: nnx.Rngs):
-        self.blocks, self.bn = tuple(blocks), bn
-
-        def conv(inputs: int, outputs: int, use_bias: bool = False) -> Conv:
-            return Conv(inputs, outputs, 1, use_bias=use_bias, rngs=rngs)
-
-        for b in blocks:
-            layers: dict[str, Any] = {}
-            if b.wide != b.inputs:
-                layers = {"expand": conv(b.inputs, b.wide), f"expand_{bn}": BatchNorm(b.wide)}
-            layers["depthwise"] = DepthwiseConv(b.wide, b.size, rngs=rngs)
-            layers[f"depthwise_{bn}"] = BatchNorm(b.wide)
-            if b.excite:
-                narrow = multiple_of_8(b.wide / 4)
-                layers["squeeze_excite_conv"] = conv(b.wide, narrow, use_bias=True)
-                layers["squeeze_excite_conv_1"] = conv(narrow, b.wide, use_bias=True)
-            layers |= {"project": conv(b.wide, b.outputs), f"project_{bn}": BatchNorm(b.outputs)}
-            add_named(self, {b.prefix + name: layer for name, layer in layers.items()})
-
-    def __call__(self, x: Array, **bn: Any) -> Array:
-        for b in self.blocks:
-            activate = _ACTIVATIONS[b.activation]
-
-            def layer(name: str, prefix: str = b.prefix) -> Any:
-                return getattr(self, prefix + name)
-
-            y = x
-            if b.wide != b.inputs:
-                y = conv_batch_norm(layer("expand"), layer(f"expand_{self.bn}"), y, **bn)
-                y = activate(y)
-            y = layer("depthwise")(y, stride=b.stride)
-            y = activate(batch_norm(layer(f"depthwise_{self.bn}"), y, **bn))
-            if b.excite:
-                gate = global_average(y)[:, None, None]
-                gate = nnx.relu(conv_same(layer("squeeze_excite_conv"), gate))
-                gate = nnx.hard_sigmoid(conv_same(layer("squeeze_excite_conv_1"), gate))
-                y = y * gate.astype(y.dtype)
-            y = conv_batch_norm(layer("project"), layer(f"project_{self.bn}"), y, **bn)
-            x = x + y if b.stride == 1 and b.inputs == b.outputs else y
-        return x
 
 
 class MobileNet(StagedNetwork):
@@ -229,11 +160,11 @@ class MobileNet(StagedNetwork):
         rngs: nnx.Rngs,
     ):
         super().__init__(spec, momentum=momentum, dtype=dtype)
-        how: dict[str, Any] = {"activation": _ACTIVATIONS[spec.activation], "rngs": rngs}
+        how: dict[str, Any] = {"activation": spec.activation, "rngs": rngs}
         conv, bn, outputs = spec.stem
         self.stem = NamedConvBN(3, outputs, 3, 2, conv=conv, bn=bn, **how)
         for name, blocks in spec.staged().items():
-            setattr(self, name, _Stage(blocks, spec.bn, rngs=rngs))
+            setattr(self, name, InvertedBottlenecks(blocks, rngs=rngs))
         conv, bn, features = spec.top
         inputs = spec.blocks[-1].outputs
         self.top = NamedConvBN(inputs, features, 1, 1, conv=conv, bn=bn, **how)
