@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from covid_flax.errors import run_script  # noqa: E402
 from covid_flax.files import make_writable  # noqa: E402
 
-# Side, channels and kernel: MobileNetV2's second block, EfficientNet-B0's last, and one between.
+# Side, channels and kernel: MobileNetV2's second block, EfficientNet-B0's last, three between.
 SHAPES = ((56, 96, 3), (28, 144, 5), (14, 480, 5), (7, 1152, 5), (7, 1152, 3))
 
 

@@ -183,7 +183,7 @@ class Checkpoints:
 
         Raises:
           DamagedError: it does not hold what was saved.
-          UserError: it is of another model.
+          UserError: it is of another model, may not be read, or is gone meanwhile.
         """
         contents = self._contents(step)
         record = contents["record"]

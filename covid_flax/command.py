@@ -46,7 +46,8 @@ def run_command(
 ) -> None:
     """Parses the flags, runs `main`, and exits: 0, or 2 for an error the user can mend.
 
-    130 is an interrupt's status, 143 SIGTERM's (see `covid_flax.preemption`), 1 anything else's.
+    130 is an interrupt's status, 143 SIGTERM's (see `covid_flax.preemption`), 141 that of output
+    whose reader is gone, 1 anything else's.
 
     Args:
       main: the command.

@@ -62,7 +62,8 @@ class Evaluation:
     Attributes:
       name: of the run, as short as it can be beside the others.
       folder: where its predictions.csv lies.
-      predictions: with the groups of the run's split.csv, where it has one.
+      predictions: with groups: of the groups.csv beside them, else of the run's split.csv; as
+        `read_evaluations` returns them, those of the first evaluation that knows any.
       report: its report.json; empty where there is none.
       about: its run's config.json; empty where there is none.
       rows: its run's split.csv; empty where there is none.

@@ -68,8 +68,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a checkpoint on a split of the run's data, or on another folder.
 
-    Scoring the validation split also fits the temperature and the abstain threshold of that
-    checkpoint, and keeps them in the run's `calibration.json`.
+    Scoring the run's own validation images also fits the temperature and the abstain threshold of
+    that checkpoint, and keeps them in the run's `calibration.json`.
 
     Args:
       workdir: the run's folder.
@@ -171,7 +171,7 @@ def stored_calibration(
     """What was fitted of that checkpoint's answers; None where nothing was, or it does not fit.
 
     Raises:
-      UserError: there is none, and it was asked for.
+      UserError: there is none, and it was asked for; or calibration.json is damaged.
     """
     found = _read_calibrations(run.workdir / "calibration.json").get(str(run.step))
     if found is not None and found.get("runs") != checkpoint_record(run, checkpoint).get("runs"):

@@ -87,7 +87,8 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
     Returns:
       What members.json holds: `members`, by name the figures of each on its own validation
       images (and test images, where there are any); `mean`, of each figure with its interval;
-      `whole`, those of the runs together. Raises UserError.
+      `whole`, those of the runs together. Empty in other processes than the first. Raises
+      UserError.
     """
     configs = check_members(config, workdir)
     reports: dict[str, dict[str, Any]] = {}

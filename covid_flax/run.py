@@ -109,9 +109,9 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     """Data, network and initial weights; writes `config.json` and `split.csv`.
 
     Where the folder holds a run with a checkpoint, checks that it is one of this
-    configuration, split and class list, and leaves its files as they are, but for the place of
-    images that were moved; the weights are the checkpoint's then. One with figures but without
-    a checkpoint must be of this configuration too.
+    configuration, split, class list and teacher, and leaves its files as they are, but for the
+    places of images and of a teacher that were moved; the weights are the checkpoint's then. One
+    with figures but without a checkpoint must be of this configuration too.
 
     Raises:
       UserError: nothing is written then but the folder's phantoms, where the data are those; and
@@ -445,8 +445,8 @@ def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict
     """Refuses a run that cannot teach one of these images.
 
     Raises:
-      UserError: no run, one of other classes or images of another size, or one that has
-        learned from images that are held out here.
+      UserError: no run, one of other classes, one whose images are made otherwise (size or
+        interpolation), or one that has learned from images that are held out here.
     """
     saved = _saved_teacher(folder)
     if saved["class_names"] != list(data.class_names):

@@ -8,7 +8,8 @@ SIGKILL, or by SIGTERM for a share of them, after a time drawn at random, or as 
 seen (records being written, a checkpoint under way, a line of metrics, an evaluation). Each goes on
 by the same command until it ends by itself. What it leaves must be what the undisturbed one left:
 every array of its checkpoints bit for bit, and its files byte for byte but for clocks (images a
-second, elapsed time) and the folder's own name. Any difference is a failure; exit status 1.
+second, elapsed time), the folder's own name and TensorBoard's events, which are left out. Any
+difference is a failure; exit status 1.
 """
 
 from __future__ import annotations

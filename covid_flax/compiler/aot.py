@@ -106,7 +106,8 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
     """The step that a run of this configuration trains with, lowered for a mesh.
 
     Where the run would cache the frozen stages' output, the step starts from that. Raises
-    UserError where the batch does not divide among the devices, and of a step with a teacher.
+    UserError where the batch does not divide among the devices, of a step with a teacher, and
+    where train.parallel is not jit.
     """
     if config.train.parallel != "jit":
         raise UserError("a topology is compiled for train.parallel=jit only: set that")

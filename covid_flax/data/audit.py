@@ -138,7 +138,7 @@ class Audit:
 def audit(folder: DataFolder, rows: Sequence[Row] = (), *, progress: bool = False) -> Audit:
     """Compares and inspects all images of `folder`; decodes each once.
 
-    An image that cannot be decoded is suspicious, and a group of its own.
+    An image that cannot be decoded is suspicious, and a group of its own unless a csv says more.
 
     Args:
       folder: the images, and the groups that its csv tells.

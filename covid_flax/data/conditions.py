@@ -68,7 +68,7 @@ def histogram(images: Iterable[np.ndarray]) -> np.ndarray:
 def match_histogram(image: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """Moves the greys of each channel so that their histogram follows `reference` (`[256]` counts).
 
-    Exact histogram matching (Gonzalez & Woods), as scikit-image's `match_histograms`: a grey goes
+    Histogram matching (Gonzalez & Woods), as scikit-image's `match_histograms`: a grey goes
     to where the reference's cumulative histogram, linear between its greys, reaches its own. Pixels
     of equal grey stay equal, so that a large black margin keeps its share.
     """

@@ -185,7 +185,7 @@ def prepare_readable(folder: DataFolder, config: Any) -> tuple[DataFolder, Recor
 
 
 def left_out(bad_images: Collection[str]) -> str:
-    """`3 images are unreadable and left out: COVID/a.png, ...`."""
+    """`3 images that cannot be read are left out: COVID/a.png, ...`."""
     named = ", ".join(map(printable, list(bad_images)[:5]))
     more = f" and {len(bad_images) - 5:,} more" if len(bad_images) > 5 else ""
     are = (

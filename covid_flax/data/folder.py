@@ -53,7 +53,7 @@ class DataFolder:
       groups: group of every file, or None where no csv tells groups.
       ignored_of: of each class, the files that are not images, counted by suffix (`.dcm`, else
         `hidden` or `other`).
-      ungrouped: images that the groups' csv does not list; each is its own group.
+      ungrouped: images to which no csv gives a group; each is its own.
       unreadable: metadata workbooks that could not be read; their sources are left out.
       empty: class folders without an image, where those are passed over.
       loose: how many images lie beside the class folders.
@@ -188,8 +188,8 @@ def open_folder(
       groups_file: csv with a `file` column, relative to `path` or to the working
         directory, beside the folder's own: `groups.csv`, else `manifest.csv`, in `path`, in the
         folder that holds the classes, or in the folder above `path`.
-      group_column: its column of groups. "" takes `GROUP_COLUMNS`: images that one of those
-        which are there puts together stay together.
+      group_column: its column of groups; one that is named counts alone, and no other csv does. ""
+        takes `GROUP_COLUMNS`: images that one of those which are there puts together stay together.
       require_two_classes: whether one class alone is an error.
       classes: names known to be of classes, where images are scored, not learned from: such a
         folder, if it is the only one, is a class, whatever folders lie in it; folders without an

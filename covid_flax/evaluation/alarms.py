@@ -190,8 +190,8 @@ class Independence:
     Attributes:
       chi2: of the table without its empty rows and columns.
       df: degrees of freedom; 0 for a single row or column, where `p` is 1 and `cramers_v` 0.
-      p: from the chi-squared distribution; where an expected count is below 5 (Cochran 1954),
-        from 9,999 random tables of the same margins.
+      p: from the chi-squared distribution; where an expected count is below 5 (Cochran 1954 lets
+        a fifth of them be), from 9,999 random tables of the same margins.
       cramers_v: 0 independent, 1 the one determines the other.
       simulated: whether `p` is from random tables.
     """
@@ -248,8 +248,8 @@ def independent_predictions(matrix: Any, class_names: Sequence[str]) -> Alarm | 
     """Fires where p > `LEVEL`: the labels might as well have been drawn at random.
 
     A caution where there are too few images to tell: the test must have had power 0.99 to find
-    Cramer's V of 0.3 (some 145 images of four classes, 270 of two). Nothing to test with one
-    true class alone.
+    Cramer's V of 0.3 (some 145 images of four classes, 270 of two); where one class is all that
+    is answered, 7 images must be of others. Nothing to test with one true class alone.
     """
     matrix = _counts(matrix)
     if (matrix.sum(1) > 0).sum() < 2:

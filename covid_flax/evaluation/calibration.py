@@ -38,7 +38,7 @@ def temperature_scale(probabilities: np.ndarray, temperature: float) -> np.ndarr
 def fit_temperature(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """The temperature of least mean negative log-likelihood, between 0.05 and 20.
 
-    The likelihood has one minimum in T. Where no temperature betters it, exactly 1 is returned; and
+    That has one minimum in T. Where no temperature betters it, exactly 1 is returned; and
     where all predictions are right, for it lies at 0 then, and no error tells how unsure to be.
 
     Args:

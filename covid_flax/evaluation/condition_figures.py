@@ -36,7 +36,7 @@ def condition_figures(
     Args:
       probabilities: float64 `[N, K]`, of the changed images.
       labels: class indices, int64 `[N]`.
-      whole: the same of the whole images.
+      whole: probabilities of the same images whole, `[N, K]`.
       class_names: K.
       clusters: group numbers `[N]`.
       tests: how many figures the report tests in all; each must pass at its share of

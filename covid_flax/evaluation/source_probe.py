@@ -16,7 +16,7 @@ from covid_flax.evaluation.intervals import (
 )
 
 FOLDS = 5
-# A source with fewer images, or in fewer groups, of a class is left out of that class's probe.
+# With fewer images of a class, or in fewer groups than FOLDS, a source is left out of its probe.
 LEAST_IMAGES = 20
 COMPONENTS = 50
 
@@ -139,7 +139,7 @@ def probe(features: np.ndarray, sources: Sequence[str], clusters: np.ndarray) ->
 
     Returns:
       `num_examples`, `sources` (images by name), `balanced_accuracy` (mean over the sources),
-      `interval` (95 %, cluster bootstrap) and `chance`.
+      `interval` (95 %, cluster bootstrap), its `level`, and `chance`.
     """
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 

@@ -38,7 +38,7 @@ def write_evaluation(
 
     Raises:
       ValueError: the predictions do not fit the report.
-      UserError: the folder cannot be written, or holds a groups.csv of something else.
+      UserError: the folder cannot be written, or holds such files of something else.
     """
     # Here, for matplotlib need not load before training's first step.
     from covid_flax.report.page import write_report_page
