@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ml_collections
 import numpy as np
 
 from covid_flax.augment import Augment
@@ -35,6 +36,7 @@ def features_from(run: Run) -> str | None:
     """The stage to start from with cached inputs; None where nothing is cached. Says which."""
     before = cacheable(run.config)
     if before is None:
+        _say_why_not(run.config)
         return None
     gigabytes = _feature_bytes(run) / 1e9
     in_memory = _in_memory(run.config, gigabytes)
@@ -50,6 +52,16 @@ def features_from(run: Run) -> str | None:
         f"computed once, {gigabytes:.2f} GB {'in memory' if in_memory else 'on disk'}"
     )
     return run.trained[0]
+
+
+def _say_why_not(config: ml_collections.ConfigDict) -> None:
+    """Where stages are frozen, and their output is computed anew for keys that could be changed."""
+    if stage_before(config.model, trained_stages(config.model)[0]) is None:
+        return
+    keys = [f"augment.{k}" for k, v in config.augment.to_dict().items() if v]
+    keys += [f"eval.{k}" for k in ("mirror", "aspect") if config.eval[k]]
+    keys += ["train.teacher"] if config.train.teacher else []
+    say(f"frozen stages: computed anew every epoch because of {', '.join(keys)}")
 
 
 def _feature_bytes(run: Run) -> int:

@@ -19,6 +19,7 @@ from covid_flax.files import expanded
 from covid_flax.mesh import Layout, make_layout
 from covid_flax.models import MODELS, batch_stats_stages, preprocessing_of
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
+from covid_flax.recalibrate import follow, is_due
 from covid_flax.run import Run, refuse_other_teacher
 from covid_flax.step import (
     StepConfig,
@@ -62,6 +63,8 @@ def make_job(run: Run) -> Job:
     steps_per_epoch = math.ceil(usable / batch_size)
     schedule = learning_rate_schedule(config.optimizer, steps_per_epoch, config.train.epochs)
     _note_warm_up(config)
+    _note_averages(config)
+    _note_batch_norm(run, steps_per_epoch)
     start = features_from(run)
     weights = None
     if config.train.class_weights == "balanced":
@@ -105,6 +108,46 @@ def _note_warm_up(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def _note_averages(config: ml_collections.ConfigDict) -> None:
+    """Speaks of a mean of the weights that keeps what a schedule passes through."""
+    if not config.train.swa_start:
+        return
+    if config.optimizer.warmup_epochs > config.train.swa_start:
+        say("note: train.swa_start is before the warm-up's end: the mean keeps weights of the rise")
+    if config.optimizer.schedule == "cosine":
+        say(
+            "note: train.swa_start means to average at a rate that stays up: set "
+            "optimizer.schedule=constant, or train.ema_decay in its place"
+        )
+
+
+# Of images in a part of a step; fewer have statistics that say little of all.
+_FEW_FOR_BATCH_NORM = 8
+# Of what the running statistics were before an epoch; more, and an evaluation's are not its own.
+_MOST_OF_BEFORE = 0.3
+
+
+def _note_batch_norm(run: Run, steps_per_epoch: int) -> None:
+    """Speaks of batch norm whose statistics cannot be good."""
+    config = run.config
+    if not follow(config, run.batch_stats):
+        return
+    part = config.train.micro_batch or config.train.batch_size
+    key = "micro_batch" if config.train.micro_batch else "batch_size"
+    if part < _FEW_FOR_BATCH_NORM:
+        say(
+            f"note: train.{key}={part}: batch norm takes its statistics from so few images: raise "
+            "it, or set model.batch_norm=frozen"
+        )
+    left = config.model.bn_momentum**steps_per_epoch
+    if left > _MOST_OF_BEFORE and not is_due(config, run.batch_stats):
+        say(
+            f"note: model.bn_momentum={config.model.bn_momentum:g} over {steps_per_epoch:,} steps "
+            f"an epoch leaves {left:.0%} of batch norm's statistics as they were before it: lower "
+            "it for evaluations to have their own"
+        )
+
+
 def step_config_of(config: ml_collections.ConfigDict, **others: Any) -> StepConfig:
     """A step's fields as the configuration says them, and `others`, which it does not say alone."""
     return StepConfig(
@@ -122,6 +165,14 @@ def _teacher(run: Run) -> Teacher | None:
     config = run.config.train
     if not config.teacher:
         return None
+    if config.teacher_weight == 0:
+        say("note: train.teacher_weight=0: nothing is learned from the teacher: leave it out")
+    without_effect = [
+        k for k in ("label_smoothing", "class_weights") if config[k] not in (0, "none")
+    ]
+    if config.teacher_weight == 1 and without_effect:
+        named = ", ".join(f"train.{key}" for key in without_effect)
+        say(f"note: train.teacher_weight=1: no label is learned from, so {named} has no effect")
     folder = expanded(config.teacher)
     teacher = open_run(folder)
     members = teacher.members if isinstance(teacher, Ensemble) else (teacher,)

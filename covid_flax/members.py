@@ -67,6 +67,11 @@ def check_members(
     config_lib.check(config)
     if config.repeats > 1 and config_lib.is_cross_validation(config.data):
         raise UserError("repeats and data.folds: set one, or data.fold to one of the folds")
+    if config.train.teacher and config_lib.is_cross_validation(config.data):
+        raise UserError(
+            "train.teacher and data.folds: whatever taught one fold has learned from what another "
+            "holds out: train each fold by itself (data.fold=0, ...), with a teacher of that fold"
+        )
     if has_checkpoints(workdir / "checkpoints"):
         raise UserError(f"{workdir} holds a single run: choose another --workdir")
     saved = read_run(workdir)

@@ -287,6 +287,12 @@ def _initial_weights(
     if path is None:
         say("weights: none, everything starts at random")
         _note_frozen_norms(config, set(batch_stats))
+        fixed = [s for s in params if params[s] and s not in trained_stages(config.model)]
+        if fixed:
+            say(
+                f"note: {', '.join(fixed)} begin at random and are never trained: set "
+                "model.trainable=all, or load weights"
+            )
         return params, batch_stats, about
     params, batch_stats, report = load_weights(
         read_weights(path),
@@ -369,9 +375,12 @@ def check_devices(config: ml_collections.ConfigDict) -> None:
             "train.shard_state and data.on_device=always need train.parallel=jit: set that"
         )
     in_a_step = train.batch_size // (jax.device_count() if train.parallel == "pmap" else 1)
-    for key in ("mixup", "cutmix"):
+    for key in ("mixup", "cutmix", "style"):
         if config.augment[key] and in_a_step < 2:
-            raise UserError(f"config.augment.{key} mixes pairs: raise config.train.batch_size")
+            raise UserError(
+                f"config.augment.{key} takes of another image in the step: raise "
+                "config.train.batch_size"
+            )
 
 
 def check_batches(config: ml_collections.ConfigDict, num_train: int) -> None:

@@ -61,6 +61,20 @@ KINDS = ("grid", "random", "halving")
 MAIN = (sys.executable, "-m", "covid_flax.main")
 ROOT = Path(__file__).resolve().parents[1]
 _RANGE = re.compile(r"(log|uniform)\(([^,()]+),([^,()]+)\)")
+# Keys by which other images are held out.
+_IMAGES = tuple(
+    f"data.{key}"
+    for key in (
+        "dir",
+        "split",
+        "split_seed",
+        "val_fraction",
+        "test_fraction",
+        "nested_test",
+        "groups_file",
+        "group_column",
+    )
+)
 _POLL_SECONDS = 0.5
 _REDUCTION = 3  # of successive halving: one trial in so many goes on from a rung
 _PLOTTED = 40  # settings in sweep.png, at most
@@ -171,6 +185,8 @@ def parse_axis(text: str, known: Mapping[str, Any]) -> Axis:
         raise UserError(
             f"--set={key}: give --config.data.folds=N: a setting is trained on each fold"
         )
+    if key in _IMAGES:
+        raise UserError(f"--set={key}: trials would be judged by other images: set --config.{key}")
     if key == "train.monitor":
         raise UserError("--set=train.monitor: trials are judged by it: set --config.train.monitor")
     like = known[key]

@@ -53,3 +53,15 @@ run_command(main)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: out of memory" in done.stderr and "train.batch_size" in done.stderr
+
+
+def test_a_fault_of_ours_ends_with_1_and_a_traceback():
+    code = """
+from covid_flax.command import run_command
+def main():
+    raise KeyError("ours")
+run_command(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "KeyError: 'ours'" in done.stderr

@@ -88,3 +88,18 @@ def test_peak_memory_is_at_least_what_the_process_holds():
     with open("/proc/self/statm") as f:
         resident = int(f.read().split()[1]) * 4096
     assert 0.9 * resident <= console.peak_memory() < 1e12
+
+
+def test_lines_name_the_epoch_and_the_split(clock, capsys):
+    meter = Meter(epochs=2, steps_per_epoch=5, step=0, clocks=NEW)
+    for step in (1, 5, 7, 10):
+        clock[0] += 2.0
+        _interval(meter, step, 10)
+    out = capsys.readouterr().out
+    for said in ("1/2 100% | step 5 |", "2/2  40% | step 7 |", "2/2 100% | step 10 |"):
+        assert f"epoch {said}" in out
+    meter.end_epoch(2, (0.4, 0.9), (0.7, 0.8), "best so far")
+    assert (
+        "epoch 2/2 done | train loss 0.4000 accuracy 0.9000 | val loss 0.7000 accuracy 0.8000 | "
+        "best so far | 8.0s"
+    ) in capsys.readouterr().out

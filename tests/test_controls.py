@@ -914,3 +914,13 @@ def test_a_source_is_carried_where_the_whole_interval_is_above_chance(low, told)
     text = " ".join(explain(report))
     assert ("carry the source beside" in text) is told
     assert "gives 80.0 % accuracy (the commonest class 40.0 %)" in text
+
+
+def test_greys_and_detail_are_what_these_two_conditions_change():
+    rng = np.random.default_rng(0)
+    image, other = (rng.integers(0, top, (64, 64, 1), np.uint8) for top in (120, 256))
+    changes = {c.name: c.change for c in conditions(histogram([other]), "x", masks=False)}
+    want = skimage.exposure.match_histograms(image.astype(float), other.astype(float))
+    assert np.abs(changes["histogram_matched"](image, None) - want).max() <= 0.5 + 1e-9
+    np.testing.assert_array_equal(changes["coarse"](image, None), coarsen(image))
+    assert (coarsen(image) != image).any()

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from scipy import special
 from sklearn.utils.class_weight import compute_class_weight
+from small_resnet import with_batch_norm
 
 from covid_flax import feature_cache
 from covid_flax.augment import Augment
@@ -318,3 +319,60 @@ def test_what_frozen_stages_make_of_images_is_cached_where_it_is_always_the_same
     tiny_config.train.feature_cache_gb, tiny_config.train.feature_disk_gb = 1.0, 2.0
     kept = [feature_cache._in_memory(tiny_config, gb) for gb in (1.0, 2.0, 2.1)]
     assert kept == [True, False, None]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"train.swa_start": 1, "optimizer.schedule": "cosine"}, "at a rate that stays up"),
+        ({"train.swa_start": 1, "optimizer.warmup_epochs": 1.5}, "weights of the rise"),
+        (
+            {"eval.mirror": True, "model.trainable": "head"},
+            "anew every epoch because of eval.mirror",
+        ),
+        ({"model.trainable": "head"}, "begin at random and are never trained"),
+    ],
+)
+def test_settings_that_undo_each_other_are_told(tiny_config, tmp_path, capsys, settings, words):
+    tiny_config.train.epochs = 2
+    make_job(setup(tiny_config, tmp_path / "plain"))
+    assert words not in capsys.readouterr().out
+    tiny_config.update_from_flattened_dict(settings)
+    make_job(setup(tiny_config, tmp_path / "told"))
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model.bn_momentum": 0.99}, "over 4 steps an epoch leaves 96%"),
+        ({"train.micro_batch": 5}, "train.micro_batch=5: batch norm takes"),
+    ],
+)
+def test_batch_norm_that_cannot_be_good_is_told(tiny_config, tmp_path, capsys, settings, words):
+    with_batch_norm(tiny_config)
+    tiny_config.model.bn_momentum = 0.5
+    make_job(setup(tiny_config, tmp_path / "plain"))
+    assert words not in capsys.readouterr().out
+    tiny_config.update_from_flattened_dict(settings)
+    make_job(setup(tiny_config, tmp_path / "told"))
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("last", "steps", "usable"), [("keep", 4, 60), ("drop", 3, 48)])
+def test_a_short_last_batch_is_kept_or_dropped(last, steps, usable, tiny_config, tmp_path):
+    tiny_config.train.batch_size, tiny_config.train.last_batch = 16, last
+    tiny_config.train.epochs = 1
+    run = setup(tiny_config, tmp_path)
+    job = make_job(run)
+    assert (job.steps_per_epoch, job.usable) == (steps, usable)
+    train(run)
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["step"] == steps
+
+
+def test_the_bytes_of_cached_features_are_counted(tiny_config, tmp_path):
+    tiny_config.model.trainable = "head"
+    run = setup(tiny_config, tmp_path / "run")
+    # LeNet-5 at 32 px: 5 x 5 x 16 float32 of 60 training and 20 validation images.
+    assert feature_cache._feature_bytes(run) == (60 + 20) * 5 * 5 * 16 * 4

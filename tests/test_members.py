@@ -331,3 +331,10 @@ def test_the_mean_of_each_figure_has_its_own_interval():
 def test_a_split_that_is_named_stays(tiny_config):
     tiny_config.repeats, tiny_config.seed, tiny_config.data.split_seed = 3, 5, 2
     assert {m.data.split_seed for m in member_configs(tiny_config).values()} == {2}
+
+
+def test_no_teacher_can_teach_all_folds(tiny_config, tmp_path):
+    tiny_config.data.split, tiny_config.data.folds = "grouped", 3
+    tiny_config.train.teacher = str(tmp_path / "teacher")
+    with pytest.raises(UserError, match="whatever taught one fold"):
+        check_members(tiny_config, tmp_path / "whole")

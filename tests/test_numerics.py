@@ -18,7 +18,14 @@ from covid_flax.checkpoint import Checkpoints
 from covid_flax.errors import UserError
 from covid_flax.numerics import all_finite, divergence
 from covid_flax.run import setup
-from covid_flax.step import StepConfig, create_state, make_train_step, zero_skipped
+from covid_flax.step import (
+    StepConfig,
+    Teacher,
+    create_state,
+    distillation_loss,
+    make_train_step,
+    zero_skipped,
+)
 from covid_flax.train import train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
@@ -215,6 +222,13 @@ def test_a_bad_gradient_is_never_saved(logged, tiny_config, tmp_path, monkeypatc
     with Checkpoints(workdir / "checkpoints") as c:
         assert c.steps == [4]
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(c._orbax.load(4)))
+
+
+def test_a_distilled_run_s_chance_is_its_own_loss_of_equal_answers():
+    assert "twice the best epoch's 0.5" in divergence([1.9, 0.5, 2.0], 1.386)
+    how = StepConfig("unit", teacher=Teacher(lambda x: x, 0.7, 2.0))
+    soft = distillation_loss(np.zeros((1, 4)), np.array([[3.0, 1, 0, 0]]), 2.0)[0]
+    assert how.chance_loss(4) == pytest.approx(0.3 * np.log(4) + 0.7 * float(soft), rel=1e-5)
 
 
 def test_the_note_of_a_diverging_run():

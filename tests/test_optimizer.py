@@ -135,3 +135,19 @@ def test_gradients_are_clipped_by_the_norm_of_all_arrays_together():
 def test_a_warm_up_of_half_an_epoch():
     schedule = learning_rate_schedule(_config(learning_rate=1.0, warmup_epochs=0.5), 10, 5)
     np.testing.assert_allclose([schedule(0), schedule(2), schedule(5)], [0, 0.4, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["keras", "optax"])
+def test_the_moments_decay_as_configured(problem, mode):
+    start, grads = problem
+    tx = make_optimizer(_config(epsilon_mode=mode, b1=0.5, b2=0.9), lambda _: 1e-2)
+    ours = np.asarray(_run(tx, start, grads)["kernel"])
+    if mode == "optax":
+        want = _run(optax.adam(1e-2, b1=0.5, b2=0.9, eps=1e-7), start, grads)["kernel"]
+    else:
+        variable = keras.Variable(np.asarray(start["kernel"]))
+        adam = keras.optimizers.Adam(1e-2, beta_1=0.5, beta_2=0.9)
+        for g in grads:
+            adam.apply([g["kernel"]], [variable])
+        want = variable.value
+    np.testing.assert_allclose(ours, np.asarray(want), rtol=0, atol=5e-6)

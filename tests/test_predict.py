@@ -13,6 +13,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.predictions import answers_csv
 from covid_flax.predict import predict
+from covid_flax.robustness import robustness
 from covid_flax.run import setup
 from covid_flax.train import train
 
@@ -130,3 +131,19 @@ def test_every_flag_reaches_the_answers(trained, monkeypatch, tmp_path):
     ((where, images), how) = called[0]
     assert (where, images) == (trained, ["x", "y"])
     assert how == {"checkpoint": "latest", "calibrated": True}
+
+
+def test_answers_are_of_the_checkpoint_asked_for(make_tiny_config, phantom_dir, tmp_path):
+    config, run = make_tiny_config(), tmp_path / "run"
+    config.train.epochs, config.train.min_delta = 2, 100.0  # best is step 4 of 8
+    train(setup(config, run))
+    seen = []
+    for which in ("best", "latest"):
+        got = predict(run, [str(phantom_dir)], checkpoint=which)
+        want = _evaluated(run, tmp_path / which, checkpoint=which)
+        for file, p in zip(got.files, got.probabilities, strict=True):
+            np.testing.assert_allclose(p, want[file.removeprefix(f"{phantom_dir}/")], atol=1e-6)
+        seen.append(got.probabilities)
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
+    report = robustness(run, checkpoint="latest", limit=4, output=tmp_path / "r")
+    assert report["checkpoint"] == {"which": "latest", "step": 8}

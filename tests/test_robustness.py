@@ -141,3 +141,21 @@ def test_of_some_images_the_figures_are_of_their_own_labels_and_groups():
     for row in report["corruptions"]:
         under = np.mean([strength["balanced_accuracy"] for strength in row["strengths"]])
         assert row["mean_balanced_drop"] == pytest.approx(balanced - under)
+
+
+def test_the_picture_is_of_the_report():
+    strengths = [
+        {"accuracy": a, "balanced_accuracy": 0.1, "accuracy_interval": [a - 0.1, a + 0.05]}
+        for a in (0.8, 0.6)
+    ]
+    row = {"name": "low_contrast", "unit": "x", "values": [2, 3], "strengths": strengths}
+    report = {"plain": {"accuracy": 0.9}, "mean_drop": 0.2, "corruptions": [row]}
+    figure = robustness_plot.robustness_figure(report, "t")
+    axes = figure.axes[0]
+    plain, curve = axes.lines
+    assert set(plain.get_ydata()) == {0.9}
+    np.testing.assert_allclose(curve.get_xydata(), [[1, 0.8], [2, 0.6]])
+    y = axes.collections[0].get_paths()[0].vertices[:, 1]
+    np.testing.assert_allclose([y.min(), y.max()], [0.5, 0.85])
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["2", "3"]
+    assert "90.0 % plain (dashed), mean drop 20.0 points" in figure.get_suptitle()

@@ -31,8 +31,10 @@ from covid_flax.feed import make_feed
 from covid_flax.job import make_job
 from covid_flax.models import MODELS, create_model
 from covid_flax.pretrained.names import keras_name
+from covid_flax.report import plots
+from covid_flax.report.log import RunLog
 from covid_flax.run import _appears, _refuse_other_split, only_trainer, read_run, setup
-from covid_flax.train import train
+from covid_flax.train import _start, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
 
@@ -716,7 +718,7 @@ def test_what_needs_no_images_is_refused_before_they_are_read(tiny_config, tmp_p
         ({"model.weights": "/nowhere.h5"}, "/nowhere.h5"),
         ({"model.weights_may_miss": ("conv2",)}, "weights_may_miss"),
         ({"train.micro_batch": 4}, "micro_batch=4 does not divide"),
-        ({"augment.mixup": 0.2, "train.batch_size": 1}, "augment.mixup mixes pairs"),
+        ({"augment.mixup": 0.2, "train.batch_size": 1}, "augment.mixup takes of another image"),
         ({"data.folds": 3}, "data.folds=3 needs data.split=grouped"),
         ({"data.intermediate_size": 1}, "intermediate_size=1: set a side .*at least 32"),
     ):
@@ -768,6 +770,115 @@ def test_a_split_of_the_user_s_is_not_replaced(tiny_config, tmp_path):
     with pytest.raises(UserError, match=r"split\.csv is not the split .*would be lost"):
         setup(tiny_config, tmp_path)
     assert read_split_csv(tmp_path / "split.csv") == other
+
+
+def test_a_seed_is_of_the_first_weights_and_of_what_steps_draw(tiny_config, tmp_path):
+    firsts = []
+    for seed in (3, 4):
+        tiny_config.seed, tiny_config.data.split_seed = seed, 0
+        run = setup(tiny_config, tmp_path / str(seed))
+        want = create_model(tiny_config.model, 4, seed)[1]
+        jax.tree.map(np.testing.assert_array_equal, run.params, want)
+        with Checkpoints(tmp_path / str(seed) / "checkpoints", writing=True) as c:
+            state, _, _ = _start(run, make_job(run), c)
+        np.testing.assert_array_equal(state.rng, jax.random.key_data(jax.random.key(seed)))
+        firsts.append(np.concatenate([np.ravel(x) for x in jax.tree.leaves(run.params)]))
+    assert np.abs(firsts[0] - firsts[1]).max() > 1e-3
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("covid_flax.train.mean_loss", lambda logits, labels: float("nan"))
+    with pytest.raises(UserError, match=r"validation loss is nan between steps 1 and 4"):
+        train(setup(tiny_config, tmp_path / "run"))
+    assert [line["split"] for line in _lines(tmp_path / "run")] == ["train"]
+    with Checkpoints(tmp_path / "run" / "checkpoints") as c:
+        assert c.steps == []
+
+
+def test_sigterm_is_noticed_between_lines_where_steps_are_slow(tiny_config, tmp_path, monkeypatch):
+    tiny_config.train.log_every_steps = 20  # an epoch has four steps
+    monkeypatch.setattr(preemption, "LOOK_EVERY_S", 1e-9)
+    real = feed_lib.train_iterator
+
+    class Preempted:
+        def __init__(self, *args, **kwargs):
+            self.batches, self.made = real(*args, **kwargs), 0
+
+        def __next__(self):
+            self.made += 1
+            if self.made == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return next(self.batches)
+
+        def __getattr__(self, name):
+            return getattr(self.batches, name)
+
+    monkeypatch.setattr(feed_lib, "train_iterator", Preempted)
+    with pytest.raises(preemption.Terminated, match="saved step 2;"):
+        train(setup(tiny_config, tmp_path / "run"))
+
+
+def test_logged_training_figures_are_of_the_training_images(tiny_config, tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(RunLog, "interval", lambda self, step, **f: steps.append(f))
+    tiny_config.model.dropout, tiny_config.optimizer.learning_rate = 0.0, 0.0
+    tiny_config.train.epochs, tiny_config.train.log_every_steps = 1, 1
+    train(setup(tiny_config, tmp_path))
+    line = _lines(tmp_path)[0]
+    judge = evaluate(tmp_path, split="train")
+    for key in ("loss", "accuracy"):
+        assert line[key] == pytest.approx(judge[key], rel=1e-4)
+        assert np.mean([f[key] for f in steps]) == pytest.approx(line[key], rel=1e-5)  # 4 x 15
+
+
+def test_the_epoch_that_is_kept_is_marked_and_named(tiny_config, tmp_path, monkeypatch, capsys):
+    marked, real = [], plots.curves_figure
+
+    def curves(records, **how):
+        marked.append(how)
+        return real(records, **how)
+
+    monkeypatch.setattr(plots, "curves_figure", curves)
+    tiny_config.train.epochs, tiny_config.train.patience = 9, 2
+    tiny_config.train.min_delta = 100.0  # the first stays the best, whatever the losses
+    train(setup(tiny_config, tmp_path / "run"))
+    assert marked == [{"best_epoch": 1}]
+    said = "early stop: val_loss has not improved by more than 100 for 2 epochs; best epoch 1"
+    assert said in capsys.readouterr().out
+
+
+def test_divergence_is_judged_of_every_epoch_and_said(tiny_config, tmp_path, monkeypatch, capsys):
+    seen = []
+
+    def judge(losses, chance):
+        seen.append((list(losses), chance))
+        return "it diverges"
+
+    monkeypatch.setattr("covid_flax.train.divergence", judge)
+    tiny_config.train.epochs = 2
+    train(setup(tiny_config, tmp_path))
+    losses = [line["loss"] for line in _lines(tmp_path) if line["split"] == "train"]
+    assert [s for s, _ in seen] == [losses[:1], losses] and seen[0][1] == pytest.approx(np.log(4))
+    assert capsys.readouterr().out.count("note: it diverges") == 2
+
+
+def test_clocks_and_events_go_on_after_a_kill(tiny_config, tmp_path, monkeypatch):
+    _train_killed_at(tiny_config, tmp_path, 5, monkeypatch)  # the checkpoint is of step 4
+    resume, begun, opened = Checkpoints.resume, RunLog.__init__, []
+
+    def later(self, like):
+        step, state, loop, lost = resume(self, like)
+        return step, state, loop | {"elapsed": 1e6}, lost
+
+    def begin(self, workdir, length=0, step=0):
+        opened.append(step)
+        begun(self, workdir, length, step)
+
+    monkeypatch.setattr(Checkpoints, "resume", later)
+    monkeypatch.setattr(RunLog, "__init__", begin)
+    train(setup(tiny_config, tmp_path))
+    with Checkpoints(tmp_path / "checkpoints") as c:
+        assert c.latest_loop["elapsed"] > 1e6 and opened == [4]
 
 
 def test_a_process_that_splits_otherwise_is_refused(tiny_config, tmp_path):

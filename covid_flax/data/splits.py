@@ -107,7 +107,9 @@ def make_split(
             f"data.folds={folds}, data.fold={fold}: two folds or more, counted from 0, and "
             "data.split=grouped"
         )
-    if not 0 < val_fraction < 1:
+    if folds:
+        val_fraction = (1 - test_fraction) / folds
+    elif not 0 < val_fraction < 1:
         raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1")
     if not 0 <= test_fraction < 1 or val_fraction + test_fraction >= 1:
         raise UserError(

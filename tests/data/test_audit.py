@@ -238,3 +238,21 @@ def test_the_command_loses_no_groups_that_are_another_s(clean, tmp_path):
     (tmp_path / "data").rename(tmp_path / "others")
     done = command("--data_dir=others", cwd=tmp_path)
     assert done.returncode == 2 and "choose another --output" in done.stderr
+
+
+def test_shared_images_are_counted_one_by_one_and_between_val_and_test(folder):
+    for name in ("c1", "c2"):
+        shutil.copy(folder / "COVID/00.png", folder / f"COVID/{name}.png")
+    part = {"COVID/c1.png": "test", "COVID/c2.png": "test", "COVID/00.png": "val"}
+    files = open_folder(str(folder)).files
+    result = run(folder, [Row(f.file, f.label, part.get(f.file, "train"), "") for f in files])
+    assert result.shared() == {"test": {"val": 2}, "val": {"test": 1}}
+    assert "2 of 2 test images have one of their group in val" in summary(result)
+
+
+def test_12_bits_in_a_file_of_16_are_dark_and_no_mask(folder):
+    chest = phantoms.draw("Normal", 999, 96).astype(np.uint16)
+    save(folder / "COVID/deep.png", chest * 16)
+    result = run(folder)
+    assert kinds(result) == {"COVID/deep.png": "dark"}
+    assert "scale them to the full range" in summary(result)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import skimage.exposure
@@ -90,3 +92,23 @@ def test_a_black_border_frames_the_whole_picture(image):
     want = Image.fromarray(image[..., 0]).resize((90, 90), Image.Resampling.BILINEAR)
     got = change("black_border", image, 4)
     np.testing.assert_array_equal(got[11:101, 11:101, 0], np.asarray(want))
+
+
+def test_the_rest_is_numpy_s_and_pillow_s(image):
+    x, how = image.astype(np.float64), Image.Resampling.BILINEAR
+    picture = Image.fromarray(image[..., 0])
+    exponents, factors = (0.85, 0.75, 0.65, 0.55, 0.45), (0.85, 0.7, 0.55, 0.4, 0.3)
+    qualities, shares = (60, 40, 25, 15, 8), (0.8, 0.65, 0.5, 0.4, 0.3)
+    table = zip(STRENGTHS, exponents, factors, qualities, shares, strict=True)
+    for strength, exponent, factor, quality, share in table:
+        want = 255 * (x / 255) ** exponent
+        assert np.abs(change("gamma_bright", image, strength) - want).max() <= 0.5 + 1e-9
+        want = (x.mean() + factor * (x - x.mean())).clip(0, 255)
+        assert np.abs(change("contrast", image, strength) - want).max() <= 0.5 + 1e-9
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=quality)
+        got = change("jpeg", image, strength)[..., 0]
+        np.testing.assert_array_equal(got, np.asarray(Image.open(file)))
+        side = round(share * 112)
+        want = picture.resize((side, side), how).resize((112, 112), how)
+        np.testing.assert_array_equal(change("rescale", image, strength)[..., 0], np.asarray(want))

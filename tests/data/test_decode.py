@@ -211,3 +211,12 @@ def test_threads_decode_alike():
         parallel = list(pool.map(lambda job: decode(job[1], job[0]), jobs))
     for (name, data), image in zip(jobs, parallel, strict=True):
         np.testing.assert_array_equal(image, decode(data, name))
+
+
+def test_16_bit_grey_of_the_other_byte_order_is_scaled():
+    """ImageJ's."""
+    values = np.array([[0, 128, 129, 255], [256, 1000, 40_000, 65_535]], ">u2")
+    data = encode(Image.frombytes("I;16B", (4, 2), values.tobytes()), "TIFF")
+    assert data[:2] == b"MM"
+    want = np.round(values.astype(np.float64) / 257)
+    np.testing.assert_array_equal(decode(data, "x.tif")[..., 0], want)

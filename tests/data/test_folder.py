@@ -418,3 +418,40 @@ def test_the_real_folders():
     ct = str(shared / "data/covid_ct")
     slices = open_folder(ct, groups_file="labels.csv", group_column="group_from_name")
     assert len(slices.files) == 746 and not slices.ungrouped
+
+
+@pytest.mark.parametrize("prefix", ["", f"{KAGGLE}/"])
+def test_a_csv_beside_the_classes_is_found_from_above(tmp_path, prefix):
+    root = kaggle_tree(tmp_path / "data", f"{KAGGLE}/")
+    rows = [(prefix + f, "g") for f in KAGGLE_FILES]
+    write_csv(tmp_path / "data" / KAGGLE / "groups.csv", ["file", "group"], *rows)
+    folder = open_folder(root)
+    assert set(folder.groups.values()) == {"g"} and not folder.ungrouped
+
+
+def test_what_a_nas_and_a_recycle_bin_hold_is_no_image(tmp_path):
+    others = ("a/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "@eaDir/x/1.png", "lost+found/1.png")
+    root = make(tmp_path, "a/1.png", "b/1.png", *others, "$RECYCLE.BIN/1.png")
+    folder = open_folder(root)
+    assert folder.class_names == ("a", "b")
+    assert [f.file for f in folder.files] == ["a/1.png", "b/1.png"]
+
+
+@pytest.mark.parametrize(
+    "parts", [("Testing", "Training"), ("train", "valid"), ("test", "validation")]
+)
+def test_every_name_of_a_split_s_part_is_known(tmp_path, parts):
+    root = make(tmp_path, *(f"x/{p}/{c}/1.png" for p in parts for c in "ab"))
+    with pytest.raises(UserError, match=rf"parts of a split \({', '.join(parts)}\)"):
+        open_folder(root)
+
+
+def test_sources_come_from_a_csv_that_is_named_or_tells_groups(tmp_path):
+    root = make(tmp_path / "data", *FOUR)
+    rows = [(f, f"p{i}", f"site{i}") for i, f in enumerate(FOUR)]
+    columns, want = ["file", "patient_id", "source_repo"], [f"site{i}" for i in range(4)]
+    write_csv(tmp_path / "far.csv", columns, *rows)
+    named = open_folder(root, groups_file=str(tmp_path / "far.csv"))
+    assert [f.source for f in named.files] == want
+    write_csv(tmp_path / "data" / "groups.csv", columns, *rows)
+    assert [f.source for f in open_folder(root).files] == want

@@ -287,6 +287,13 @@ def test_only_groups_that_are_told_or_shared_are_written(tmp_path):
     assert {"a/5.png", "b/5.png", "a/0.png"} <= named and len(named) == 8
 
 
+def test_folds_do_not_ask_for_a_share_of_val(tmp_path):
+    folder = grouped_folder(tmp_path, 0)
+    how = {"split": "grouped", "folds": 2, "fold": 0, "test_fraction": 0.6}
+    rows = make_split(folder, val_fraction=0.9, **how)
+    assert rows == make_split(folder, val_fraction=0.2, **how)
+
+
 def test_a_joined_group_bears_its_least_name():
     """Else a split would hang on the order of a set, which no two processes have alike."""
     groups = {f"{i}.png": f"g{i}" for i in range(100, 300)}

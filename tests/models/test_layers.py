@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from covid_flax import augment
-from covid_flax.models import create_model, expand, layers
+from covid_flax.models import MODELS, create_model, expand, layers
 from ml_collections_configs import base
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -191,3 +191,51 @@ def test_dropout_keeps_its_share_and_the_expectation():
     assert abs(np.mean(y == 0) - 0.25) < 0.01
     assert layers.dropout(x, 0.25, None) is x
     assert layers.dropout(x, 0.0, jax.random.key(0)) is x
+
+
+LIGHT = ["efficientnet_lite0_small", "mobilenet_v3_small", "densenet121"]
+
+
+def _light(name, **changes):
+    config = base.get_config().model
+    config.name, config.hidden_units = name, 0
+    config.update(changes)
+    return create_model(config, 4, 0)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_only_the_named_stages_of_a_light_network_use_batch_statistics(name):
+    graph, params, stats = _light(name)
+    x = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+    stem, stage, *_ = MODELS[name].stages
+    plain = nnx.merge(graph, params, stats)(x, stop=stem)
+    model = nnx.merge(graph, params, stats)
+    np.testing.assert_array_equal(model(x, stop=stem, batch_stats_in=(stage,)), plain)
+    model(x, stop=stage, batch_stats_in=(stage,))
+    after = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+    for other in stats:
+        pairs = zip(jax.tree.leaves(after[other]), jax.tree.leaves(stats[other]), strict=True)
+        assert all(np.array_equal(a, b) for a, b in pairs) == (other != stage), other
+
+
+@pytest.mark.parametrize("name", [*LIGHT, "efficientnet_b0"])
+def test_half_precision_reaches_every_stage(name):
+    graph, params, stats = _light(name, dtype="bfloat16")
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    for stage in MODELS[name].stages:
+        made = jax.eval_shape(lambda x, s=stage: nnx.merge(graph, params, stats)(x, stop=s), x)
+        assert made.dtype == (jnp.float32 if stage in ("pool", "head") else jnp.bfloat16), stage
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_statistics_move_by_the_configuration_s_momentum(name):
+    x = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    stem, moved = MODELS[name].stages[0], {}
+    for momentum in (0.0, 0.25):
+        graph, params, stats = _light(name, bn_momentum=momentum)
+        model = nnx.merge(graph, params, stats)
+        model(x, stop=stem, batch_stats_in=(stem,))
+        moved[momentum] = jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))[stem])
+    old = jax.tree.leaves(stats[stem])
+    for o, batch, got in zip(old, moved[0.0], moved[0.25], strict=True):
+        np.testing.assert_allclose(got, 0.25 * o + 0.75 * batch, rtol=1e-4, atol=1e-6)

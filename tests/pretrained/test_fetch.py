@@ -7,6 +7,7 @@ import http.server
 import os
 import re
 import threading
+import types
 from pathlib import Path
 
 import numpy as np
@@ -272,3 +273,17 @@ def test_resolve(tmp_path):
     for model in ("resnet50_v1_5", "resnet14_small"):
         with pytest.raises(UserError, match=f"none with a hash is published for {model}, only for"):
             fetch.resolve("imagenet", model, tmp_path)
+
+
+def test_a_package_s_file_that_is_another_is_refused(tmp_path, monkeypatch):
+    package, name, _ = fetch.INSTALLED["efficientnet_lite0"]
+    spec = types.SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: spec)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"other")
+    with pytest.raises(UserError, match="is not the published file .SHA-256 5793"):
+        fetch.resolve("imagenet", "efficientnet_lite0", tmp_path)
+    known = (package, name, hashlib.sha256(b"other").hexdigest())
+    monkeypatch.setitem(fetch.INSTALLED, "efficientnet_lite0", known)
+    assert fetch.resolve("imagenet", "efficientnet_lite0", tmp_path) == path

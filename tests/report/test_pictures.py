@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
+from covid_flax.evaluation.curves import reliability
 from covid_flax.evaluation.metrics import classification_report
 from covid_flax.evaluation.predictions import Predictions
 from covid_flax.report.pictures import (
@@ -174,3 +175,26 @@ def test_each_picture_names_its_own_area():
     made = evaluation_pictures(report, p)
     for key, area in (("roc", roc_auc_score), ("precision_recall", average_precision_score)):
         assert f"COVID {area(p.labels == 0, p.probabilities[:, 0]):.3f}" in made[key]
+
+
+def test_axes_bars_and_the_threshold_are_of_what_is_shown():
+    p = _predictions()
+    report = classification_report(p.labels, p.probabilities, NAMES, resamples=0)
+    report |= {"abstain": {"threshold": 0.9, "coverage": 0.4, "accuracy": 0.95}}
+    for calibration, shown in (
+        (None, True),
+        ({"applied": False}, False),
+        ({"applied": True}, True),
+    ):
+        made = evaluation_pictures(report | {"calibration": calibration}, p)
+        assert ("threshold 0.900" in _svg(made["risk_coverage"])[1]) == shown
+    for figure, labels in (
+        (roc_figure(p, NAMES, AREAS), ("false positive rate", "sensitivity")),
+        (precision_recall_figure(p, NAMES, AREAS), ("recall (sensitivity)", "precision (PPV)")),
+        (risk_coverage_figure(p), ("images kept (%)", "error among them (%)")),
+    ):
+        assert (figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()) == labels
+    bins = reliability(p.labels, p.probabilities)
+    bars = reliability_figure(p).axes[0].containers[0].lines[2][0].get_segments()
+    want = np.column_stack([bins.low, bins.high])[bins.count > 0]
+    np.testing.assert_allclose([bar[:, 1] for bar in bars], want, atol=1e-12)

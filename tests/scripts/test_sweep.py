@@ -130,6 +130,7 @@ def test_ranges():
         ("model.name=log(1,2)", ["no number"]),
         ("seed=0,1", ["--seeds"]),
         ("train.monitor=val_loss", ["--config.train.monitor"]),
+        ("data.split_seed=0,1", ["judged by other images", "--config.data.split_seed"]),
     ],
 )
 def test_what_cannot_be_set(text, words):
