@@ -16,7 +16,6 @@ def get_config():
     c = base.get_config()
     c.data.split = "grouped"
     c.data.groups_file = "labels.csv"
-    c.data.group_column = "group_from_name"
     c.data.val_fraction = 0.15
     c.data.test_fraction = 0.25
     c.data.image_size = 224  # the slices' longest side

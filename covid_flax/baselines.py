@@ -35,7 +35,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.files import expanded, refuse_foreign, write_json
 from covid_flax.report.summary import print_report
-from covid_flax.run import refuse_folds, saved_run
+from covid_flax.run import refuse_another_split, refuse_folds, saved_run
 from covid_flax.run_images import make_output, open_data
 
 SIDE = 28  # of a thumbnail, pixels
@@ -135,7 +135,8 @@ def baselines(
     output = output or workdir / "baselines"
     make_output(output, data)
     for name in models:
-        refuse_foreign(output / name, ("config.json", "split.csv", "metrics.jsonl"), "baseline")
+        refuse_foreign(output / name, ("config.json", "metrics.jsonl"), "baseline")
+        refuse_another_split(output / name, data.rows)
     started = time.monotonic()
     splits = [s for s in ("train", "val", "test") if data.files(s)]
     images = {split: read_images(data, split, config.data) for split in splits}

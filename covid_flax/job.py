@@ -137,9 +137,9 @@ def _note_batch_norm(run: Run, steps_per_epoch: int) -> None:
     if part < _FEW_FOR_BATCH_NORM:
         say(
             f"note: train.{key}={part}: batch norm takes its statistics from so few images: raise "
-            "it, or set model.batch_norm=frozen"
+            "it" + ("" if config.model.weights == "none" else ", or set model.batch_norm=frozen")
         )
-    left = config.model.bn_momentum**steps_per_epoch
+    left = config.model.bn_momentum ** (steps_per_epoch * (config.train.batch_size // part))
     if left > _MOST_OF_BEFORE and not is_due(config, run.batch_stats):
         say(
             f"note: model.bn_momentum={config.model.bn_momentum:g} over {steps_per_epoch:,} steps "

@@ -121,8 +121,8 @@ def _start(
     if found is None:
         if has_figures(run.workdir):
             say(f"note: {run.workdir} has figures but no checkpoint: it begins anew")
-            if jax.process_index() == 0:  # the steps' temperatures are not of the weights to come
-                (run.workdir / "calibration.json").unlink(missing_ok=True)
+        if jax.process_index() == 0:  # the steps' temperatures are not of the weights to come
+            (run.workdir / "calibration.json").unlink(missing_ok=True)
         stopping = EarlyStopping(
             mode="min" if config.train.monitor == "val_loss" else "max",
             min_delta=config.train.min_delta,

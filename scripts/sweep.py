@@ -66,6 +66,7 @@ _IMAGES = tuple(
     f"data.{key}"
     for key in (
         "dir",
+        "phantoms_per_class",
         "split",
         "split_seed",
         "val_fraction",
@@ -549,7 +550,8 @@ def _open(plan: Plan, workdir: Path) -> dict[str, dict[str, Any]]:
     changed = {k: v for k, v in config_lib.changes(spec, now, defaults).items() if k not in free}
     if not changed and list(spec["set"]) != list(now["set"]):  # trials are named by that order
         changed = {"set": f"its --set were in the order {', '.join(spec['set'])}"}
-    if list(changed) == ["config.data.split_seed"] and spec["config"].get("data.split_seed") == -1:
+    older = len(spec["seeds"]) > 1 and spec["config"].get("data.split_seed") == -1
+    if older and list(changed) == ["config.data.split_seed"]:
         raise UserError(
             f"{workdir} holds a sweep of an older kind, in which each seed had its own split, so "
             "that test images chose settings: begin it anew in another --workdir"

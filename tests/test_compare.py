@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from covid_flax.compare import (
     compare,
     holm,
     mcnemar,
+    print_comparison,
     read_evaluations,
     write_comparison,
 )
@@ -24,7 +26,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.assess import assess
 from covid_flax.evaluation.predictions import Predictions, predictions_csv
 from covid_flax.files import write_atomically
-from covid_flax.report.comparison import _verdict
+from covid_flax.report.comparison import _pair_table, _verdict
 from covid_flax.report.write import write_evaluation
 
 NAMES = ("COVID", "Normal", "Viral Pneumonia")
@@ -617,3 +619,47 @@ def test_who_alone_is_right_is_told_of_the_right_run(tmp_path):
     text = " ".join((tmp_path / "compare.html").read_text().split())
     assert "Right where the other is wrong: on 9 images against 4;" in text
     assert "<td>9</td><td>4</td>" in text.replace(' class="figure"', "")  # alone right, alone wrong
+
+
+def _failing(*parts):
+    """Runs `a`, `b`, ... that fail these images of sixty, and have all others right."""
+    labels, groups = images(60)
+    for name, part in zip("abc", parts, strict=False):
+        x = labels.copy()
+        x[part] = (labels[part] + 1) % 3
+        yield evaluation(name, labels, np.eye(3)[x] * 0.7 + 0.1, groups)
+
+
+def test_the_greatest_accuracy_is_named(tmp_path):
+    runs = [*_failing(slice(0, 9), slice(0, 4), slice(0, 1))]
+    write_comparison(tmp_path, compare(runs, resamples=5))
+    assert "Greatest accuracy: <b>c</b>." in (tmp_path / "compare.html").read_text()
+
+
+def test_who_alone_is_right_in_every_pair_and_on_the_console(capsys):
+    found = compare([*_failing(slice(0, 9), slice(9, 13), slice(13, 14))], resamples=5)
+    table = _pair_table(found["pairs"], "Pair", both=True)
+    row = dict(zip(table["head"], table["rows"][0], strict=True))
+    assert row["Pair"] == "b less a"  # b has the 9 that a fails, a the 4 that b fails
+    assert (row["Only the first right"], row["Only the second right"]) == ("4", "9")
+    print_comparison(found)
+    lines = capsys.readouterr().out.splitlines()
+    i = next(i for i, line in enumerate(lines) if "right alone" in line)
+    shown = dict(zip(re.split(" {2,}", lines[i]), re.split(" {2,}", lines[i + 1]), strict=True))
+    assert (shown["right alone"], shown["wrong alone"]) == ("9", "4")
+
+
+def test_the_table_s_calibration_error_and_bounds(tmp_path):
+    labels, groups = images(90)
+    p, q = predict(labels, 1.5, 1), predict(labels, 1, 2)
+    runs = [evaluation("a", labels, p, groups), evaluation("b", labels, q, groups)]
+    write_comparison(tmp_path / "out", compare(runs, resamples=40))
+    top, right = p.max(1), p.argmax(1) == labels
+    bins = np.ceil(15 * top) - 1
+    ece = sum(abs((top - right)[bins == b].sum()) for b in range(15)) / 90
+    with open(tmp_path / "out/compare.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    row = next(r for r in rows if (r["run"], r["figure"]) == ("a", "ece"))
+    assert float(row["value"]) == pytest.approx(ece, abs=1e-9)
+    bounds = [(float(r["low"]), float(r["high"])) for r in rows if r["low"]]
+    assert bounds and all(low < high for low, high in bounds)

@@ -39,7 +39,7 @@ from covid_flax.evaluation import source_probe
 from covid_flax.evaluation.metrics import classification_report
 from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.evaluation.twins import find_twins
-from covid_flax.report.controls_page import explain, verdict, write_controls_page
+from covid_flax.report.controls_page import _table, explain, verdict, write_controls_page
 from covid_flax.run import setup
 from covid_flax.train import train
 
@@ -924,3 +924,38 @@ def test_greys_and_detail_are_what_these_two_conditions_change():
     assert np.abs(changes["histogram_matched"](image, None) - want).max() <= 0.5 + 1e-9
     np.testing.assert_array_equal(changes["coarse"](image, None), coarsen(image))
     assert (coarsen(image) != image).any()
+
+
+def test_each_column_of_the_page_holds_its_own_figure():
+    report, _ = _told(20, {"whole": 0.9})
+    report["class_names"] = NAMES
+    report["references"]["guessing"] = {"accuracy": 0.31, "balanced_accuracy": 0.25}
+    report["conditions"][1] |= {
+        "accuracy": 0.11,
+        "accuracy_interval": [0.1, 0.12],
+        "changed": 0.33,
+        "balanced_accuracy": 0.22,
+        "balanced_accuracy_interval": [0.2, 0.24],
+        "changed_interval": [0.3, 0.36],
+        "recall_interval": dict.fromkeys(NAMES),
+        "recall": dict(zip(NAMES, (0.51, 0.52, 0.53, 0.54), strict=True)),
+    }
+    table = _table(report)
+    texts = [re.sub("<[^>]*>", "", str(x)).replace("\xa0", " ") for x in table["rows"][1]]
+    got = dict(zip(table["head"], texts, strict=True))
+    assert got["Accuracy"] == "11.0 % (10.0\N{EN DASH}12.0)"
+    assert got["Balanced accuracy"] == "22.0 % (20.0\N{EN DASH}24.0)"
+    assert got["Answers changed"] == "33.0 % (30.0\N{EN DASH}36.0)"
+    assert [got[f"Sensitivity {n}"][:2] for n in NAMES] == ["51", "52", "53", "54"]
+
+
+def test_what_is_answered_and_each_recall_s_interval():
+    rng = np.random.default_rng(6)
+    labels, p = rng.choice(4, 240, p=[0.2, 0.1, 0.6, 0.1]), rng.dirichlet(np.ones(4), 240)
+    got = figures.condition_figures(p, labels, p, NAMES, np.arange(240))
+    answers = p.argmax(1)
+    assert list(got["predicted"].values()) == np.bincount(answers, minlength=4).tolist()
+    for k, name in enumerate(NAMES):
+        right = (answers == k)[labels == k]
+        want = scipy.stats.binomtest(int(right.sum()), len(right)).proportion_ci(method="wilson")
+        assert got["recall_interval"][name] == pytest.approx([want.low, want.high])

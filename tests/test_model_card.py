@@ -673,3 +673,37 @@ def test_the_card_s_sentences_hold_the_right_figure(tmp_path):
     assert (
         f" 0.0{s}% of the test images are answered." in statements(read_artefacts(folder))["output"]
     )
+
+
+def test_whether_the_temperature_was_applied_and_what_it_did(tmp_path):
+    folder = write_run(tmp_path / "run")
+    found = {"temperature": 1.375, "ece": {"before": 0.321, "after": 0.123}}
+    for applied, word in ((True, "applied"), (False, "not applied")):
+        change(folder / "eval/test/report.json", calibration=found | {"applied": applied})
+        said = statements(read_artefacts(folder))["recalibration"]
+        assert (
+            f"; {word} to the figures of test, where the error is 0.321 without and 0.123 with it"
+        ) in said
+
+
+def test_the_card_s_tables_have_each_figure_under_its_head(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "eval/test/report.json"
+    report = json.loads(path.read_text())
+    report |= {"balanced_accuracy": 0.333, "ece": 0.055, "accuracy": 0.444}
+    report["macro"]["auroc"] = 0.777
+    figures = {"recall": 0.11, "specificity": 0.22, "precision": 0.33, "npv": 0.44}
+    report["per_class"]["COVID"] |= figures
+    path.write_text(json.dumps(report))
+    sections = {s.title: s for s in card(read_artefacts(folder))}
+    table = sections["Summary"].tables[0]
+    row = dict(zip(table.head, next(r for r in table.rows if r[0] == "test"), strict=True))
+    for head, x in (("Accuracy", "44.4"), ("Balanced accuracy", "33.3"), ("AUROC", "0.777")):
+        assert row[head].startswith(x), head
+    assert row["ECE"].startswith("0.055")
+    table = sections["Evaluation: test"].tables[0]
+    row = dict(zip(table.head, table.rows[0], strict=True))
+    for head, x in zip(
+        ("Sensitivity", "Specificity", "PPV", "NPV"), ("11", "22", "33", "44"), strict=True
+    ):
+        assert row[head].startswith(f"{x}.0"), head

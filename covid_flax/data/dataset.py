@@ -224,10 +224,11 @@ def _notes(folder: DataFolder, config: Any) -> list[str]:
             )
     elif split != "grouped":
         notes.append("the split does not heed the known groups; data.split=grouped does")
-    elif folder.unused:
-        notes.append(f"{folder.unused}: it is not heeded beside data.groups_file")
-    elif folder.ungrouped:
-        notes.append(f"{len(folder.ungrouped):,} images are in no known group: each is its own")
+    else:
+        if folder.unused:
+            notes.append(f"{folder.unused}: it is not heeded beside data.groups_file")
+        if folder.ungrouped:
+            notes.append(f"{len(folder.ungrouped):,} images are in no known group: each is its own")
     return notes
 
 

@@ -139,3 +139,16 @@ def test_what_is_withheld_goes_by_the_scaled_probability():
     kept = truth.max(1) >= 0.6
     assert got["coverage"] == kept.mean()
     assert got["accuracy"] == (truth.argmax(1) == labels)[kept].mean()
+
+
+def test_copies_make_what_is_answered_no_surer():
+    labels, p, truth = _planted(3.0, n=200)
+    groups = tuple(f"g{i // 4}" for i in range(800))
+    abstain = {"target_accuracy": 0.9, "threshold": 0.6}
+    chosen = {"split": "val", "temperature": 3.0, "abstain": abstain}
+    names, files = tuple("abcd")[: p.shape[1]], tuple(map(str, range(800)))
+    copies = Predictions(names, files, np.repeat(labels, 4), np.repeat(p, 4, 0), groups)
+    got = assess(copies, split="test", calibration=chosen)[0]["abstain"]
+    n, a = int((truth.max(1) >= 0.6).sum()), got["accuracy"]  # of images, not of copies
+    low, high = got["accuracy_interval"]
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(a * (1 - a) / n), rel=0.25)

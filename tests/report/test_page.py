@@ -17,6 +17,7 @@ from covid_flax.evaluation.metrics import classification_report
 from covid_flax.evaluation.predictions import Predictions
 from covid_flax.report import pictures
 from covid_flax.report.page import (
+    _average_table,
     figure3,
     percent,
     render,
@@ -431,3 +432,43 @@ def test_the_matrix_s_table_has_true_rows(tmp_path):
     for i, name in enumerate(NAMES):
         row = np.bincount(p.predicted[p.labels == i], minlength=4)
         assert f"{name} {' '.join(map(str, row))}" in text
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_every_class_has_its_own_interval(tmp_path):
+    stats = pytest.importorskip("scipy.stats")
+    p = _predictions()
+    text = _read(_write(tmp_path, _report(p), p))["classes"]
+    for k, name in enumerate(NAMES):
+        right = (p.predicted == k)[p.labels == k]
+        hits, of = int(right.sum()), len(right)
+        low, high = stats.binomtest(hits, of).proportion_ci(method="wilson")
+        ends = f"{100 * low:.1f}\N{EN DASH}{100 * high:.1f}"
+        assert f"{name} {of} {100 * hits / of:.1f} % ({ends})" in text
+
+
+def test_captions_stand_under_their_pictures(tmp_path, monkeypatch):
+    said = {
+        "confusion": "Confusion matrix",
+        "reliability": "Reliability",
+        "roc": "ROC",
+        "precision_recall": "Precision and recall",
+        "risk_coverage": "Risk and coverage",
+        "decision": "Decision curves",
+    }
+    made = {name: Markup("<img alt='{}'>").format(name) for name in said}
+    monkeypatch.setattr(pictures, "evaluation_pictures", lambda report, predictions: made)
+    p = _predictions()
+    text = _write(tmp_path, _report(p), p).read_text()
+    found = re.findall(r"<figure><img alt='(\w+)'>\s*<figcaption><b>([^<]*)\.</b>", text)
+    assert dict(found) == said
+
+
+def test_averages_stand_under_their_kind():
+    report = _report(_predictions())
+    report["macro"]["recall"], report["weighted"]["recall"] = 0.111, 0.999
+    table = _average_table(report)
+    rows = (dict(zip(table["head"], row, strict=True)) for row in table["rows"])
+    row = next(row for row in rows if row["Average"] == "Sensitivity")
+    assert ">11.1\N{NO-BREAK SPACE}%<" in row["Unweighted"]
+    assert ">99.9\N{NO-BREAK SPACE}%<" in row["By images"]

@@ -198,3 +198,12 @@ def test_axes_bars_and_the_threshold_are_of_what_is_shown():
     bars = reliability_figure(p).axes[0].containers[0].lines[2][0].get_segments()
     want = np.column_stack([bins.low, bins.high])[bins.count > 0]
     np.testing.assert_allclose([bar[:, 1] for bar in bars], want, atol=1e-12)
+
+
+def test_the_legend_holds_the_picture_s_own_areas():
+    p = _predictions()
+    report = classification_report(p.labels, p.probabilities, NAMES, resamples=0)
+    made = evaluation_pictures(report, p)
+    for key, area in (("roc", roc_auc_score), ("precision_recall", average_precision_score)):
+        for i, name in enumerate(NAMES):
+            assert f"{name} {area(p.labels == i, p.probabilities[:, i]):.3f}" in _svg(made[key])[1]

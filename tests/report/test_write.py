@@ -12,6 +12,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.metrics import classification_report
 from covid_flax.evaluation.predictions import Predictions, read_predictions
 from covid_flax.files import write_atomically
+from covid_flax.report.summary import print_report
 from covid_flax.report.write import write_evaluation
 
 NAMES = ['Lung, "opaque"', "Größe 肺", "plain"]
@@ -186,3 +187,11 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_part(tmp_path, monkeypa
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_console_s_table_holds_recall_then_precision(tmp_path, capsys):
+    labels, answers = np.repeat([0, 1], 4), np.array([0, 0, 0, 1, 0, 0, 1, 1])
+    report = classification_report(labels, np.eye(2)[answers], ["a", "b"], loss=0.5, resamples=0)
+    print_report(report | {"split": "test", "alarms": []}, tmp_path)
+    rows = [x.split() for x in capsys.readouterr().out.splitlines() if x[:2] in ("a ", "b ")]
+    assert rows == [["a", "3", "1", "0.7500", "0.6000"], ["b", "2", "2", "0.5000", "0.6667"]]

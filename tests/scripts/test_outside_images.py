@@ -156,3 +156,23 @@ def test_copies_make_the_score_no_surer(tmp_path, monkeypatch):
         return re.search(r"AUROC .*\)", outside_images.score(folder / "predictions.csv"))[0]
 
     assert scored(1) == scored(4)
+
+
+def test_each_source_gives_its_images_their_class(tmp_path):
+    for name in (
+        "dataset/images/JPCNN001.png",
+        "dataset/images/JPCLN001.png",
+        "images/p1.jpg",
+        "images/p2.png",
+        "images/p3.png",
+    ):
+        _save(tmp_path / name, np.zeros((8, 8), np.uint8))
+    (tmp_path / "metadata.csv").write_text(
+        "patientid,finding\np1,COVID-19\np2,No finding\np3,Pneumonia\n"
+    )
+
+    def found(source):
+        return {path.name: label for path, label in source(tmp_path)}
+
+    assert found(outside_images._jsrt) == {"JPCNN001.png": "Normal"}  # no nodule
+    assert found(outside_images._figure1) == {"p1.jpg": "COVID", "p2.png": "Normal"}
