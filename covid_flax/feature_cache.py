@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 
-from covid_flax.augment import Augment
 from covid_flax.console import say
 from covid_flax.data.pipeline import ArraySource
 from covid_flax.models import stage_before, trained_stages
@@ -26,17 +24,27 @@ def cacheable(config: Any) -> str | None:
 
     It is where no image is augmented, seen in other views too, or shown to a teacher.
     """
-    changed = Augment(**config.augment.to_dict()).active or config.eval.mirror or config.eval.aspect
-    if changed or config.train.teacher:
-        return None
+    return None if _changing(config) else _last_frozen(config)
+
+
+def _last_frozen(config: Any) -> str | None:
     return stage_before(config.model, trained_stages(config.model)[0])
+
+
+def _changing(config: Any) -> list[str]:
+    """The keys for which the frozen stages' output has to be computed anew every epoch."""
+    keys = [f"augment.{k}" for k, v in config.augment.to_dict().items() if v]
+    keys += [f"eval.{k}" for k in ("mirror", "aspect") if config.eval[k]]
+    return keys + (["train.teacher"] if config.train.teacher else [])
 
 
 def features_from(run: Run) -> str | None:
     """The stage to start from with cached inputs; None where nothing is cached. Says which."""
     before = cacheable(run.config)
     if before is None:
-        _say_why_not(run.config)
+        if _last_frozen(run.config) is not None:
+            keys = ", ".join(_changing(run.config))
+            say(f"frozen stages: computed anew every epoch because of {keys}")
         return None
     gigabytes = _feature_bytes(run) / 1e9
     in_memory = _in_memory(run.config, gigabytes)
@@ -52,16 +60,6 @@ def features_from(run: Run) -> str | None:
         f"computed once, {gigabytes:.2f} GB {'in memory' if in_memory else 'on disk'}"
     )
     return run.trained[0]
-
-
-def _say_why_not(config: ml_collections.ConfigDict) -> None:
-    """Where stages are frozen, and their output is computed anew for keys that could be changed."""
-    if stage_before(config.model, trained_stages(config.model)[0]) is None:
-        return
-    keys = [f"augment.{k}" for k, v in config.augment.to_dict().items() if v]
-    keys += [f"eval.{k}" for k in ("mirror", "aspect") if config.eval[k]]
-    keys += ["train.teacher"] if config.train.teacher else []
-    say(f"frozen stages: computed anew every epoch because of {', '.join(keys)}")
 
 
 def _feature_bytes(run: Run) -> int:

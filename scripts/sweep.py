@@ -35,7 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -773,6 +773,11 @@ def mean_interval(
     return found["mean"], found["interval"]
 
 
+def _repeated_by(rows: Iterable[Mapping[str, Any]]) -> str:
+    """What tells the runs of a setting apart: "fold" or "seed", of trials or of a ranking."""
+    return "fold" if any("fold" in row or "folds" in row for row in rows) else "seed"
+
+
 def rank(trials: Sequence[Mapping[str, Any]], monitor: str) -> list[dict[str, Any]]:
     """The settings, best mean first; those with a failed or stopped trial after all others.
 
@@ -783,7 +788,7 @@ def rank(trials: Sequence[Mapping[str, Any]], monitor: str) -> list[dict[str, An
     groups = itertools.groupby(sorted(trials, key=lambda t: t["setting"]), lambda t: t["setting"])
     for setting, group in groups:
         of_setting = list(group)
-        kind = "fold" if "fold" in of_setting[0] else "seed"
+        kind = _repeated_by(of_setting)
         values = [m[monitor] for m in of_setting if m["state"] != "failed"]
         share = monitor == "val_accuracy"
         mean, interval = mean_interval(values, share=share) if values else (None, None)
@@ -853,7 +858,7 @@ def _csv(trials: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bytes:
     figures = ["val_accuracy", "val_loss", "best_epoch", "epochs", "seconds", "error"]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    fold = ["fold"] if any("fold" in t for t in trials) else []
+    fold = ["fold"] if _repeated_by(trials) == "fold" else []
     writer.writerow(["trial", "seed", *fold, *keys, "state", *figures])
     for t in trials:
         settings = [t["settings"][key] for key in keys]
@@ -865,7 +870,7 @@ def _csv(trials: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bytes:
 
 def table(ranking: Sequence[Mapping[str, Any]], keys: Sequence[str], monitor: str) -> list[str]:
     """The console's lines, best first."""
-    kind = "fold" if any("folds" in r for r in ranking) else "seed"
+    kind = _repeated_by(ranking)
     rows = [["", *keys, monitor, "95 % interval", f"{kind}s", ""]]
     for place, r in enumerate(ranking, 1):
         low_high = "-" if r["interval"] is None else "{:.4f} to {:.4f}".format(*r["interval"])
@@ -900,8 +905,8 @@ def _png(ranking: Sequence[Mapping[str, Any]], monitor: str) -> bytes:
     ]
     axes.set_yticks(range(len(shown)), labels, fontsize=8)
     axes.invert_yaxis()
-    kind = "folds" if any("folds" in r for r in ranking) else "seeds"
-    axes.set_xlabel(f"best {monitor}: {kind} (|), mean (o), 95 % t-interval of the mean (line)")
+    kind = _repeated_by(ranking)
+    axes.set_xlabel(f"best {monitor}: {kind}s (|), mean (o), 95 % t-interval of the mean (line)")
     axes.grid(axis="x", alpha=0.3)
     more = len([r for r in ranking if r["mean"] is not None]) - len(shown)
     axes.set_title("Settings, best first" + (f"; {more} more in sweep.csv" if more else ""))

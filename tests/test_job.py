@@ -321,6 +321,14 @@ def test_what_frozen_stages_make_of_images_is_cached_where_it_is_always_the_same
     assert kept == [True, False, None]
 
 
+def _assert_told_with(settings, words, config, tmp_path, capsys):
+    make_job(setup(config, tmp_path / "plain"))
+    assert words not in capsys.readouterr().out
+    config.update_from_flattened_dict(settings)
+    make_job(setup(config, tmp_path / "told"))
+    assert words in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -335,11 +343,7 @@ def test_what_frozen_stages_make_of_images_is_cached_where_it_is_always_the_same
 )
 def test_settings_that_undo_each_other_are_told(tiny_config, tmp_path, capsys, settings, words):
     tiny_config.train.epochs = 2
-    make_job(setup(tiny_config, tmp_path / "plain"))
-    assert words not in capsys.readouterr().out
-    tiny_config.update_from_flattened_dict(settings)
-    make_job(setup(tiny_config, tmp_path / "told"))
-    assert words in capsys.readouterr().out
+    _assert_told_with(settings, words, tiny_config, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
@@ -352,11 +356,7 @@ def test_settings_that_undo_each_other_are_told(tiny_config, tmp_path, capsys, s
 def test_batch_norm_that_cannot_be_good_is_told(tiny_config, tmp_path, capsys, settings, words):
     with_batch_norm(tiny_config)
     tiny_config.model.bn_momentum = 0.5
-    make_job(setup(tiny_config, tmp_path / "plain"))
-    assert words not in capsys.readouterr().out
-    tiny_config.update_from_flattened_dict(settings)
-    make_job(setup(tiny_config, tmp_path / "told"))
-    assert words in capsys.readouterr().out
+    _assert_told_with(settings, words, tiny_config, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(("last", "steps", "usable"), [("keep", 4, 60), ("drop", 3, 48)])

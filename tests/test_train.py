@@ -147,6 +147,26 @@ def test_killed_and_resumed_equals_undisturbed(kill, resumable, straight, tmp_pa
     _assert_same_run(workdir, whole)
 
 
+def _preempt(monkeypatch, at_batch):
+    """SIGTERM comes when the training iterator is asked for that batch, counted from 1."""
+    real = feed_lib.train_iterator
+
+    class Preempted:
+        def __init__(self, *args, **kwargs):
+            self.batches, self.made = real(*args, **kwargs), 0
+
+        def __next__(self):
+            self.made += 1
+            if self.made == at_batch:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return next(self.batches)
+
+        def __getattr__(self, name):
+            return getattr(self.batches, name)
+
+    monkeypatch.setattr(feed_lib, "train_iterator", Preempted)
+
+
 # Amid an epoch, at an epoch's last step, and amid one that is over before anything is looked at.
 @pytest.mark.parametrize(
     ("made", "log_every", "saved"),
@@ -163,22 +183,7 @@ def test_sigterm_saves_and_the_run_goes_on(
     workdir = tmp_path / "run"
     resumable.train.log_every_steps = log_every
     monkeypatch.setattr(preemption, "LOOK_EVERY_S", 1e6)  # fast, however slow this machine is
-    real = feed_lib.train_iterator
-
-    class Preempted:
-        def __init__(self, *args, **kwargs):
-            self.batches, self.made = real(*args, **kwargs), 0
-
-        def __next__(self):
-            self.made += 1
-            if self.made == made:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return next(self.batches)
-
-        def __getattr__(self, name):
-            return getattr(self.batches, name)
-
-    monkeypatch.setattr(feed_lib, "train_iterator", Preempted)
+    _preempt(monkeypatch, at_batch=made)
     with pytest.raises(preemption.Terminated, match="saved step"):
         train(setup(resumable, workdir))
     monkeypatch.undo()
@@ -798,22 +803,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(tiny_config, tmp_pat
 def test_sigterm_is_noticed_between_lines_where_steps_are_slow(tiny_config, tmp_path, monkeypatch):
     tiny_config.train.log_every_steps = 20  # an epoch has four steps
     monkeypatch.setattr(preemption, "LOOK_EVERY_S", 1e-9)
-    real = feed_lib.train_iterator
-
-    class Preempted:
-        def __init__(self, *args, **kwargs):
-            self.batches, self.made = real(*args, **kwargs), 0
-
-        def __next__(self):
-            self.made += 1
-            if self.made == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return next(self.batches)
-
-        def __getattr__(self, name):
-            return getattr(self.batches, name)
-
-    monkeypatch.setattr(feed_lib, "train_iterator", Preempted)
+    _preempt(monkeypatch, at_batch=2)
     with pytest.raises(preemption.Terminated, match="saved step 2;"):
         train(setup(tiny_config, tmp_path / "run"))
 

@@ -223,12 +223,9 @@ def _check_images(folder: DataFolder, bar: tqdm) -> tuple[dict[str, str], int]:
 
     def check(file: str) -> tuple[str, bool]:
         try:
-            pixels = decode(folder.read(file), file)
-        except UserError as e:
-            return printable(str(e)), False
+            return _look_at(folder, file)
         finally:
             bar.update()
-        return "", is_dark(pixels)
 
     files = [f.file for f in folder.files]
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -238,13 +235,12 @@ def _check_images(folder: DataFolder, bar: tqdm) -> tuple[dict[str, str], int]:
     return bad, sum(dark for _, dark in found)
 
 
-def _problem(folder: DataFolder, file: str) -> str:
-    """Why an image cannot be used; "" for one that can."""
+def _look_at(folder: DataFolder, file: str) -> tuple[str, bool]:
+    """Why an image cannot be used, "" for one that can; and whether it is dark."""
     try:
-        decode(folder.read(file), file)
+        return "", is_dark(decode(folder.read(file), file))
     except UserError as e:
-        return printable(str(e))
-    return ""
+        return printable(str(e)), False
 
 
 def _bad_images(folder: DataFolder, bad: Mapping[str, str], place: Path) -> UserError:
@@ -303,7 +299,7 @@ def _open(place: Path, folder: DataFolder) -> Records | None:
         return None
     bad, dark = marker
     # What kept an image from being read may be gone without a trace on the file.
-    bad = {file: _problem(folder, file) for file in bad}
+    bad = {file: _look_at(folder, file)[0] for file in bad}
     if not all(bad.values()):
         shutil.rmtree(place, ignore_errors=True)
         return None

@@ -65,7 +65,6 @@ class Tables:
     ) -> None:
         self._told_in = {*GROUP_COLUMNS, "source_repo"} | ({group_column} - {""})
         self._tree, self._path, self._dataset, self._labels = tree, path, dataset, labels
-        self._group_column, self._tolerant = group_column, tolerant
         self._name = os.path.basename(os.path.abspath(path))
         self._manifest: _Table | None = None
         self.unused = ""  # why the folder's own csv tells no groups, where there is one
@@ -81,9 +80,9 @@ class Tables:
         if groups_file:
             named = self._explicit(groups_file)
             self._of_groups = [(named, self._group_columns(named, group_column))]
-            self._of_groups += [] if group_column else self._beside()
-        elif (table := self._automatic()) is not None:
-            self._of_groups = [(table, self._group_columns(table, group_column))]
+            self._of_groups += [] if group_column else self._own("", tolerant=True)
+        else:
+            self._of_groups = self._own(group_column, tolerant=tolerant)
 
     def groups(self) -> tuple[dict[str, str] | None, frozenset[str]]:
         """Group of every file, or None where no csv tells groups; and the files it gives none.
@@ -166,32 +165,23 @@ class Tables:
         found.append(self._matched(from_class_on, self._dataset))
         return self._usable(_Table(groups_file, columns, max(found, key=len)))
 
-    def _automatic(self) -> _Table | None:
-        asked, table = self._group_column, None
+    def _own(self, asked: str, *, tolerant: bool) -> list[tuple[_Table, list[str]]]:
+        """The folder's own csv and its columns; none where there is none, or it is of no use."""
         try:
             table = self._groups_csv_or_manifest(asked)
             if table is not None:
-                self._group_columns(table, asked)
+                return [(table, self._group_columns(table, asked))]
         except UserError as e:
-            if not self._tolerant or asked:
+            if not tolerant or asked:
                 raise
             self.unused = str(e)
-            return None
-        if table is None and asked:
+            return []
+        if asked:
             raise UserError(
                 f"data.group_column={asked}, but {self._path} has no groups.csv or manifest.csv "
                 "with that column: name the csv with data.groups_file"
             )
-        return table
-
-    def _beside(self) -> list[tuple[_Table, list[str]]]:
-        """The folder's own csv and its columns, where another is named; none if it is of no use."""
-        try:
-            table = self._groups_csv_or_manifest("")
-            return [] if table is None else [(table, self._group_columns(table, ""))]
-        except UserError as e:
-            self.unused = str(e)
-            return []
+        return []
 
     def _groups_csv_or_manifest(self, asked: str) -> _Table | None:
         groups = self._find("groups.csv")
