@@ -33,7 +33,7 @@ from covid_flax.data.audit import Audit, audit
 from covid_flax.data.decode import decode
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.errors import run_script
-from covid_flax.files import make_writable
+from covid_flax.files import result_file
 
 # Beyond the strengths that the audit is meant for, to show where it ends.
 KINDS: dict[str, tuple[float, ...]] = {
@@ -175,10 +175,8 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=200)
     parser.add_argument("--total", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     args = parser.parse_args()
-    if args.json:
-        make_writable(args.json.parent)
 
     folder = open_folder(args.data_dir, require_two_classes=False)
     alone = audit(folder, progress=True)

@@ -45,7 +45,7 @@ from typing import Any
 import numpy as np
 
 from covid_flax.errors import run_script
-from covid_flax.files import make_writable
+from covid_flax.files import result_file
 from covid_flax.host_memory import KeptMemory, prepare_allocator
 
 CLASSES = 4
@@ -337,11 +337,9 @@ def main() -> None:
         default=sys.executable,
         help="interpreter of an environment with TensorFlow and Keras",
     )
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--json", type=result_file, help="file to write the figures to")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.json:
-        make_writable(args.json.parent)
     args.batch = args.batch or BATCH[args.mode]
     if args.serve:
         return serve(args.serve, args.network, args.mode, args.batch, args.size)

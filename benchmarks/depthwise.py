@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from covid_flax.errors import run_script  # noqa: E402
-from covid_flax.files import make_writable  # noqa: E402
+from covid_flax.files import result_file  # noqa: E402
 
 # Side, channels and kernel: MobileNetV2's second block, EfficientNet-B0's last, three between.
 SHAPES = ((56, 96, 3), (28, 144, 5), (14, 480, 5), (7, 1152, 5), (7, 1152, 3))
@@ -92,12 +92,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     parser.add_argument("--torch_python", default=sys.executable, help="one that has PyTorch")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.json:
-        make_writable(args.json.parent)
     if args.serve:
         serve(args.serve, args.batch)
         return

@@ -23,7 +23,7 @@ import jax
 
 from covid_flax.data import phantoms
 from covid_flax.errors import UserError, run_script
-from covid_flax.files import make_writable
+from covid_flax.files import result_file
 from covid_flax.numerics import divergence
 from covid_flax.run import setup
 from covid_flax.train import train
@@ -75,10 +75,8 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     args = parser.parse_args()
-    if args.json:
-        make_writable(args.json.parent)
     runs: list[dict[str, Any]] = []
     print(f"{'network':<16}{'rate':>8}  {'diverged':>8}  {'noted':>8}  last training losses")
     with tempfile.TemporaryDirectory() as directory:

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from covid_flax.errors import run_script
-from covid_flax.files import make_writable
+from covid_flax.files import result_file
 
 CONTESTANTS = (
     "covid_flax files",
@@ -299,12 +299,10 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=30.0, help="milliseconds of the feigned step")
     parser.add_argument("--tf_python", default=sys.executable, help="python that has TensorFlow")
     parser.add_argument("--only", nargs="+", choices=CONTESTANTS, default=CONTESTANTS)
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--json", type=result_file, help="file to write the figures to")
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.json:
-        make_writable(args.json.parent)
     if args.serve:
         return serve(args)
 

@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from covid_flax.compiler import aot
 from covid_flax.errors import run_script
-from covid_flax.files import make_writable
+from covid_flax.files import result_file
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 4
@@ -115,10 +115,8 @@ def main() -> None:
     parser.add_argument("--topology", default="v5e:2x4")
     parser.add_argument("--size", type=int, default=128, help="side of the images in pixels")
     parser.add_argument("--batch", type=int, default=256, help="images a device")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--json", type=result_file, help="file to write the figures to")
     args = parser.parse_args()
-    if args.json:
-        make_writable(args.json.parent)
     jax.config.update("jax_enable_compilation_cache", False)
     mesh = aot.topology_mesh(args.topology)
     batch = args.batch * mesh.size

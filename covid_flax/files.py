@@ -193,6 +193,17 @@ def make_writable(folder: Path) -> None:
         ) from e
 
 
+def result_file(name: str) -> Path:
+    """A command line's type: a file to be written after long work, whose folder is made now.
+
+    Raises:
+      UserError: nothing can be written there.
+    """
+    path = Path(name)
+    make_writable(path.parent)
+    return path
+
+
 def part_of(path: Path) -> Path:
     """Where this process writes what it will rename to `path`, a file or a folder."""
     mine = f".{path.name}.{platform.node()}."

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from covid_flax.errors import run_script
-from covid_flax.files import make_writable
+from covid_flax.files import result_file
 
 KINDS = (
     "a bit flipped",
@@ -240,12 +240,10 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--place", type=Path, help="folder for the copies (a temporary one)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.json:
-        make_writable(args.json.parent)
     if args.work:
         work(args.work, args.place, args.first, args.trials, args.seed)
         return 0

@@ -35,7 +35,7 @@ from typing import Any
 from kill_trials import LIMIT_S, command, differences, finish, outcome
 
 from covid_flax.errors import run_script
-from covid_flax.files import make_writable
+from covid_flax.files import result_file
 
 AS_ANY_USER = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 KINDS = ("full", "read-only", "slow")
@@ -120,10 +120,8 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=5, help="of each kind")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     args = parser.parse_args()
-    if args.json:
-        make_writable(args.json.parent)
     if "slow" in args.kinds and not shutil.which("strace"):
         print("error: --kinds slow needs strace: install it, or give --kinds full read-only")
         return 2

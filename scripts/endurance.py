@@ -42,7 +42,7 @@ from covid_flax.console import Meter
 from covid_flax.data import phantoms
 from covid_flax.errors import run_script
 from covid_flax.evaluate import evaluate
-from covid_flax.files import make_writable, write_atomically
+from covid_flax.files import result_file, write_atomically
 from covid_flax.run import setup
 from ml_collections_configs import base
 
@@ -350,11 +350,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--place", type=Path, help="where the temporary folder is made")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    if args.json:
-        make_writable(args.json.parent)
     with tempfile.TemporaryDirectory(dir=args.place) as directory:
         result = {"steps": steps, "images": images, "runs": runs}[args.mode](args, Path(directory))
     holds = _print(result)

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from covid_flax.errors import run_script
-from covid_flax.files import make_writable
+from covid_flax.files import result_file
 
 COMMAND = (
     "--config=configs/lenet.py",
@@ -195,10 +195,8 @@ def main() -> int:
     parser.add_argument("--sigterm", type=float, default=0.2, help="share of the kills")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--place", type=Path, help="folder for the runs (a temporary one)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     args = parser.parse_args()
-    if args.json:
-        make_writable(args.json.parent)
     counts: collections.Counter[tuple[str, str]] = collections.Counter()
     failed, trials = [], []
     with tempfile.TemporaryDirectory(dir=args.place) as folder:

@@ -30,7 +30,7 @@ from typing import Any
 from kill_trials import LIMIT_S, command, differences, outcome
 
 from covid_flax.errors import run_script
-from covid_flax.files import make_writable
+from covid_flax.files import result_file
 
 KILLS_A_RUN = 3
 # JAX's own patience with its coordinator beyond ours, and as much again for a loaded machine.
@@ -117,10 +117,8 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="at least so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peer_timeout", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     args = parser.parse_args()
-    if args.json:
-        make_writable(args.json.parent)
     rng = random.Random(args.seed)
     kills: list[dict[str, Any]] = []
     faults: list[str] = []
