@@ -152,6 +152,11 @@ def check(config: ml_collections.ConfigDict) -> None:
             f"config.data.intermediate_size={flat['data.intermediate_size']}: set a side in pixels "
             "of at least 32, or 0"
         )
+    if (flat["data.split"] == "file") != bool(flat["data.split_file"]):
+        raise UserError(
+            "config.data.split=file and config.data.split_file=CSV go together: set both, or "
+            "neither"
+        )
     if flat["data.folds"] > 1 and flat["data.split"] != "grouped":
         raise UserError(
             f"config.data.folds={flat['data.folds']} needs data.split=grouped: set that"

@@ -67,6 +67,7 @@ _FREE_ON_RESUME = (
     *WITHOUT_EFFECT,
     "data.dir",
     "data.groups_file",
+    "data.split_file",
     "data.on_bad_image",
     "train.teacher",
 )

@@ -33,7 +33,8 @@ def get_config() -> ml_collections.ConfigDict:
     d.phantoms_per_class = 0  # > 0 and no dir: draw that many synthetic X-rays a class and use them
     # "" is the folder covid_flax in $XDG_CACHE_HOME, which is ~/.cache where it is not set.
     d.cache_dir = ""  # where image records, decoded images and downloaded weights are kept
-    d.split = "paper-sorted"  # paper-sorted, paper-random or grouped; see covid_flax/data/splits.py
+    d.split = "paper-sorted"  # paper-sorted, paper-random, grouped or file; see docs/data.md
+    d.split_file = ""  # file only: csv of file and split (train, val, test), as a run's split.csv
     d.val_fraction = 0.2  # share of the images that choose the epoch
     d.test_fraction = 0.0  # share kept for `--split=test` (grouped only)
     d.folds = 0  # grouped only, > 1: cross-validation, val is one of so many parts (and test apart)

@@ -68,6 +68,7 @@ _IMAGES = tuple(
         "dir",
         "phantoms_per_class",
         "split",
+        "split_file",
         "split_seed",
         "val_fraction",
         "test_fraction",

@@ -92,6 +92,14 @@ def test_values_no_run_could_use_are_refused_by_key(key, value):
         config_lib.check(config)
 
 
+@pytest.mark.parametrize("key", ["split", "split_file"])
+def test_a_split_s_file_goes_with_its_rule(key):
+    config = base.get_config()
+    config.data[key] = "file"
+    with pytest.raises(UserError, match="set both, or neither"):
+        config_lib.check(config)
+
+
 def test_a_fold_of_none_is_refused():
     config = base.get_config()
     config.data.split, config.data.fold = "grouped", 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from small_resnet import with_batch_norm
 from covid_flax import feature_cache
 from covid_flax.augment import Augment
 from covid_flax.compiler.chips import PEAKS
+from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.job import make_job, peak_rate
@@ -138,6 +141,38 @@ def test_the_paper_s_nested_split_has_a_test_part(tiny_config, tmp_path):
     data = setup(tiny_config, tmp_path / "run").data
     # Of each class's 20 images: 5, and 25 % of the 15 others.
     assert len(data.files("test")) == 20 and len(data.files("val")) == 12
+
+
+def test_another_run_s_split_is_taken_and_what_it_does_not_name_is_left_out(
+    tiny_config, tmp_path, capsys
+):
+    theirs = setup(tiny_config, tmp_path / "theirs").data.rows
+    tiny_config.data.split = "file"
+    tiny_config.data.split_file = str(tmp_path / "theirs/split.csv")
+    ours = setup(tiny_config, tmp_path / "ours").data
+    assert [r.split for r in ours.rows] == [r.split for r in theirs]
+    assert "left out" not in capsys.readouterr().out
+
+    first = theirs[0].file
+    kept = [
+        dataclasses.replace(row, file="a/z.png") if row.file == first else row for row in theirs
+    ]
+    write_split_csv(tmp_path / "some.csv", kept)
+    tiny_config.data.split_file = str(tmp_path / "some.csv")
+    tiny_config.train.epochs = 1
+    run = setup(tiny_config, tmp_path / "some")
+    out = capsys.readouterr().out
+    assert "1 image has no part in" in out and "1 row is of no image here" in out
+    train(run)
+    assert len(run.data.rows) == len(theirs) - 1 == len(read_split_csv(run.workdir / "split.csv"))
+    report = evaluate(run.workdir, split="val")
+    assert report["num_examples"] == sum(
+        row.split == "val" for row in kept if row.file != "a/z.png"
+    )
+    setup(tiny_config, tmp_path / "some")  # the same command goes on
+    os.remove(tmp_path / "some.csv")
+    with pytest.raises(UserError, match=r"data\.split_file=.*some.csv is neither in"):
+        setup(tiny_config, tmp_path / "some")
 
 
 def test_the_beginning_of_a_network_takes_the_whole_one_s_weights(tiny_config, tmp_path):

@@ -595,6 +595,15 @@ def test_the_best_epoch_by_loss_has_the_least(tmp_path):
     assert "best val_loss: 2 of 3 trained" in text_of(folder)
 
 
+def test_a_split_that_a_csv_told_is_named_by_it(tmp_path):
+    folder = write_run(tmp_path / "run")
+    saved = json.loads((folder / "config.json").read_text())
+    saved["config"]["data"] |= {"split": "file", "split_file": "theirs/split.csv"}
+    (folder / "config.json").write_text(json.dumps(saved))
+    said = statements(read_artefacts(folder))["partition"]
+    assert said.startswith("As theirs/split.csv tells it. Images used: train ")
+
+
 def test_what_else_the_training_was_like_is_told(tmp_path):
     folder = write_run(tmp_path / "run")
     saved = json.loads((folder / "config.json").read_text())

@@ -15,7 +15,7 @@ from covid_flax.data import phantoms
 from covid_flax.data.builder import Records, prepare
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.data.pipeline import ImageSource, StoreSource
-from covid_flax.data.splits import Row, make_split
+from covid_flax.data.splits import Row, crossing, make_split
 from covid_flax.data.store import NoStoreError, build_store, open_store
 from covid_flax.errors import UserError, printable
 from covid_flax.files import cache_dir
@@ -30,7 +30,7 @@ class Dataset:
     Attributes:
       folder: where the images lie.
       records: their bytes, by index.
-      rows: the split, one row an image.
+      rows: the split, one row an image of it.
       class_names: in the order of the class indices.
       notes: what a person should know of the data, a line each.
       bad_images: images left out as they cannot be read: the reason by name.
@@ -112,6 +112,15 @@ class Dataset:
         return self._stores[key]
 
 
+def _open(config: Any, root: str) -> DataFolder:
+    return open_folder(
+        root,
+        groups_file=config.groups_file,
+        group_column=config.group_column,
+        split_file=config.split_file,
+    )
+
+
 def _split_seed(config: Any, seed: int) -> int:
     return int(seed if config.split_seed < 0 else config.split_seed)
 
@@ -139,7 +148,7 @@ def check_splits(configs: Sequence[Any], seed: int) -> None:
     first = configs[0]
     if not first.dir:
         return  # phantoms are drawn with each
-    folder = open_folder(first.dir, groups_file=first.groups_file, group_column=first.group_column)
+    folder = _open(first, first.dir)
     if first.on_bad_image == "skip":
         folder, _ = prepare_readable(folder, first)
     for config in configs:
@@ -162,14 +171,14 @@ def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:
             "config.data.dir is empty: give the image folder, --config.data.dir=DIR "
             "(Kaggle's COVID-19 Radiography Database, unpacked or its zip)"
         )
-    folder = open_folder(root, groups_file=config.groups_file, group_column=config.group_column)
+    folder = _open(config, root)
     records = None
     if config.on_bad_image == "skip":  # else later: what a split lacks is told at once
         folder, records = prepare_readable(folder, config)
     rows = _split(folder, config, seed)
     if records is None:
         folder, records = prepare_readable(folder, config)
-    notes = _notes(folder, config)
+    notes = _notes(folder, config, rows)
     if records.bad:
         notes.insert(0, f"{left_out(records.bad)} (all in config.json)")
     if records.dark:
@@ -203,11 +212,13 @@ def dark_images(count: int) -> str:
     )
 
 
-def _notes(folder: DataFolder, config: Any) -> list[str]:
+def _notes(folder: DataFolder, config: Any, rows: Sequence[Row]) -> list[str]:
     split, notes = config.split, []
-    if split == "grouped" and config.nested_test:
+    if split in ("grouped", "file") and config.nested_test:
         notes.append("data.nested_test is for paper-sorted and paper-random: it does nothing here")
-    if split != "grouped" and config.test_fraction:
+    if folder.told_split is not None:
+        notes += _notes_of_told(folder, rows)
+    elif split != "grouped" and config.test_fraction:
         notes.append(f"data.test_fraction is for data.split=grouped: {split} draws no test part")
     if others := folder.passed_over():
         notes.append(f"{others}: left out")
@@ -222,13 +233,29 @@ def _notes(folder: DataFolder, config: Any) -> list[str]:
             notes.append(
                 f"no groups.csv or manifest.csv says which images belong together: {known}"
             )
-    elif split != "grouped":
+    elif split not in ("grouped", "file"):
         notes.append("the split does not heed the known groups; data.split=grouped does")
     else:
         if folder.unused:
             notes.append(f"{folder.unused}: it is not heeded beside data.groups_file")
         if folder.ungrouped:
             notes.append(f"{len(folder.ungrouped):,} images are in no known group: each is its own")
+    return notes
+
+
+def _notes_of_told(folder: DataFolder, rows: Sequence[Row]) -> list[str]:
+    """What a split that a csv tells leaves out, and what it parts."""
+    told, notes = folder.told_split, []
+    assert told is not None
+    if left := len(folder.files) - len(rows):
+        has = "images have" if left > 1 else "image has"
+        notes.append(f"{left:,} {has} no part in {told.name}: left out")
+    if told.strangers:
+        are = "rows are" if told.strangers > 1 else "row is"
+        notes.append(f"{told.strangers:,} {are} of no image here, in {told.name}")
+    if parted := crossing(rows):
+        lie = "groups of images lie" if parted > 1 else "group of images lies"
+        notes.append(f"{parted:,} {lie} on both sides of the split, in {told.name}")
     return notes
 
 

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from covid_flax.data.decode import is_image
 from covid_flax.data.file_tree import LAYOUTS, FileTree, join, open_tree
-from covid_flax.data.tables import Tables, refuse_mislabelled
+from covid_flax.data.tables import Tables, ToldSplit, refuse_mislabelled
 from covid_flax.errors import UserError
 from covid_flax.files import expanded
 
@@ -59,6 +59,7 @@ class DataFolder:
       loose: how many images lie beside the class folders.
       masks: folders beside the classes whose names say that they hold masks, and that hold images.
       unused: why the folder's own csv tells no groups, where there is one.
+      told_split: the split that a csv tells, where one was named.
     """
 
     root: Path
@@ -73,6 +74,7 @@ class DataFolder:
     loose: int = 0
     masks: tuple[str, ...] = ()
     unused: str = ""
+    told_split: ToldSplit | None = None
 
     def read(self, file: str) -> bytes:
         """The content of `file`. Thread safe. UserError where it cannot be read."""
@@ -174,6 +176,7 @@ def open_folder(
     *,
     groups_file: str = "",
     group_column: str = "",
+    split_file: str = "",
     require_two_classes: bool = True,
     classes: Collection[str] = (),
 ) -> DataFolder:
@@ -190,6 +193,7 @@ def open_folder(
         folder that holds the classes, or in the folder above `path`.
       group_column: its column of groups; one that is named counts alone, and no other csv does. ""
         takes `GROUP_COLUMNS`: images that one of those which are there puts together stay together.
+      split_file: csv with the columns `file` and `split`, looked for as `groups_file` is.
       require_two_classes: whether one class alone is an error.
       classes: names known to be of classes, where images are scored, not learned from: such a
         folder, if it is the only one, is a class, whatever folders lie in it; folders without an
@@ -198,8 +202,8 @@ def open_folder(
 
     Raises:
       UserError: no such folder, a broken zip, no image, an empty class, a single class,
-        an image whose name or csv row says another class, unusable groups, or folders of a
-        split in place of classes.
+        an image whose name or csv row says another class, unusable groups or parts, or
+        folders of a split in place of classes.
     """
     path = os.path.expanduser(path)
     try:
@@ -237,6 +241,7 @@ def open_folder(
         loose=_loose(tree, dataset),
         masks=_masks(tree, dataset),
         unused=tables.unused,
+        told_split=tables.split(split_file) if split_file else None,
     )
 
 

@@ -14,13 +14,14 @@ import numpy as np
 
 from covid_flax.data.folder import DataFolder, ImageFile
 from covid_flax.data.groups import joined
+from covid_flax.data.tables import ToldSplit
 from covid_flax.errors import UserError
 from covid_flax.files import csv_bytes, write_atomically
 
-RULES = ("paper-sorted", "paper-random", "grouped")
+RULES = ("paper-sorted", "paper-random", "grouped", "file")
 
-_COLUMNS = ["file", "label", "split", "group"]
 PARTS = ("train", "val", "test")
+_COLUMNS = ["file", "label", "split", "group"]
 _OF_BYTES = re.compile("[0-9a-f]{16}")  # what `DataFolder.same_bytes` calls them
 
 
@@ -54,6 +55,15 @@ def groups_told(rows: Sequence[Row]) -> bool:
 MANY_ALIKE = 0.5  # share of files so named from which on they may be copies
 
 
+def crossing(rows: Sequence[Row]) -> int:
+    """How many groups are in more than one part."""
+    parts = defaultdict(set)
+    for row in rows:
+        if row.group:
+            parts[row.group].add(row.split)
+    return sum(len(found) > 1 for found in parts.values())
+
+
 def named_alike(files: Sequence[str], rows: Sequence[Row]) -> int:
     """How many of `files` bear the name of one of `rows` that trained or chose the epoch."""
     fitted = {PurePosixPath(row.file).name for row in rows if row.split != "test"}
@@ -77,7 +87,8 @@ def make_split(
     int(val_fraction * n) are val, as `ImageDataGenerator(validation_split=val_fraction)`
     has it. `paper-random`: that many drawn at random in each class. `grouped`: whole groups
     only, each class's shares as near to the fractions as the groups allow; files of identical
-    bytes stay together, whether groups are known or not.
+    bytes stay together, whether groups are known or not. `file`: as the csv tells it that the
+    folder was opened with (`folder.told_split`); nothing else counts.
 
     Args:
       folder: the images, in Keras's order.
@@ -94,7 +105,8 @@ def make_split(
         groups alone.
 
     Returns:
-      One row an image, in the order of `folder.files`.
+      One row an image, in the order of `folder.files`; under `file` of those alone that have a
+      part.
 
     Raises:
       UserError: unknown split, fractions out of range, or a class left without an image in
@@ -109,16 +121,18 @@ def make_split(
         )
     if folds:
         val_fraction = (1 - test_fraction) / folds
-    elif not 0 < val_fraction < 1:
+    elif split != "file" and not 0 < val_fraction < 1:
         raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1")
-    if not 0 <= test_fraction < 1 or val_fraction + test_fraction >= 1:
+    if split != "file" and not (0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
         raise UserError(
             f"data.test_fraction={test_fraction} must be 0 or more, and less than 1 together with "
             f"data.val_fraction={val_fraction}"
         )
     groups = folder.groups
-    if split == "grouped":
+    if split in ("grouped", "file"):
         groups = joined(groups, folder.same_bytes) if groups else folder.same_bytes
+    if split == "grouped":
+        assert groups is not None
         if folds:
             fractions = [(1 - test_fraction) / folds] * folds
             names = ["val" if i == fold else "train" for i in range(folds)]
@@ -128,13 +142,31 @@ def make_split(
             fractions, names = [*fractions, test_fraction], [*names, "test"]
         parts = _grouped(folder.files, groups, fractions, names, seed)
         wanted = PARTS if test_fraction > 0 else PARTS[:2]
+    elif split == "file":
+        assert folder.told_split is not None  # `config.check` has seen to it
+        parts = _as_told(folder.told_split)
+        wanted = PARTS if "test" in parts.values() else PARTS[:2]
     else:  # paper-sorted or paper-random
         parts = _by_class(folder, split, val_fraction, nested_test, seed)
         wanted = PARTS if nested_test else PARTS[:2]
     groups = _known(groups, folder) if groups else {}
-    rows = [Row(f.file, f.label, parts[f.file], groups.get(f.file, "")) for f in folder.files]
+    rows = [
+        Row(f.file, f.label, parts[f.file], groups.get(f.file, ""))
+        for f in folder.files
+        if f.file in parts
+    ]
     _check_classes(rows, folder.class_names, wanted, split)
     return rows
+
+
+def _as_told(told: ToldSplit) -> dict[str, str]:
+    for file, part in told.parts.items():
+        if part not in PARTS:
+            raise UserError(
+                f"{told.name} puts {file} into {part!r}: its `split` is {', '.join(PARTS)}, or "
+                "empty for an image that is left out"
+            )
+    return dict(told.parts)
 
 
 def _known(groups: Mapping[str, str], folder: DataFolder) -> dict[str, str]:
@@ -247,7 +279,10 @@ def _check_classes(
             if not found[label, part]:
                 total = sum(found[label, p] for p in PARTS)
                 unit = "images or groups" if split == "grouped" else "images"
+                mend = f"add {unit} of it, or change the fractions"
+                if split == "file":
+                    mend = "give one in data.split_file"
                 raise UserError(
                     f"data.split={split} leaves class {label} ({total} images) without a {part} "
-                    f"image: add {unit} of it, or change the fractions"
+                    f"image: {mend}"
                 )

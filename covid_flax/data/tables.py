@@ -8,7 +8,7 @@ import io
 import os
 import unicodedata
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import PurePosixPath
 
 from covid_flax.data.decode import is_image
@@ -30,11 +30,30 @@ def refuse_mislabelled(wrong: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Table:
-    """A csv of files: its name for messages, columns, and the row of each listed image."""
+    """A csv of files: its name for messages, columns, and the row of each listed image.
+
+    `strangers` are rows of no image that is here.
+    """
 
     name: str
     columns: list[str]
     rows: dict[str, dict[str, str]]
+    strangers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ToldSplit:
+    """A split that a csv tells.
+
+    Attributes:
+      name: the csv's, for messages.
+      parts: of each file that has one.
+      strangers: how many rows are of no image that is here.
+    """
+
+    name: str
+    parts: Mapping[str, str]
+    strangers: int
 
 
 class Tables:
@@ -78,7 +97,7 @@ class Tables:
         # the patients' csv, or have never seen it. A column that is named is meant alone.
         self._of_groups: list[tuple[_Table, list[str]]] = []
         if groups_file:
-            named = self._explicit(groups_file)
+            named = self._explicit(groups_file, "groups_file")
             self._of_groups = [(named, self._group_columns(named, group_column))]
             self._of_groups += [] if group_column else self._own("", tolerant=True)
         else:
@@ -93,15 +112,7 @@ class Tables:
         labels = self._labels
         if not self._of_groups:
             return None, frozenset()
-        names = set(labels.values())
-        refuse_mislabelled(
-            [
-                f"{file} is {said} in {table.name}"
-                for table, _ in self._of_groups
-                for file, label in labels.items()
-                if (said := table.rows.get(file, {}).get("label", "")) in names and said != label
-            ]
-        )
+        self._refuse_other_labels([table for table, _ in self._of_groups])
         told = [
             {file: table.rows.get(file, {}).get(column, "").strip() for file in labels}
             for table, columns in self._of_groups
@@ -116,6 +127,34 @@ class Tables:
                 own = f"{own} (own)"
             groups[file] = own
         return joined(groups, *told[1:]), ungrouped
+
+    def split(self, split_file: str) -> ToldSplit:
+        """What a csv with the columns `file` and `split` tells; nothing of images without a part.
+
+        Raises:
+          UserError: there is no such csv, it lists no image, or says another class of one.
+        """
+        table = self._explicit(split_file, "data.split_file")
+        if "split" not in table.columns:
+            raise UserError(
+                f"{table.name} has no column `split` (it has {', '.join(table.columns)}): give "
+                "the one of the parts that name"
+            )
+        self._refuse_other_labels([table])
+        parts = {file: row["split"].strip() for file, row in table.rows.items()}
+        told = {file: part for file, part in parts.items() if part}
+        return ToldSplit(table.name, told, table.strangers)
+
+    def _refuse_other_labels(self, tables: Sequence[_Table]) -> None:
+        names = set(self._labels.values())
+        refuse_mislabelled(
+            [
+                f"{file} is {said} in {table.name}"
+                for table in tables
+                for file, label in self._labels.items()
+                if (said := table.rows.get(file, {}).get("label", "")) in names and said != label
+            ]
+        )
 
     def sources(self) -> tuple[dict[str, str], tuple[str, ...]]:
         """Source of each file: Kaggle's `<Class>.metadata.xlsx`, else a csv's `source_repo`.
@@ -148,22 +187,24 @@ class Tables:
                     sources[file] = url
         return sources, tuple(unreadable)
 
-    def _explicit(self, groups_file: str) -> _Table:
-        groups_file = os.path.expanduser(groups_file)
-        if not os.path.isabs(groups_file) and self._tree.has(groups_file):
-            content = self._tree.read(groups_file)
-        elif os.path.isfile(groups_file):
-            content = Disk(os.path.dirname(groups_file)).read(os.path.basename(groups_file))
+    def _explicit(self, name: str, key: str) -> _Table:
+        """The csv `name` that the setting `key` names."""
+        name = os.path.expanduser(name)
+        if not os.path.isabs(name) and self._tree.has(name):
+            content = self._tree.read(name)
+        elif os.path.isfile(name):
+            content = Disk(os.path.dirname(name)).read(os.path.basename(name))
         else:
             raise UserError(
-                f"groups_file={groups_file} is neither in {self._path} nor in the working "
+                f"{key}={name} is neither in {self._path} nor in the working "
                 "directory: name a csv that is there"
             )
-        columns, rows = _read_csv(groups_file, content)
+        columns, rows = _read_csv(name, content)
         found = [self._matched(rows, prefix) for prefix in ("", self._dataset, f"../{self._name}")]
         from_class_on = _from_class_on(rows, set(self._labels.values()))
         found.append(self._matched(from_class_on, self._dataset))
-        return self._usable(_Table(groups_file, columns, max(found, key=len)))
+        matched = max(found, key=len)
+        return self._usable(_Table(name, columns, matched, len(rows) - len(matched)))
 
     def _own(self, asked: str, *, tolerant: bool) -> list[tuple[_Table, list[str]]]:
         """The folder's own csv and its columns; none where there is none, or it is of no use."""

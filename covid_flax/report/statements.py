@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from covid_flax.data.dataset import LEFT_OUT
-from covid_flax.data.splits import PARTS
+from covid_flax.data.splits import PARTS, crossing
 from covid_flax.early_stopping import EarlyStopping
 from covid_flax.evaluation.intervals import (
     class_interval,
@@ -123,6 +123,8 @@ def _partition(a: Artefacts) -> str | None:
     rule = a.config("data", "split")
     if not rule:
         return None
+    if rule == "file":
+        return f"As {a.config('data', 'split_file')} tells it. {_counts(a) or ''}".strip()
     own, folds = a.config("data", "split_seed"), a.config("data", "folds")
     text = f"Rule '{rule}', seed {a.saved.get('seed') if own in (None, -1) else own}"
     if folds:
@@ -158,11 +160,7 @@ def _disjoint(a: Artefacts) -> str | None:
 
 def _groups(a: Artefacts) -> tuple[int, int]:
     """How many groups split.csv knows, and how many of them are in more than one split."""
-    splits = collections.defaultdict(set)
-    for row in a.rows:
-        if row.group:
-            splits[row.group].add(row.split)
-    return len(splits), sum(len(found) > 1 for found in splits.values())
+    return len({row.group for row in a.rows if row.group}), crossing(a.rows)
 
 
 def _counts(a: Artefacts) -> str | None:

@@ -13,7 +13,7 @@ from keras.src.legacy.preprocessing.image import ImageDataGenerator
 
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.data.groups import joined
-from covid_flax.data.splits import Row, make_split, read_split_csv, write_split_csv
+from covid_flax.data.splits import Row, crossing, make_split, read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 
 KAGGLE_COUNTS = {"COVID": 3616, "Lung_Opacity": 6012, "Normal": 10192, "Viral Pneumonia": 1345}
@@ -249,6 +249,48 @@ def test_impossible_splits_are_refused(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             make_split(folder, **options)
+
+
+def test_a_split_is_what_a_csv_says(tmp_path):
+    """Of another folder's names, in any order; what it does not tell is left out."""
+    for label in ("a", "b"):
+        for i in range(6):
+            (tmp_path / "data" / label).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "data" / label / f"{i}.png").write_bytes(b"same" if i < 2 else b"")
+    parts = ["train", "val", "test", "", "val", "train "]
+    lines = [f"/old/place/{c}/{i}.png,{p}" for i, p in enumerate(parts) for c in "ba"]
+    csv_file = tmp_path / "parts.csv"
+    csv_file.write_text("\n".join(["file,split", *lines, "/old/place/a/9.png,test"]))
+    folder = open_folder(str(tmp_path / "data"), split_file=str(csv_file))
+    assert folder.told_split.strangers == 1
+    rows = make_split(folder, split="file", val_fraction=0.0, test_fraction=0.7)
+    assert [row.file for row in rows] == [f"{c}/{i}.png" for c in "ab" for i in (0, 1, 2, 4, 5)]
+    assert [row.split for row in rows] == ["train", "val", "test", "val", "train"] * 2
+    assert crossing(rows) == 1 and rows[0].group == rows[1].group == rows[5].group != ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file,part\na/0.png,train\n", "no column `split`"),
+        ("file,split\nx/0.png,train\n", "lists none of the images"),
+        ("file,split\na/0.png,training\n", "puts a/0.png into 'training': its `split` is train"),
+        ("file,split,label\na/0.png,train,b\n", "a/0.png is b in"),
+        ("file,split\na/0.png,train\na/1.png,val\nb/0.png,train\n", "b .1 images. without a val"),
+        (
+            "file,split\na/0.png,train\na/1.png,val\nb/0.png,train\nb/1.png,val\na/2.png,test\n",
+            "without a test image: give one in data.split_file",
+        ),
+    ],
+)
+def test_a_csv_that_tells_no_split_is_refused(tmp_path, text, message):
+    for file in ("a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png"):
+        touch(tmp_path / file)
+    (tmp_path / "parts.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        make_split(
+            open_folder(str(tmp_path), split_file="parts.csv"), split="file", val_fraction=0.2
+        )
 
 
 def test_csv_round_trip_with_odd_names(tmp_path):
