@@ -146,7 +146,8 @@ def evaluate(
             f"the run's {kept:,} test image{'s' if kept > 1 else ''} chose nothing (--split=test, "
             "once, at the end)."
             if kept
-            else "a test split (data.nested_test, or grouped with data.test_fraction) is not."
+            else "a test split (data.nested_test, data.split_file, or grouped with "
+            "data.test_fraction) is not."
         )
     say_what_is_replaced(output / "report.json", data, report)
     title = title_of(workdir, saved, split, data)

@@ -97,13 +97,19 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
     """
     configs = check_members(config, workdir)
     reports: dict[str, dict[str, Any]] = {}
-    data = None
+    data, first = None, []
     for number, (name, member) in enumerate(configs.items(), 1):
         say(f"run {number} of {len(configs)}: {name}")
         run = setup(member, workdir / name)
+        rows = _of_whole(config, run.data.rows)
         if data is None:
-            refuse_another_split(workdir, _rows_of_whole(config, workdir / name))
-        data = data or run.data
+            refuse_another_split(workdir, rows)
+            data, first = run.data, rows
+        elif rows != first:
+            raise UserError(
+                f"{workdir / name} parts the images otherwise than the first run: restore the "
+                "data and the csv of their groups or split"
+            )
         train(run)
         reports[name] = {"val": evaluate(workdir / name, data=run.data)}
         if run.data.files("test"):
@@ -135,18 +141,18 @@ def _figures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, fl
     return {split: {f: report[f] for f in FIGURES} for split, report in reports.items()}
 
 
-def _rows_of_whole(config: ml_collections.ConfigDict, first: Path) -> list[Row]:
-    """Of all runs together, from the first one's folder: all that is not test is val in a fold."""
-    rows = read_split_csv(first / "split.csv")
+def _of_whole(config: ml_collections.ConfigDict, rows: Sequence[Row]) -> list[Row]:
+    """Of all runs together, from one's: all that is not test is val in a fold."""
     if not config_lib.is_cross_validation(config.data):
-        return rows
+        return list(rows)
     return [row if row.split == "test" else dataclasses.replace(row, split="val") for row in rows]
 
 
 def _write_whole(config: ml_collections.ConfigDict, workdir: Path, names: Sequence[str]) -> None:
     """The files that make the folder a run, from its first member's."""
     first = saved_run(workdir / names[0])
-    write_split_csv(workdir / "split.csv", _rows_of_whole(config, workdir / names[0]))
+    rows = read_split_csv(workdir / names[0] / "split.csv")
+    write_split_csv(workdir / "split.csv", _of_whole(config, rows))
     about = first | {"config": config_lib.to_json(config), "members": list(names)}
     if config_lib.is_cross_validation(config.data):
         images = dict(first["data"]["images"])

@@ -209,7 +209,7 @@ def _check_resumed(
     if before != now:
         raise UserError(
             f"the images or their split differ from {workdir}/split.csv: restore the data "
-            "and the csv of their groups, or choose another --workdir"
+            "and the csv of their groups or split, or choose another --workdir"
         )
     summary = dataset_lib.summary(data)
     if saved["data"].get("fingerprint") != summary["fingerprint"]:
@@ -287,8 +287,8 @@ def _initial_weights(
     about: dict[str, Any] = {"source": config.model.weights}
     if path is None:
         say("weights: none, everything starts at random")
-        _note_frozen_norms(config, set(batch_stats))
         fixed = [s for s in params if params[s] and s not in trained_stages(config.model)]
+        _note_frozen_norms(config, set(batch_stats) - set(fixed))
         if fixed:
             say(
                 f"note: {', '.join(fixed)} begin at random and are never trained: set "
@@ -516,7 +516,8 @@ def _refuse_other_split(workdir: Path, data: Dataset) -> None:
     if read_split_csv(workdir / "split.csv") != list(data.rows):
         raise UserError(
             f"process {jax.process_index()} has other images, or another split of them, than "
-            f"process 0: give all hosts the same {data.folder.root}, and the same csv of groups"
+            f"process 0: give all hosts the same {data.folder.root}, and the same csv of groups "
+            "or split"
         )
 
 

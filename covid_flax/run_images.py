@@ -270,7 +270,7 @@ def _own_rows(workdir: Path) -> list[Row]:
 
 def _reopen(root: str, config: ml_collections.ConfigDict, classes: Collection[str]) -> DataFolder:
     """The folder that a run was trained on, with the groups that it was told, if they are there."""
-    told = {"groups_file": config.data.groups_file, "group_column": config.data.group_column}
+    told = {key: config.data[key] for key in ("groups_file", "group_column", "split_file")}
     if any(told.values()):
         try:
             return open_folder(root, require_two_classes=False, classes=classes, **told)

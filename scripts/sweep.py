@@ -849,7 +849,7 @@ def _write(plan: Plan, workdir: Path, saved: Mapping[str, Any]) -> None:
         say(
             "note: the best of many on the validation images is partly luck: its figure is too "
             "good; score images that chose nothing, once: --split=test (data.test_fraction of "
-            "grouped splits, data.nested_test of the paper's)"
+            "grouped splits, data.nested_test of the paper's, or data.split_file)"
         )
     say(f"sweep: {workdir} (sweep.csv, sweep.json, sweep.png, logs/)")
 

@@ -173,6 +173,10 @@ def test_another_run_s_split_is_taken_and_what_it_does_not_name_is_left_out(
     os.remove(tmp_path / "some.csv")
     with pytest.raises(UserError, match=r"data\.split_file=.*some.csv is neither in"):
         setup(tiny_config, tmp_path / "some")
+    tiny_config.data.split_file = str(tmp_path / "some/split.csv")
+    assert setup(tiny_config, tmp_path / "some").resumed
+    out = capsys.readouterr().out
+    assert "changed since" not in out and "not those of the run's beginning" not in out
 
 
 def test_the_beginning_of_a_network_takes_the_whole_one_s_weights(tiny_config, tmp_path):

@@ -27,6 +27,7 @@ from covid_flax.report.statements import statements
 from covid_flax.robustness import robustness
 from covid_flax.run import saved_run, setup
 from covid_flax.run_images import open_data
+from covid_flax.train import train
 from covid_flax.trained_run import open_run
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
@@ -234,6 +235,25 @@ def test_seeds_share_a_split(tiny_config):
 
 
 @pytest.mark.slow
+def test_a_split_that_changes_between_runs_is_refused(tiny_config, tmp_path, monkeypatch):
+    whole = setup(tiny_config, tmp_path / "one")
+    tiny_config.data.split, tiny_config.repeats, tiny_config.train.epochs = "file", 2, 1
+    csv_file = tmp_path / "parts.csv"
+    tiny_config.data.split_file = str(csv_file)
+    write_split_csv(csv_file, whole.data.rows)
+
+    def train_and_edit(run):
+        train(run)
+        swap = {"train": "val", "val": "train"}
+        write_split_csv(
+            csv_file, [dataclasses.replace(r, split=swap[r.split]) for r in run.data.rows]
+        )
+
+    monkeypatch.setattr("covid_flax.members.train", train_and_edit)
+    with pytest.raises(UserError, match="seed1 parts the images otherwise than the first run"):
+        train_members(tiny_config, tmp_path / "runs")
+
+
 def test_seeds_of_one_fold_are_no_cross_validation(tiny_config, tmp_path):
     tiny_config.data.split, tiny_config.data.folds, tiny_config.data.fold = "grouped", 3, 0
     tiny_config.repeats = 2

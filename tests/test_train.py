@@ -697,7 +697,8 @@ def test_notes_of_what_cannot_come_to_anything(tiny_config, tmp_path, capsys):
     tiny_config.optimizer.warmup_epochs, tiny_config.optimizer.schedule = 3.0, "cosine"
     dry_run(setup(tiny_config, tmp_path / "a"))
     out = capsys.readouterr().out
-    assert "conv1, conv2, conv3, conv4 begin at random" in out
+    assert "conv1, conv2, conv3, conv4 begin at random and are never trained" in out
+    assert out.count("begin at random") == 1
     assert "warmup_epochs=3 is all of train.epochs=3: the learning rate never comes" in out
     tiny_config.model.trainable = "all"
     tiny_config.optimizer.warmup_epochs = 6.0

@@ -193,7 +193,8 @@ def open_folder(
         folder that holds the classes, or in the folder above `path`.
       group_column: its column of groups; one that is named counts alone, and no other csv does. ""
         takes `GROUP_COLUMNS`: images that one of those which are there puts together stay together.
-      split_file: csv with the columns `file` and `split`, looked for as `groups_file` is.
+      split_file: csv with the columns `file` and `split`, looked for as `groups_file` is; its
+        groups, where it tells some, count beside the others.
       require_two_classes: whether one class alone is an error.
       classes: names known to be of classes, where images are scored, not learned from: such a
         folder, if it is the only one, is a class, whatever folders lie in it; folders without an
@@ -222,7 +223,14 @@ def open_folder(
     _refuse_other_class_names(files, class_names)
 
     tables = Tables(
-        tree, path, dataset, dict(listed), groups_file, group_column, tolerant=bool(classes)
+        tree,
+        path,
+        dataset,
+        dict(listed),
+        groups_file,
+        group_column,
+        split_file,
+        tolerant=bool(classes),
     )
     groups, ungrouped = tables.groups()
     sources, unreadable = tables.sources()
@@ -241,7 +249,7 @@ def open_folder(
         loose=_loose(tree, dataset),
         masks=_masks(tree, dataset),
         unused=tables.unused,
-        told_split=tables.split(split_file) if split_file else None,
+        told_split=tables.split(),
     )
 
 

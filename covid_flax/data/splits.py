@@ -143,8 +143,10 @@ def make_split(
         parts = _grouped(folder.files, groups, fractions, names, seed)
         wanted = PARTS if test_fraction > 0 else PARTS[:2]
     elif split == "file":
-        assert folder.told_split is not None  # `config.check` has seen to it
-        parts = _as_told(folder.told_split)
+        if folder.told_split is None:
+            raise UserError("data.split=file needs data.split_file: name a csv of file and split")
+        check_parts(folder.told_split)
+        parts = dict(folder.told_split.parts)
         wanted = PARTS if "test" in parts.values() else PARTS[:2]
     else:  # paper-sorted or paper-random
         parts = _by_class(folder, split, val_fraction, nested_test, seed)
@@ -155,18 +157,18 @@ def make_split(
         for f in folder.files
         if f.file in parts
     ]
-    _check_classes(rows, folder.class_names, wanted, split)
+    _check_classes(rows, Counter(f.label for f in folder.files), wanted, split)
     return rows
 
 
-def _as_told(told: ToldSplit) -> dict[str, str]:
+def check_parts(told: ToldSplit) -> None:
+    """Refuses a csv that puts an image into another part than `PARTS`. Raises UserError."""
     for file, part in told.parts.items():
         if part not in PARTS:
             raise UserError(
                 f"{told.name} puts {file} into {part!r}: its `split` is {', '.join(PARTS)}, or "
                 "empty for an image that is left out"
             )
-    return dict(told.parts)
 
 
 def _known(groups: Mapping[str, str], folder: DataFolder) -> dict[str, str]:
@@ -269,15 +271,14 @@ def _fill_empty(chosen: np.ndarray, counts: np.ndarray, num_parts: int) -> None:
 
 
 def _check_classes(
-    rows: Sequence[Row], class_names: Sequence[str], wanted: Sequence[str], split: str
+    rows: Sequence[Row], of_class: Mapping[str, int], wanted: Sequence[str], split: str
 ) -> None:
     found: dict[tuple[str, str], int] = defaultdict(int)
     for row in rows:
         found[row.label, row.split] += 1
     for part in wanted:
-        for label in class_names:
+        for label, total in of_class.items():
             if not found[label, part]:
-                total = sum(found[label, p] for p in PARTS)
                 unit = "images or groups" if split == "grouped" else "images"
                 mend = f"add {unit} of it, or change the fractions"
                 if split == "file":

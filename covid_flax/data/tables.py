@@ -63,7 +63,7 @@ class Tables:
       tree: where the images lie, `path` its name for a person.
       dataset: the folder of it that holds the class folders.
       labels: class of every image, by its file.
-      groups_file, group_column: as `open_folder` takes them.
+      groups_file, group_column, split_file: as `open_folder` takes them.
       tolerant: whether a csv that was not asked for and is unusable is passed over.
 
     Raises:
@@ -79,6 +79,7 @@ class Tables:
         labels: Mapping[str, str],
         groups_file: str,
         group_column: str,
+        split_file: str,
         *,
         tolerant: bool,
     ) -> None:
@@ -102,6 +103,11 @@ class Tables:
             self._of_groups += [] if group_column else self._own("", tolerant=True)
         else:
             self._of_groups = self._own(group_column, tolerant=tolerant)
+        self._split = self._explicit(split_file, "data.split_file") if split_file else None
+        if self._split is not None and not group_column:
+            told = [c for c in GROUP_COLUMNS if c in self._split.columns]
+            if any(row[column].strip() for row in self._split.rows.values() for column in told):
+                self._of_groups.append((self._split, told))
 
     def groups(self) -> tuple[dict[str, str] | None, frozenset[str]]:
         """Group of every file, or None where no csv tells groups; and the files it gives none.
@@ -128,13 +134,15 @@ class Tables:
             groups[file] = own
         return joined(groups, *told[1:]), ungrouped
 
-    def split(self, split_file: str) -> ToldSplit:
-        """What a csv with the columns `file` and `split` tells; nothing of images without a part.
+    def split(self) -> ToldSplit | None:
+        """What the csv `split_file`, if one was named, tells; nothing of images without a part.
 
         Raises:
-          UserError: there is no such csv, it lists no image, or says another class of one.
+          UserError: it has no column `split`, or says another class of an image.
         """
-        table = self._explicit(split_file, "data.split_file")
+        table = self._split
+        if table is None:
+            return None
         if "split" not in table.columns:
             raise UserError(
                 f"{table.name} has no column `split` (it has {', '.join(table.columns)}): give "
@@ -204,7 +212,8 @@ class Tables:
         from_class_on = _from_class_on(rows, set(self._labels.values()))
         found.append(self._matched(from_class_on, self._dataset))
         matched = max(found, key=len)
-        return self._usable(_Table(name, columns, matched, len(rows) - len(matched)))
+        used = {id(row) for row in matched.values()}  # a row may be of two names, alike folded
+        return self._usable(_Table(name, columns, matched, len(rows) - len(used)))
 
     def _own(self, asked: str, *, tolerant: bool) -> list[tuple[_Table, list[str]]]:
         """The folder's own csv and its columns; none where there is none, or it is of no use."""

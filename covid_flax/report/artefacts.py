@@ -52,7 +52,7 @@ RUN: dict[str, Any] = {
     },
     "members": [str],
     "class_names": [str],
-    "data": {"root": str},
+    "data": {"root": str, "in_no_part": int},
     "weights": {},
     "versions": {},
     "devices": list,

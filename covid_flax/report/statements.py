@@ -124,7 +124,9 @@ def _partition(a: Artefacts) -> str | None:
     if not rule:
         return None
     if rule == "file":
-        return f"As {a.config('data', 'split_file')} tells it. {_counts(a) or ''}".strip()
+        left = at(a.saved, "data", "in_no_part")
+        out = f", which leaves out {left:,} of the folder's images" if left else ""
+        return f"As {a.config('data', 'split_file')} tells it{out}. {_counts(a) or ''}".strip()
     own, folds = a.config("data", "split_seed"), a.config("data", "folds")
     text = f"Rule '{rule}', seed {a.saved.get('seed') if own in (None, -1) else own}"
     if folds:

@@ -269,6 +269,43 @@ def test_a_split_is_what_a_csv_says(tmp_path):
     assert crossing(rows) == 1 and rows[0].group == rows[1].group == rows[5].group != ""
 
 
+def test_a_split_s_csv_tells_groups_too(tmp_path):
+    for file in ("a/0.png", "a/1.png", "b/0.png", "b/1.png"):
+        touch(tmp_path / "data" / file)
+        (tmp_path / "data" / file).write_bytes(file.encode())
+    (tmp_path / "data/groups.csv").write_text("file,patient_id\na/0.png,p\nb/0.png,p\n")
+    csv_file = tmp_path / "parts.csv"
+    for groups in (("g", "g", "", "h"), ("", "", "", "")):
+        lines = [
+            f"{c}/{i}.png,{part},{group}"
+            for (c, i, part), group in zip(
+                (("a", 0, "train"), ("a", 1, "val"), ("b", 0, "train"), ("b", 1, "val")),
+                groups,
+                strict=True,
+            )
+        ]
+        csv_file.write_text("\n".join(["file,split,group", *lines]))
+        folder = open_folder(str(tmp_path / "data"), split_file=str(csv_file))
+        rows = make_split(folder, split="file", val_fraction=0.2)
+        together = {(a.file, b.file) for a in rows for b in rows if a.group == b.group != ""}
+        apart = {(a, b) for a, b in together if a < b}
+        if groups[0]:
+            assert apart == {("a/0.png", "a/1.png"), ("a/0.png", "b/0.png"), ("a/1.png", "b/0.png")}
+        else:
+            assert apart == {("a/0.png", "b/0.png")}
+        assert crossing(rows) == bool(groups[0])
+
+
+def test_a_row_of_two_names_alike_is_of_no_stranger(tmp_path):
+    for label in ("a", "b"):
+        for name in ("e\u0301.png", "\u00e9.png"):
+            touch(tmp_path / "data" / label / name)
+    lines = [f"{c}/e\u0301.png,train" for c in "ab"]
+    (tmp_path / "parts.csv").write_text("\n".join(["file,split", *lines]), encoding="utf-8")
+    folder = open_folder(str(tmp_path / "data"), split_file=str(tmp_path / "parts.csv"))
+    assert folder.told_split.strangers == 0 and len(folder.told_split.parts) == 4
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -276,7 +313,7 @@ def test_a_split_is_what_a_csv_says(tmp_path):
         ("file,split\nx/0.png,train\n", "lists none of the images"),
         ("file,split\na/0.png,training\n", "puts a/0.png into 'training': its `split` is train"),
         ("file,split,label\na/0.png,train,b\n", "a/0.png is b in"),
-        ("file,split\na/0.png,train\na/1.png,val\nb/0.png,train\n", "b .1 images. without a val"),
+        ("file,split\na/0.png,train\na/1.png,val\nb/0.png,train\n", "b .2 images. without a val"),
         (
             "file,split\na/0.png,train\na/1.png,val\nb/0.png,train\nb/1.png,val\na/2.png,test\n",
             "without a test image: give one in data.split_file",
