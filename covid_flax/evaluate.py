@@ -155,7 +155,8 @@ def evaluate(
     write_evaluation(output, report, predictions, title=title, run=about)
     if fits:
         try:
-            runs = {k: v for k, v in report["checkpoint"].items() if k == "runs"}
+            of = report["checkpoint"]
+            runs = {"runs": of["runs"]} if "runs" in of else {}
             _store_calibration(workdir, run.step, fitted | runs)
         except UserError as e:
             if output == workdir / "eval" / split:

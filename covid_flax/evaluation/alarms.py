@@ -610,8 +610,7 @@ def source_confounded(source_counts: Mapping[str, Mapping[str, int]]) -> Alarm |
     text = (
         f"Class goes with the source that the data folder names (Cramer's V {test.cramers_v:.2f}): "
         f"the source alone gives {percent(source_only)} accuracy (learned from these very images), "
-        f"the commonest class "
-        f"{percent(majority)}."
+        f"the commonest class {percent(majority)}."
     )
     if alone:
         text += f" None of them holds {' or '.join(alone)} beside another class."

@@ -330,8 +330,10 @@ def _ensemble(a: Artefacts) -> str | None:
     if decay:
         text += f"; weights are moving averages (decay {decay:g})"
     if start:
-        after = f"epoch {start:g}"
-        text += f"; weights are means over all steps after {after}, if the checkpoint is of later"
+        text += (
+            f"; weights are means over all steps after epoch {start:g}, if the checkpoint is of "
+            "later"
+        )
     mirror, aspect = a.config("eval", "mirror"), a.config("eval", "aspect")
     views = ["its mirror image"] if mirror else []
     views += [f"other proportions (height times, width over exp(+-{aspect:g}))"] if aspect else []
