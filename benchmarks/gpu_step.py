@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 
 from covid_flax.errors import run_script
+from covid_flax.files import result_file
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 4
@@ -351,7 +352,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--steps", type=int, default=20, help="steps a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
-    parser.add_argument("--json", type=Path, default=None, help="default: OUTPUT/gpu.json")
+    parser.add_argument("--json", type=result_file, default=None, help="default: OUTPUT/gpu.json")
     parser.add_argument("--output", type=Path, default=None, help="for the traces and the runs")
     parser.add_argument("--smoke", action="store_true", help="all of it in small")
     parser.add_argument("--serve", help=argparse.SUPPRESS)

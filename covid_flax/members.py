@@ -97,15 +97,15 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
     """
     configs = check_members(config, workdir)
     reports: dict[str, dict[str, Any]] = {}
-    data, first = None, []
+    data = None
     for number, (name, member) in enumerate(configs.items(), 1):
         say(f"run {number} of {len(configs)}: {name}")
         run = setup(member, workdir / name)
         rows = _of_whole(config, run.data.rows)
         if data is None:
             refuse_another_split(workdir, rows)
-            data, first = run.data, rows
-        elif rows != first:
+            data = run.data
+        elif rows != _of_whole(config, data.rows):
             raise UserError(
                 f"{workdir / name} parts the images otherwise than the first run: restore the "
                 "data and the csv of their groups or split"

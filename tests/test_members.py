@@ -234,7 +234,6 @@ def test_seeds_share_a_split(tiny_config):
     assert not any(is_repeated(m) for m in members.values())
 
 
-@pytest.mark.slow
 def test_a_split_that_changes_between_runs_is_refused(tiny_config, tmp_path, monkeypatch):
     whole = setup(tiny_config, tmp_path / "one")
     tiny_config.data.split, tiny_config.repeats, tiny_config.train.epochs = "file", 2, 1
@@ -254,6 +253,7 @@ def test_a_split_that_changes_between_runs_is_refused(tiny_config, tmp_path, mon
         train_members(tiny_config, tmp_path / "runs")
 
 
+@pytest.mark.slow
 def test_seeds_of_one_fold_are_no_cross_validation(tiny_config, tmp_path):
     tiny_config.data.split, tiny_config.data.folds, tiny_config.data.fold = "grouped", 3, 0
     tiny_config.repeats = 2

@@ -15,7 +15,7 @@ from covid_flax.data import phantoms
 from covid_flax.data.builder import Records, prepare
 from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.data.pipeline import ImageSource, StoreSource
-from covid_flax.data.splits import Row, check_parts, crossing, make_split
+from covid_flax.data.splits import Row, crossing, make_split
 from covid_flax.data.store import NoStoreError, build_store, open_store
 from covid_flax.errors import UserError, printable
 from covid_flax.files import cache_dir
@@ -113,15 +113,12 @@ class Dataset:
 
 
 def _open(config: Any, root: str) -> DataFolder:
-    folder = open_folder(
+    return open_folder(
         root,
         groups_file=config.groups_file,
         group_column=config.group_column,
         split_file=config.split_file,
     )
-    if folder.told_split is not None:
-        check_parts(folder.told_split)  # before the images are read, which may take long
-    return folder
 
 
 def _split_seed(config: Any, seed: int) -> int:

@@ -14,13 +14,12 @@ import numpy as np
 
 from covid_flax.data.folder import DataFolder, ImageFile
 from covid_flax.data.groups import joined
-from covid_flax.data.tables import ToldSplit
+from covid_flax.data.tables import PARTS as PARTS
 from covid_flax.errors import UserError
 from covid_flax.files import csv_bytes, write_atomically
 
 RULES = ("paper-sorted", "paper-random", "grouped", "file")
 
-PARTS = ("train", "val", "test")
 _COLUMNS = ["file", "label", "split", "group"]
 _OF_BYTES = re.compile("[0-9a-f]{16}")  # what `DataFolder.same_bytes` calls them
 
@@ -119,20 +118,20 @@ def make_split(
             f"data.folds={folds}, data.fold={fold}: two folds or more, counted from 0, and "
             "data.split=grouped"
         )
-    if folds:
-        val_fraction = (1 - test_fraction) / folds
-    elif split != "file" and not 0 < val_fraction < 1:
-        raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1")
-    if split != "file" and not (0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
-        raise UserError(
-            f"data.test_fraction={test_fraction} must be 0 or more, and less than 1 together with "
-            f"data.val_fraction={val_fraction}"
-        )
-    groups = folder.groups
+    if split != "file":
+        if folds:
+            val_fraction = (1 - test_fraction) / folds
+        elif not 0 < val_fraction < 1:
+            raise UserError(f"data.val_fraction={val_fraction} must lie between 0 and 1")
+        if not 0 <= test_fraction < 1 or val_fraction + test_fraction >= 1:
+            raise UserError(
+                f"data.test_fraction={test_fraction} must be 0 or more, and less than 1 together "
+                f"with data.val_fraction={val_fraction}"
+            )
+    groups = folder.groups or {}
     if split in ("grouped", "file"):
         groups = joined(groups, folder.same_bytes) if groups else folder.same_bytes
     if split == "grouped":
-        assert groups is not None
         if folds:
             fractions = [(1 - test_fraction) / folds] * folds
             names = ["val" if i == fold else "train" for i in range(folds)]
@@ -145,13 +144,12 @@ def make_split(
     elif split == "file":
         if folder.told_split is None:
             raise UserError("data.split=file needs data.split_file: name a csv of file and split")
-        check_parts(folder.told_split)
         parts = dict(folder.told_split.parts)
         wanted = PARTS if "test" in parts.values() else PARTS[:2]
     else:  # paper-sorted or paper-random
         parts = _by_class(folder, split, val_fraction, nested_test, seed)
         wanted = PARTS if nested_test else PARTS[:2]
-    groups = _known(groups, folder) if groups else {}
+    groups = _known(groups, folder)
     rows = [
         Row(f.file, f.label, parts[f.file], groups.get(f.file, ""))
         for f in folder.files
@@ -159,16 +157,6 @@ def make_split(
     ]
     _check_classes(rows, Counter(f.label for f in folder.files), wanted, split)
     return rows
-
-
-def check_parts(told: ToldSplit) -> None:
-    """Refuses a csv that puts an image into another part than `PARTS`. Raises UserError."""
-    for file, part in told.parts.items():
-        if part not in PARTS:
-            raise UserError(
-                f"{told.name} puts {file} into {part!r}: its `split` is {', '.join(PARTS)}, or "
-                "empty for an image that is left out"
-            )
 
 
 def _known(groups: Mapping[str, str], folder: DataFolder) -> dict[str, str]:

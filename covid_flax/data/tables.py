@@ -8,7 +8,7 @@ import io
 import os
 import unicodedata
 import zipfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import PurePosixPath
 
 from covid_flax.data.decode import is_image
@@ -26,6 +26,9 @@ def refuse_mislabelled(wrong: list[str]) -> None:
             f"{len(wrong)} mislabelled image(s) in the folder of another class: "
             f"{'; '.join(wrong[:5])}{more}: move or remove them"
         )
+
+
+PARTS = ("train", "val", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +50,7 @@ class ToldSplit:
 
     Attributes:
       name: the csv's, for messages.
-      parts: of each file that has one.
+      parts: of each file that has one, which of `PARTS`.
       strangers: how many rows are of no image that is here.
     """
 
@@ -67,8 +70,8 @@ class Tables:
       tolerant: whether a csv that was not asked for and is unusable is passed over.
 
     Raises:
-      UserError: a csv cannot be read or lists none of the images, or tells no groups where they
-        are asked for.
+      UserError: a csv cannot be read or lists none of the images, says another class of one, or
+        tells no groups where they are asked for.
     """
 
     def __init__(
@@ -108,17 +111,13 @@ class Tables:
             told = [c for c in GROUP_COLUMNS if c in self._split.columns]
             if any(row[column].strip() for row in self._split.rows.values() for column in told):
                 self._of_groups.append((self._split, told))
+        self._refuse_other_labels()
 
     def groups(self) -> tuple[dict[str, str] | None, frozenset[str]]:
-        """Group of every file, or None where no csv tells groups; and the files it gives none.
-
-        Raises:
-          UserError: an image's row says another class.
-        """
+        """Group of every file, or None where no csv tells groups; and the files it gives none."""
         labels = self._labels
         if not self._of_groups:
             return None, frozenset()
-        self._refuse_other_labels([table for table, _ in self._of_groups])
         told = [
             {file: table.rows.get(file, {}).get(column, "").strip() for file in labels}
             for table, columns in self._of_groups
@@ -138,7 +137,7 @@ class Tables:
         """What the csv `split_file`, if one was named, tells; nothing of images without a part.
 
         Raises:
-          UserError: it has no column `split`, or says another class of an image.
+          UserError: it has no column `split`, or one of other parts than `PARTS`.
         """
         table = self._split
         if table is None:
@@ -148,17 +147,28 @@ class Tables:
                 f"{table.name} has no column `split` (it has {', '.join(table.columns)}): give "
                 "the one of the parts that name"
             )
-        self._refuse_other_labels([table])
-        parts = {file: row["split"].strip() for file, row in table.rows.items()}
-        told = {file: part for file, part in parts.items() if part}
-        return ToldSplit(table.name, told, table.strangers)
+        parts = {}
+        for file, row in table.rows.items():
+            part = row["split"].strip()
+            if part not in (*PARTS, ""):
+                raise UserError(
+                    f"{table.name} puts {file} into {part!r}: its `split` is {', '.join(PARTS)}, "
+                    "or empty for an image that is left out"
+                )
+            if part:
+                parts[file] = part
+        return ToldSplit(table.name, parts, table.strangers)
 
-    def _refuse_other_labels(self, tables: Sequence[_Table]) -> None:
+    def _refuse_other_labels(self) -> None:
+        # By name: one csv may tell both groups and the split.
+        tables = {table.name: table for table, _ in self._of_groups}
+        if self._split is not None:
+            tables[self._split.name] = self._split
         names = set(self._labels.values())
         refuse_mislabelled(
             [
                 f"{file} is {said} in {table.name}"
-                for table in tables
+                for table in tables.values()
                 for file, label in self._labels.items()
                 if (said := table.rows.get(file, {}).get("label", "")) in names and said != label
             ]
