@@ -35,7 +35,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.files import expanded, refuse_foreign, write_json
 from covid_flax.report.summary import print_report
-from covid_flax.run import refuse_another_split, refuse_folds, saved_run
+from covid_flax.run_folder import refuse_another_split, refuse_folds, saved_run
 from covid_flax.run_images import make_output, open_data
 
 SIDE = 28  # of a thumbnail, pixels

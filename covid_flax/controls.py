@@ -54,7 +54,7 @@ from covid_flax.evaluation.twins import (
     twin_figures,
 )
 from covid_flax.files import expanded, refuse_foreign, write_json
-from covid_flax.run import learned_files, saved_run
+from covid_flax.run_folder import learned_files, saved_run
 from covid_flax.run_images import (
     CLASS_MAP_HELP,
     make_output,

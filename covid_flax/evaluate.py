@@ -32,7 +32,7 @@ from covid_flax.evaluation.predictions import Predictions, predictions_of
 from covid_flax.files import expanded, locked, parse_json, write_json
 from covid_flax.report.summary import print_report
 from covid_flax.report.write import refuse_foreign_files
-from covid_flax.run import saved_run
+from covid_flax.run_folder import saved_run
 from covid_flax.run_images import (
     CLASS_MAP_HELP,
     images_root,

@@ -20,13 +20,14 @@ from covid_flax.mesh import Layout, make_layout
 from covid_flax.models import MODELS, batch_stats_stages, preprocessing_of
 from covid_flax.optimizer import learning_rate_schedule, make_optimizer
 from covid_flax.recalibrate import follow, is_due
-from covid_flax.run import Run, refuse_other_teacher
+from covid_flax.run import Run
 from covid_flax.step import (
     StepConfig,
     Teacher,
     create_state,
     make_train_step,
 )
+from covid_flax.teacher import refuse_other_teacher
 from covid_flax.trained_run import Ensemble, open_run
 
 
@@ -176,7 +177,7 @@ def _teacher(run: Run) -> Teacher | None:
     folder = expanded(config.teacher)
     teacher = open_run(folder)
     members = teacher.members if isinstance(teacher, Ensemble) else (teacher,)
-    refuse_other_teacher(run, [member.step for member in members])
+    refuse_other_teacher(run.workdir, config.teacher, [member.step for member in members])
     say(f"teacher: {folder}, step {teacher.step:,}")
     return Teacher(teacher.logits, config.teacher_weight, config.teacher_temperature)
 

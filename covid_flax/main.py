@@ -23,7 +23,8 @@ from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.files import expanded
 from covid_flax.members import check_members, train_members
-from covid_flax.run import default_workdir, setup
+from covid_flax.run import setup
+from covid_flax.run_folder import default_workdir
 from covid_flax.train import train
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -25,14 +25,14 @@ from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.members import FIGURES
 from covid_flax.files import write_json
-from covid_flax.run import (
+from covid_flax.run import setup
+from covid_flax.run_folder import (
     has_figures,
     read_run,
     refuse_another_split,
     refuse_changes,
     refuse_foreign_files,
     saved_run,
-    setup,
 )
 from covid_flax.train import train
 

@@ -27,7 +27,7 @@ from covid_flax.evaluate import stored_calibration
 from covid_flax.evaluation.calibration import temperature_scale
 from covid_flax.evaluation.predictions import answers_csv
 from covid_flax.files import expanded, make_writable, write_atomically
-from covid_flax.run import saved_run
+from covid_flax.run_folder import saved_run
 from covid_flax.run_images import images_root
 from covid_flax.trained_run import open_run
 

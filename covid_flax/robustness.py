@@ -27,7 +27,7 @@ from covid_flax.evaluation.intervals import share_interval
 from covid_flax.evaluation.predictions import cluster_numbers
 from covid_flax.evaluation.sampling import stratified_sample
 from covid_flax.files import expanded, refuse_foreign, write_json
-from covid_flax.run import saved_run
+from covid_flax.run_folder import saved_run
 from covid_flax.run_images import (
     CLASS_MAP_HELP,
     make_output,

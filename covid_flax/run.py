@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import functools
 import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +18,15 @@ from flax import nnx
 
 from covid_flax import __version__, distributed
 from covid_flax import config as config_lib
-from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
+from covid_flax.checkpoint import has_checkpoints
 from covid_flax.console import say
 from covid_flax.data import dataset as dataset_lib
 from covid_flax.data.dataset import Dataset
 from covid_flax.data.folder import refuse_inside
 from covid_flax.data.pipeline import usable_examples
-from covid_flax.data.splits import Row, read_split_csv, write_split_csv
-from covid_flax.data.tables import from_class_on
+from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
-from covid_flax.files import cache_dir, expanded, parse_json, write_json
+from covid_flax.files import cache_dir, expanded, write_json
 from covid_flax.models import (
     MODELS,
     RESNETS,
@@ -42,35 +39,18 @@ from covid_flax.models import (
 from covid_flax.pretrained.fetch import resolve, sha256
 from covid_flax.pretrained.load import arrays_of_the_whole, load_weights, stage_of
 from covid_flax.pretrained.read import read_weights
+from covid_flax.run_folder import (
+    has_figures,
+    only_trainer,
+    read_run,
+    refuse_another_split,
+    refuse_changes,
+    refuse_file,
+    refuse_foreign_files,
+)
 from covid_flax.step import abstract_batch
-from ml_collections_configs import base
+from covid_flax.teacher import check_teacher, saved_teacher, teacher_arrays
 
-# What changes no figure.
-WITHOUT_EFFECT = (
-    "data.cache_dir",
-    "data.store_gb",
-    "data.num_threads",
-    "data.prefetch",
-    "data.on_device",
-    "eval.batch_size",
-    "train.feature_cache_gb",
-    "train.feature_disk_gb",
-    "train.log_every_steps",
-    "train.parallel",
-    "train.shard_state",
-    "train.checkpoint_every_steps",
-    "train.on_non_finite",  # where it matters, the run could not go on without the change
-)
-# What may differ when a run goes on: the images used, their split and the teacher's arrays are
-# compared by themselves.
-_FREE_ON_RESUME = (
-    *WITHOUT_EFFECT,
-    "data.dir",
-    "data.groups_file",
-    "data.split_file",
-    "data.on_bad_image",
-    "train.teacher",
-)
 # Until what one host wrote is seen by another, where they share a disk.
 _NETWORK_DELAY_S = 5.0
 _PACKAGES = (
@@ -119,7 +99,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         `config.json` and `split.csv`, where another process has other images or splits.
     """
     config_lib.check(config)
-    _refuse_file(workdir)
+    refuse_file(workdir)
     if config.data.dir:
         refuse_inside(workdir, config.data.dir, "--workdir")
         refuse_inside(cache_dir(config.data.cache_dir), config.data.dir, "data.cache_dir")
@@ -144,7 +124,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     # Before the images are read, which may take long, what can be told without them.
     check_devices(config)
     if config.train.teacher:
-        _saved_teacher(expanded(config.train.teacher))
+        saved_teacher(expanded(config.train.teacher))
     weights_file = None if resumed else _weights_file(config)
     say(f"data: reading {config.data.dir or 'synthetic phantoms'}")
     data = dataset_lib.load_dataset(config.data, config.seed, workdir)
@@ -163,7 +143,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
         _meet(workdir)
         return Run(config, workdir, data, graphdef, params, batch_stats, written, resumed=True)
     params, batch_stats, weights = _initial_weights(config, params, batch_stats, weights_file)
-    taught_by = _teacher_arrays(config.train.teacher)
+    taught_by = teacher_arrays(config.train.teacher)
     written = b""
     if jax.process_index() == 0:
         written = _write_run(config, workdir, data, weights, taught_by)
@@ -224,47 +204,12 @@ def _check_resumed(
             f"note: the run began under Grain {grain[0]}, this is {grain[1]}: if it shuffles "
             "otherwise, an epoch that was interrupted takes some images twice and others not at all"
         )
-    if saved.get("teacher", []) != _teacher_arrays(config.train.teacher):
+    if saved.get("teacher", []) != teacher_arrays(config.train.teacher):
         its = saved["config"].get("train", {}).get("teacher") or "none"
         raise UserError(
             f"train.teacher={config.train.teacher!r} is not the network that {workdir} has learned "
             f"from: give that one ({its}, as it was), or choose another --workdir"
         )
-
-
-def refuse_other_teacher(run: Run, steps: Sequence[int]) -> None:
-    """Where the teacher, whose checkpoints of `steps` are loaded, is not what was written down.
-
-    Raises:
-      UserError: its training has a better epoch since the run was set up.
-    """
-    saved = read_run(run.workdir) or {}
-    folder = run.config.train.teacher
-    if saved.get("teacher", []) != _teacher_arrays(folder, steps):
-        raise UserError(
-            f"train.teacher={folder!r} is still being trained, and has a better epoch by now: wait "
-            f"until it has ended, remove {run.workdir}, and give the command again"
-        )
-
-
-def _teacher_arrays(folder: str, steps: Sequence[int] = ()) -> list[str]:
-    """Digests of the checkpoint that a teacher answers with, or of its members'; [] without one.
-
-    To be called in all processes alike, as Orbax opens checkpoints. Of the best ones, or of those
-    of `steps`.
-    """
-    if not folder:
-        return []
-    teacher = expanded(folder)
-    names = saved_run(teacher).get("members", [""])
-    digests = []
-    for i, directory in enumerate(teacher / name / "checkpoints" for name in names):
-        if not has_checkpoints(directory):
-            raise UserError(f"{directory.parent} has no checkpoint yet: train it first")
-        with Checkpoints(directory) as checkpoints:
-            step = steps[i] if steps else resolve_step(checkpoints, "best")
-            digests.append(checkpoints.digest(step))
-    return digests
 
 
 def _weights_file(config: ml_collections.ConfigDict) -> Path | None:
@@ -410,81 +355,6 @@ def check_division(train: ml_collections.ConfigDict, devices: int) -> None:
         )
 
 
-def learned_files(workdir: Path) -> set[str]:
-    """The files that a run learned from: its own, all members' of a repeated one, its teachers'.
-
-    Those of a teacher that is gone cannot be told. Raises UserError.
-    """
-    learned: set[str] = set()
-    asked: set[Path] = set()
-    folder = workdir
-    while folder.resolve() not in asked and (saved := read_run(folder)) is not None:
-        asked.add(folder.resolve())
-        for part in [folder / name for name in saved.get("members", ())] or [folder]:
-            rows = read_split_csv(part / "split.csv")
-            learned |= {row.file for row in rows if row.split == "train"}
-        teacher = config_lib.from_json(saved["config"]).train.teacher
-        if not teacher:
-            break
-        # Where it was, whatever the working directory; or as given, where all were moved together.
-        places = [expanded(p) for p in (saved.get("teacher_folder"), teacher) if p]
-        folder = next((p for p in places if read_run(p) is not None), places[0])
-        if read_run(folder) is None:
-            say(f"note: {folder}, a teacher, is gone: what it has learned from cannot be told")
-    return learned
-
-
-def _saved_teacher(folder: Path) -> dict[str, Any]:
-    """The config.json of a teacher. Raises UserError."""
-    try:
-        saved = read_run(folder)
-    except UserError as e:
-        raise UserError(
-            f"train.teacher={folder} is a file, a baseline, or a run whose config.json is damaged: "
-            "give the folder of a run"
-        ) from e
-    if saved is None:
-        raise UserError(
-            f"train.teacher={folder} holds no run (no config.json): train the teacher "
-            "first, or give the folder of one, or none: --config.train.teacher="
-        )
-    return saved
-
-
-def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict) -> None:
-    """Refuses a run that cannot teach one of these images.
-
-    Raises:
-      UserError: no run, one of other classes, one whose images are made otherwise (size or
-        interpolation), or one that has learned from images that are held out here.
-    """
-    saved = _saved_teacher(folder)
-    if saved["class_names"] != list(data.class_names):
-        raise UserError(
-            f"train.teacher={folder} knows the classes {saved['class_names']}, the data has "
-            f"{list(data.class_names)}: train it on the same classes"
-        )
-    its = config_lib.from_json(saved["config"]).data
-    for key in ("image_size", "interpolation", "intermediate_size"):
-        if its[key] != config.data[key]:
-            raise UserError(
-                f"train.teacher={folder} takes images of data.{key}={its[key]}, this run has "
-                f"{config.data[key]}: set it to the teacher's"
-            )
-    # Of one data set as a whole and of the folder of its classes the files are the same.
-    held_out = {row.file for row in data.rows if row.split != "train"}
-    held_out, learned = (
-        {from_class_on(file, data.class_names) or file for file in files}
-        for files in (held_out, learned_files(folder))
-    )
-    if leaked := len(learned & held_out):
-        raise UserError(
-            f"train.teacher={folder}, or a teacher of its own, was trained on {leaked:,} images "
-            "that this run holds out: its figures would be of images seen; give a teacher of the "
-            "same split, or none: --config.train.teacher="
-        )
-
-
 def _meet(workdir: Path) -> None:
     """Where all processes have what they need, and process 0's files are there."""
     distributed.barrier("set up")
@@ -521,143 +391,6 @@ def _refuse_other_split(workdir: Path, data: Dataset) -> None:
         )
 
 
-def refuse_another_split(workdir: Path, rows: Sequence[Row]) -> None:
-    """In a folder without a config.json, where a split.csv would be lost. Raises UserError."""
-    split = workdir / "split.csv"
-    if split.exists() and not (workdir / "config.json").exists():
-        if read_split_csv(split) != list(rows):
-            raise UserError(
-                f"{split} is not the split that this configuration makes, and would be lost: "
-                "remove it, or choose another --workdir"
-            )
-
-
-def has_figures(workdir: Path) -> bool:
-    """Whether the folder holds figures of a training, with or without its checkpoints."""
-    metrics = workdir / "metrics.jsonl"
-    return metrics.exists() and metrics.stat().st_size > 0
-
-
-def _refuse_file(workdir: Path) -> None:
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"{workdir} is a file: give a folder as --workdir")
-
-
-def refuse_foreign_files(workdir: Path) -> None:
-    """In a folder that holds no run. Raises UserError: what is not a run's would be lost."""
-    foreign = workdir / "metrics.jsonl" if has_figures(workdir) else None
-    if (workdir / "calibration.json").exists():
-        foreign = workdir / "calibration.json"
-    split = workdir / "split.csv"
-    if split.exists():
-        try:
-            read_split_csv(split)  # of a run that was killed before it had a config.json
-        except UserError:
-            foreign = split
-    if foreign:
-        raise UserError(f"{foreign} is of no run and would be lost: choose another --workdir")
-
-
-def read_run(workdir: Path) -> dict[str, Any] | None:
-    """The `config.json` of a run's folder, None where there is none. Raises UserError."""
-    _refuse_file(workdir)
-    path = workdir / "config.json"
-    if not path.exists():
-        return None
-    try:
-        saved = parse_json(path.read_text(encoding="utf-8"))
-        if isinstance(saved, dict) and "baseline" in saved:
-            raise UserError(
-                f"{workdir} is a classical baseline of a run: its scores are in its eval/, and "
-                "only the run itself can be scored again"
-            )
-        names = saved["class_names"]
-        whole = (
-            isinstance(saved["config"], dict)
-            and isinstance(saved["data"]["root"], str)
-            and isinstance(saved["data"]["images"], dict)
-            and isinstance(saved["preprocessing"], str)
-            and isinstance(names, list)
-            and all(isinstance(name, str) for name in names)
-            and all(Path(name).name == name != ".." for name in saved.get("members", ()))
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise UserError(f"{path} is damaged: restore it, or choose another --workdir")
-    return saved
-
-
-def saved_run(workdir: Path) -> dict[str, Any]:
-    """The config.json of a run. Raises UserError where `workdir` holds none."""
-    saved = read_run(workdir)
-    if saved is None:
-        raise UserError(
-            f"{workdir} holds no run (no config.json): give a run's folder as --workdir"
-        )
-    return saved
-
-
-def refuse_folds(workdir: Path, saved: Mapping[str, Any], what: str) -> None:
-    """For what needs images that no member has learned from: folds have none but the test images.
-
-    Args:
-      what: names what the user asked for, for the message.
-
-    Raises:
-      UserError: the run is a whole cross-validation.
-    """
-    if "members" in saved and config_lib.is_cross_validation(saved["config"]["data"]):
-        raise UserError(
-            f"{workdir} is a cross-validation, where one run's held-out images trained the others: "
-            f"for {what} give one of them, like {workdir / saved['members'][0]}"
-        )
-
-
-@contextlib.contextmanager
-def only_trainer(workdir: Path) -> Iterator[None]:
-    """Keeps a second process from training the same run. Raises UserError."""
-    with open(workdir / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{workdir} is being trained by another process: wait for it, or choose another "
-                "--workdir"
-            ) from None
-        except OSError as e:  # a file system without locks, as Lustre and NFS may be
-            _say_no_lock(workdir, e.strerror)
-        yield
-
-
-@functools.cache
-def _say_no_lock(workdir: Path, why: str) -> None:
-    """Once."""
-    say(
-        f"note: {workdir} cannot be locked ({why}): nothing keeps a second process from training "
-        "there too"
-    )
-
-
-def refuse_changes(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
-    """Where a run would go on under other figures. Raises UserError, naming the keys.
-
-    Args:
-      saved: its configuration, as config.json has it.
-      now: the one it would go on with.
-      workdir: its folder.
-    """
-    # Keys that came after the run was begun had their defaults.
-    defaults = config_lib.to_json(base.get_config())
-    changed = config_lib.changes(saved, now, defaults)
-    said = [line for key, line in changed.items() if key not in _FREE_ON_RESUME]
-    if said:
-        raise UserError(
-            f"{workdir} holds a run of another configuration ({'; '.join(said)}): "
-            "choose another --workdir"
-        )
-
-
 def _describe_data(data: Dataset) -> None:
     images = dataset_lib.summary(data)["images"]
     parts = [f"{split} {sum(counts.values()):,}" for split, counts in images.items()]
@@ -667,9 +400,3 @@ def _describe_data(data: Dataset) -> None:
     )
     for note in data.notes:
         say(f"note: {note}")
-
-
-def default_workdir(config_file: str) -> Path:
-    """`runs/paper-frozen` for `configs/paper.py:frozen`."""
-    path, _, variant = config_file.partition(":")
-    return Path("runs") / "-".join(filter(None, [Path(path).stem, *variant.split(",")]))

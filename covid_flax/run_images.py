@@ -26,7 +26,7 @@ from covid_flax.data.splits import (
 )
 from covid_flax.errors import UserError
 from covid_flax.files import cache_dir, make_writable, peek
-from covid_flax.run import refuse_folds, saved_run
+from covid_flax.run_folder import refuse_folds, saved_run
 
 CLASS_MAP_HELP = (
     f"for another folder: THEIRS=OURS,...; THEIRS={LEFT_OUT} leaves a class out; "

@@ -30,7 +30,8 @@ from covid_flax.profile import Profile
 from covid_flax.recalibrate import do_not_fit, make_recalibration
 from covid_flax.recalibrate import is_due as recalibration_is_due
 from covid_flax.report.log import RunLog
-from covid_flax.run import Run, has_figures, only_trainer, refuse_changes, saved_run
+from covid_flax.run import Run
+from covid_flax.run_folder import has_figures, only_trainer, refuse_changes, saved_run
 from covid_flax.step import TrainState, create_state, make_eval_step, zero_skipped, zero_sums
 from covid_flax.stragglers import find_straggler
 

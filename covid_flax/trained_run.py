@@ -29,7 +29,7 @@ from covid_flax.optimizer import make_optimizer
 from covid_flax.outputs import compile_apply, predict
 from covid_flax.recalibrate import do_not_fit, follow, make_recalibration
 from covid_flax.recalibrate import is_due as recalibration_is_due
-from covid_flax.run import saved_run
+from covid_flax.run_folder import saved_run
 from covid_flax.run_images import open_data
 from covid_flax.step import TrainState, create_state, make_eval_step
 

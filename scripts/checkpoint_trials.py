@@ -115,7 +115,7 @@ class Trials:
         from covid_flax.mesh import make_layout
         from covid_flax.models import MODELS, create_model, trained_stages
         from covid_flax.optimizer import make_optimizer
-        from covid_flax.run import saved_run
+        from covid_flax.run_folder import saved_run
         from covid_flax.step import create_state
         from covid_flax.trained_run import open_run
 

@@ -306,7 +306,7 @@ def _records(place: Path) -> tuple[Parser, list[bytes], Callable[[bytes], bytes]
 def _config_parser(place: Path) -> Parser:
     from covid_flax import config
     from covid_flax.report.artefacts import RUN, read_object
-    from covid_flax.run import read_run
+    from covid_flax.run_folder import read_run
 
     path = place / "config.json"
 

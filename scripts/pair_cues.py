@@ -27,7 +27,7 @@ from covid_flax.data.folder import DataFolder, open_folder
 from covid_flax.errors import UserError, run_script
 from covid_flax.evaluation.twins import find_twins, refuse_itself
 from covid_flax.files import expanded
-from covid_flax.run import learned_files
+from covid_flax.run_folder import learned_files
 from covid_flax.run_images import open_data
 from covid_flax.trained_run import Ensemble, TrainedRun, open_run, saved_run
 

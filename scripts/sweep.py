@@ -54,7 +54,7 @@ from covid_flax.errors import UserError
 from covid_flax.evaluation import members
 from covid_flax.evaluation.intervals import LEVEL
 from covid_flax.files import expanded, peek, write_atomically, write_json
-from covid_flax.run import WITHOUT_EFFECT, only_trainer
+from covid_flax.run_folder import WITHOUT_EFFECT, only_trainer
 from ml_collections_configs import base
 
 KINDS = ("grid", "random", "halving")

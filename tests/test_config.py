@@ -9,7 +9,7 @@ import pytest
 
 from covid_flax import config as config_lib
 from covid_flax.errors import UserError
-from covid_flax.run import refuse_changes
+from covid_flax.run_folder import refuse_changes
 from ml_collections_configs import base
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,8 @@ import scipy.special
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.job import make_job
-from covid_flax.run import learned_files, setup
+from covid_flax.run import setup
+from covid_flax.run_folder import learned_files
 from covid_flax.step import distillation_loss
 from covid_flax.train import train
 from covid_flax.trained_run import open_run

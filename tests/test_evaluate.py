@@ -22,7 +22,8 @@ from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate, parse_prevalence
 from covid_flax.evaluation.metrics import check_prevalence
-from covid_flax.run import saved_run, setup
+from covid_flax.run import setup
+from covid_flax.run_folder import saved_run
 from covid_flax.run_images import open_data, parse_class_map, say_what_is_replaced, what_they_chose
 from covid_flax.train import train
 from covid_flax.trained_run import open_run

@@ -30,7 +30,7 @@ from covid_flax.pretrained.read import read_weights
 from covid_flax.pretrained.torch_file import MAGIC, read_torch
 from covid_flax.report.artefacts import _read_report
 from covid_flax.report.plots import read_metrics
-from covid_flax.run import read_run
+from covid_flax.run_folder import read_run
 from covid_flax.run_images import open_data
 from ml_collections_configs import base
 

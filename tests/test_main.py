@@ -14,7 +14,7 @@ import pytest
 from covid_flax import main
 from covid_flax.checkpoint import Checkpoints
 from covid_flax.errors import UserError
-from covid_flax.run import default_workdir
+from covid_flax.run_folder import default_workdir
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

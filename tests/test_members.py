@@ -25,7 +25,8 @@ from covid_flax.members import check_members, member_configs, train_members
 from covid_flax.report.artefacts import read_artefacts
 from covid_flax.report.statements import statements
 from covid_flax.robustness import robustness
-from covid_flax.run import saved_run, setup
+from covid_flax.run import setup
+from covid_flax.run_folder import saved_run
 from covid_flax.run_images import open_data
 from covid_flax.train import train
 from covid_flax.trained_run import open_run

@@ -33,7 +33,8 @@ from covid_flax.models import MODELS, create_model
 from covid_flax.pretrained.names import keras_name
 from covid_flax.report import plots
 from covid_flax.report.log import RunLog
-from covid_flax.run import _appears, _refuse_other_split, only_trainer, read_run, setup
+from covid_flax.run import _appears, _refuse_other_split, setup
+from covid_flax.run_folder import only_trainer, read_run
 from covid_flax.train import _start, train
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
@@ -896,7 +897,7 @@ def test_a_file_system_without_locks_is_told_of(tiny_config, tmp_path, monkeypat
     def flock(*args):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr("covid_flax.run.fcntl.flock", flock)
+    monkeypatch.setattr("covid_flax.run_folder.fcntl.flock", flock)
     setup(tiny_config, tmp_path / "run")
     assert "cannot be locked (Function not implemented)" in capsys.readouterr().out
     assert (tmp_path / "run" / "config.json").exists()
