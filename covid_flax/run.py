@@ -27,18 +27,14 @@ from covid_flax.data.pipeline import usable_examples
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.files import cache_dir, expanded, write_json
+from covid_flax.initial_weights import find_weights, initial_weights
 from covid_flax.models import (
-    MODELS,
-    RESNETS,
     batch_stats_stages,
     create_model,
     preprocessing_of,
     stage_before,
     trained_stages,
 )
-from covid_flax.pretrained.fetch import resolve, sha256
-from covid_flax.pretrained.load import arrays_of_the_whole, load_weights, stage_of
-from covid_flax.pretrained.read import read_weights
 from covid_flax.run_folder import (
     has_figures,
     only_trainer,
@@ -125,7 +121,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
     check_devices(config)
     if config.train.teacher:
         saved_teacher(expanded(config.train.teacher))
-    weights_file = None if resumed else _weights_file(config)
+    weights_path = None if resumed else find_weights(config)
     say(f"data: reading {config.data.dir or 'synthetic phantoms'}")
     data = dataset_lib.load_dataset(config.data, config.seed, workdir)
     _describe_data(data)
@@ -142,7 +138,7 @@ def setup(config: ml_collections.ConfigDict, workdir: Path) -> Run:
             written = _write_moved(config, workdir, saved, data)
         _meet(workdir)
         return Run(config, workdir, data, graphdef, params, batch_stats, written, resumed=True)
-    params, batch_stats, weights = _initial_weights(config, params, batch_stats, weights_file)
+    params, batch_stats, weights = initial_weights(config, data, params, batch_stats, weights_path)
     taught_by = teacher_arrays(config.train.teacher)
     written = b""
     if jax.process_index() == 0:
@@ -209,69 +205,6 @@ def _check_resumed(
         raise UserError(
             f"train.teacher={config.train.teacher!r} is not the network that {workdir} has learned "
             f"from: give that one ({its}, as it was), or choose another --workdir"
-        )
-
-
-def _weights_file(config: ml_collections.ConfigDict) -> Path | None:
-    """The file of the first weights, downloaded if need be; None: they are drawn."""
-    if config.model.weights_may_miss and config.model.name not in RESNETS:
-        raise UserError(
-            f"model.weights_may_miss names stages of ResNets: set it to () for {config.model.name}"
-        )
-    cache = cache_dir(config.data.cache_dir) / "weights"
-    return resolve(config.model.weights, config.model.name, cache)
-
-
-def _initial_weights(
-    config: ml_collections.ConfigDict,
-    params: dict[str, Any],
-    batch_stats: dict[str, Any],
-    path: Path | None,
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Parameters and batch statistics to begin with, and what config.json says of them."""
-    about: dict[str, Any] = {"source": config.model.weights}
-    if path is None:
-        say("weights: none, everything starts at random")
-        fixed = [s for s in params if params[s] and s not in trained_stages(config.model)]
-        _note_frozen_norms(config, set(batch_stats) - set(fixed))
-        if fixed:
-            say(
-                f"note: {', '.join(fixed)} begin at random and are never trained: set "
-                "model.trainable=all, or load weights"
-            )
-        return params, batch_stats, about
-    params, batch_stats, report = load_weights(
-        read_weights(path),
-        params,
-        batch_stats,
-        source=str(path),
-        may_miss=tuple(config.model.weights_may_miss),
-        may_spare=arrays_of_the_whole(config.model),
-    )
-    say(f"weights: {path.name}: {report.summary()}")
-    _note_frozen_norms(config, {stage_of(name) for name in report.initialised} & set(batch_stats))
-    gets, expects = preprocessing_of(config.model), MODELS[config.model.name].preprocessing
-    if gets != expects:
-        still = config.model.trainable == "head" or config.model.batch_norm == "frozen"
-        say(
-            f"note: these weights expect {expects!r} preprocessing and get {gets!r}"
-            + ("; frozen batch norm never makes up for it" if still else "")
-        )
-    return (
-        params,
-        batch_stats,
-        about | {"file": str(path), "sha256": sha256(path), "report": report.summary()},
-    )
-
-
-def _note_frozen_norms(config: ml_collections.ConfigDict, at_random: set[str]) -> None:
-    """Speaks of stages whose kernels are drawn and whose batch norm never follows them."""
-    stages = sorted(at_random - batch_stats_stages(config.model))
-    if stages:
-        say(
-            f"note: {', '.join(stages)} begin at random, and their batch norm keeps statistics "
-            "that are not theirs: little can be learned from them; train them with "
-            "model.batch_norm=train, or load their weights"
         )
 
 

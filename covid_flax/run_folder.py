@@ -11,7 +11,9 @@ from typing import Any
 
 from covid_flax import config as config_lib
 from covid_flax.console import say
+from covid_flax.data.dataset import Dataset
 from covid_flax.data.splits import Row, read_split_csv
+from covid_flax.data.tables import from_class_on
 from covid_flax.errors import UserError
 from covid_flax.files import expanded, parse_json
 from ml_collections_configs import base
@@ -85,27 +87,49 @@ def saved_run(workdir: Path) -> dict[str, Any]:
 
 
 def learned_files(workdir: Path) -> set[str]:
-    """The files that a run learned from: its own, all members' of a repeated one, its teachers'.
+    """The files that a run learned from: its own, and those of all that its weights come from.
 
-    Those of a teacher that is gone cannot be told. Raises UserError.
+    That is all members of a repeated one, teachers, and runs whose weights it began with. Those of
+    a run that is gone cannot be told. Raises UserError.
     """
     learned: set[str] = set()
     asked: set[Path] = set()
-    folder = workdir
-    while folder.resolve() not in asked and (saved := read_run(folder)) is not None:
+    folders = [workdir]
+    while folders:
+        folder = folders.pop()
+        if folder.resolve() in asked or (saved := read_run(folder)) is None:
+            continue
         asked.add(folder.resolve())
         for part in [folder / name for name in saved.get("members", ())] or [folder]:
             rows = read_split_csv(part / "split.csv")
             learned |= {row.file for row in rows if row.split == "train"}
-        teacher = config_lib.from_json(saved["config"]).train.teacher
-        if not teacher:
-            break
-        # Where it was, whatever the working directory; or as given, where all were moved together.
-        places = [expanded(p) for p in (saved.get("teacher_folder"), teacher) if p]
-        folder = next((p for p in places if read_run(p) is not None), places[0])
-        if read_run(folder) is None:
-            say(f"note: {folder}, a teacher, is gone: what it has learned from cannot be told")
+        config = config_lib.from_json(saved["config"])
+        started_from = (saved.get("weights") or {}).get("run")
+        for known, given, what in (
+            (saved.get("teacher_folder"), config.train.teacher, "a teacher"),
+            (started_from, config.model.weights if started_from else "", "which a run began with"),
+        ):
+            if not given:
+                continue
+            # Where it was, whatever the working directory; or as given, where all were moved
+            # together.
+            places = [expanded(p) for p in (known, given) if p]
+            folder = next((p for p in places if read_run(p) is not None), places[0])
+            if read_run(folder) is None:
+                say(f"note: {folder}, {what}, is gone: what it has learned from cannot be told")
+            folders.append(folder)
     return learned
+
+
+def learned_of_held_out(workdir: Path, data: Dataset) -> int:
+    """How many images that `data` holds out that run, or what it comes from, has learned from."""
+    held_out = {row.file for row in data.rows if row.split != "train"}
+    # Of one data set as a whole and of the folder of its classes the files are the same.
+    held_out, learned = (
+        {from_class_on(file, data.class_names) or file for file in files}
+        for files in (held_out, learned_files(workdir))
+    )
+    return len(learned & held_out)
 
 
 def has_figures(workdir: Path) -> bool:

@@ -11,10 +11,9 @@ import ml_collections
 from covid_flax import config as config_lib
 from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
 from covid_flax.data.dataset import Dataset
-from covid_flax.data.tables import from_class_on
 from covid_flax.errors import UserError
 from covid_flax.files import expanded
-from covid_flax.run_folder import learned_files, read_run, saved_run
+from covid_flax.run_folder import learned_of_held_out, read_run, saved_run
 
 
 def saved_teacher(folder: Path) -> dict[str, Any]:
@@ -54,17 +53,11 @@ def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict
                 f"train.teacher={folder} takes images of data.{key}={its[key]}, this run has "
                 f"{config.data[key]}: set it to the teacher's"
             )
-    # Of one data set as a whole and of the folder of its classes the files are the same.
-    held_out = {row.file for row in data.rows if row.split != "train"}
-    held_out, learned = (
-        {from_class_on(file, data.class_names) or file for file in files}
-        for files in (held_out, learned_files(folder))
-    )
-    if leaked := len(learned & held_out):
+    if leaked := learned_of_held_out(folder, data):
         raise UserError(
-            f"train.teacher={folder}, or a teacher of its own, was trained on {leaked:,} images "
-            "that this run holds out: its figures would be of images seen; give a teacher of the "
-            "same split, or none: --config.train.teacher="
+            f"train.teacher={folder}, or a run that its weights come from, was trained on "
+            f"{leaked:,} images that this run holds out: its figures would be of images seen; give "
+            "a teacher of the same split, or none: --config.train.teacher="
         )
 
 

@@ -27,6 +27,7 @@ from covid_flax.models import MODELS, create_model, trained_stages
 from covid_flax.models.preprocess import MODES
 from covid_flax.optimizer import make_optimizer
 from covid_flax.outputs import compile_apply, predict
+from covid_flax.pretrained.load import named_arrays
 from covid_flax.recalibrate import do_not_fit, follow, make_recalibration
 from covid_flax.recalibrate import is_due as recalibration_is_due
 from covid_flax.run_folder import saved_run
@@ -58,6 +59,10 @@ class TrainedRun:
     _apply: Callable[..., Any] = dataclasses.field(repr=False)
     _params: Any = dataclasses.field(repr=False)
     _batch_stats: Any = dataclasses.field(repr=False)
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """What it answers with, by name; see `named_arrays`."""
+        return named_arrays(self._params, self._batch_stats)
 
     def logits(self, images: jax.Array) -> jax.Array:
         """Of images `[N, H, W, 1 or 3]`, 0..255, within a traced function: float32 `[N, K]`."""

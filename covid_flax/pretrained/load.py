@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,7 @@ def load_weights(
     source: str,
     may_miss: Sequence[str] = (),
     may_spare: Collection[str] = (),
+    name_of: Callable[[TreePath], str] = keras_name,
 ) -> tuple[Tree, Tree, LoadReport]:
     """Fills a network's trees from named arrays.
 
@@ -83,6 +84,7 @@ def load_weights(
       may_miss: stages (`conv1`..`conv5`) of which arrays may be absent; what is present is
         loaded, what is absent keeps its initial values.
       may_spare: arrays, by name, that the network has no place for and that are set aside.
+      name_of: the name that the arrays give to what is at a path.
 
     Returns:
       New params, new batch_stats (float32 JAX arrays where loaded), and the report.
@@ -99,7 +101,7 @@ def load_weights(
     flat = {("params", *p): v for p, v in _leaves(params)}
     flat |= {("batch_stats", *p): v for p, v in _leaves(batch_stats)}
     try:
-        targets = {keras_name(p[1:]): p for p in flat}
+        targets = {name_of(p[1:]): p for p in flat}
     except KeyError:
         raise UserError(
             f"{source}: weights are loaded into networks of Keras's only: set model.weights=none"
@@ -189,6 +191,19 @@ def as_named_today(
 def array_paths(params: Tree, batch_stats: Tree) -> dict[str, TreePath]:
     """A network's arrays by their Keras names: the path of each, from the stage down."""
     return {keras_name(path): path for tree in (params, batch_stats) for path, _ in _leaves(tree)}
+
+
+def name_in_runs(path: TreePath) -> str:
+    """The array's name where both ends are ours: Keras's; of networks that have none, its path."""
+    try:
+        return keras_name(path)
+    except KeyError:
+        return "/".join(map(str, path))
+
+
+def named_arrays(params: Tree, batch_stats: Tree) -> dict[str, Any]:
+    """A network's arrays by `name_in_runs`, to be loaded into another."""
+    return {name_in_runs(p): x for tree in (params, batch_stats) for p, x in _leaves(tree)}
 
 
 def arrays_of_the_whole(config: Any) -> Collection[str]:

@@ -226,6 +226,7 @@ def _initialization(a: Artefacts) -> str | None:
     if not weights.get("source"):
         return None
     parts = [str(weights["source"])]
+    parts += [f"step {weights['step']}"] if weights.get("step") else []
     parts += [f"SHA-256 {weights['sha256']}"] if weights.get("sha256") else []
     parts += [str(weights["report"])] if weights.get("report") else []
     return f"{'; '.join(parts)}; {_seeds(a)}."

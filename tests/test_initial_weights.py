@@ -1,0 +1,131 @@
+"""A training that begins with another run's weights: what is taken, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from covid_flax.data.splits import read_split_csv, write_split_csv
+from covid_flax.errors import UserError
+from covid_flax.run import setup
+from covid_flax.run_folder import learned_files
+from covid_flax.train import train
+from covid_flax.trained_run import open_run
+from tests.small_resnet import with_batch_norm
+
+pytestmark = pytest.mark.usefixtures("quick_compilation", "quick_drawing")
+
+
+def _configured(config, network):
+    config.data.split_seed = 0
+    config.train.epochs = 1
+    return with_batch_norm(config) if network == "resnet14_small" else config
+
+
+@pytest.fixture(scope="module")
+def trained(make_tiny_config, tmp_path_factory):
+    """By network, a run that is evaluated with averages."""
+    runs = {}
+    for network in ("lenet5", "resnet14_small"):
+        config = _configured(make_tiny_config(), network)
+        config.train.ema_decay = 0.9
+        runs[network] = tmp_path_factory.mktemp(network)
+        train(setup(config, runs[network]))
+    return runs
+
+
+def _begin(config, folder, workdir):
+    config.model.weights, config.seed = str(folder), 5
+    return setup(config, workdir)
+
+
+def _equal(a, b):
+    a, b = map(jax.tree.leaves, (a, b))
+    return [np.array_equal(x, y) for x, y in zip(a, b, strict=True)]
+
+
+@pytest.mark.parametrize("network", ["lenet5", "resnet14_small"])
+def test_it_begins_with_what_the_run_is_evaluated_with(
+    network, tiny_config, trained, tmp_path, capsys
+):
+    """Head and batch statistics too; of a network that Keras does not have as well."""
+    before = open_run(trained[network])
+    run = _begin(_configured(tiny_config, network), trained[network], tmp_path / "next")
+    assert all(_equal(run.params, before._params))
+    assert all(_equal(run.batch_stats, before._batch_stats))
+    count = len(jax.tree.leaves((run.params, run.batch_stats)))
+    assert re.search(rf"weights: {network}\d+: loaded {count} arrays\n", capsys.readouterr().out)
+    about = json.loads((tmp_path / "next" / "config.json").read_text())["weights"]
+    assert (about["run"], about["step"]) == (str(trained[network]), before.step)
+    train(run)
+    assert not all(_equal(open_run(tmp_path / "next", "latest")._params, before._params))
+
+
+def test_a_run_of_other_classes_lends_all_but_its_head(
+    tiny_config, trained, phantom_dir, tmp_path, capsys
+):
+    shutil.copytree(phantom_dir, tmp_path / "data")
+    (tmp_path / "data" / "Normal").rename(tmp_path / "data" / "Healthy")
+    for row in read_split_csv(trained["lenet5"] / "split.csv"):
+        if row.split == "train":  # of these none may be held out
+            path = tmp_path / "data" / row.file.replace("Normal/", "Healthy/")
+            path.rename(path.with_stem(f"{path.stem}-other"))
+    tiny_config.data.dir = str(tmp_path / "data")
+    before = open_run(trained["lenet5"])
+    run = _begin(tiny_config, trained["lenet5"], tmp_path / "next")
+    assert "knows other classes (COVID, Lung_Opacity, Normal" in capsys.readouterr().out
+    lent = {stage: _equal(run.params[stage], before._params[stage]) for stage in run.params}
+    head = lent.pop("head")
+    assert all(map(all, lent.values())) and not all(head)
+
+
+def test_what_learned_from_images_held_out_here_is_refused(tiny_config, trained, tmp_path, capsys):
+    """By itself, or by what it began with; and what that was cannot always be told."""
+    folder = tmp_path / "middle"
+    _begin(_configured(tiny_config, "lenet5"), trained["lenet5"], folder)
+    rows = read_split_csv(trained["lenet5"] / "split.csv")
+    learned = {row.file for row in rows if row.split == "train"}
+    write_split_csv(folder / "split.csv", [row for row in rows if row.split != "train"])
+    assert learned_files(folder) == learned
+    about = json.loads((folder / "config.json").read_text())
+    about["weights"]["run"] = about["config"]["model"]["weights"] = str(tmp_path / "gone")
+    (folder / "config.json").write_text(json.dumps(about))
+    assert learned_files(folder) == set()
+    assert "gone, which a run began with, is gone" in capsys.readouterr().out
+    tiny_config.data.split_seed = 9
+    with pytest.raises(UserError, match=r"was trained on [\d,]+ images that this run holds out"):
+        _begin(tiny_config, trained["lenet5"], tmp_path / "next")
+    assert not (tmp_path / "next" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        (None, r"holds no run \(no config.json\)"),
+        ("{}", "a baseline, or a run whose config.json is damaged"),
+        ("members", "holds several runs: give one, like .*seed0"),
+        ("untrained", "has no checkpoint yet: train it first"),
+    ],
+)
+def test_a_folder_without_weights_is_refused(about, message, tiny_config, trained, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    saved = json.loads((trained["lenet5"] / "config.json").read_text())
+    texts = {
+        "members": json.dumps(saved | {"members": ["seed0", "seed1"]}),
+        "untrained": json.dumps(saved),
+    }
+    if about is not None:
+        (folder / "config.json").write_text(texts.get(about, about))
+    with pytest.raises(UserError, match=f"model.weights=.*run.* {message}"):
+        _begin(tiny_config, folder, tmp_path / "next")
+
+
+def test_another_network_is_refused_by_its_arrays(tiny_config, trained, tmp_path):
+    with pytest.raises(UserError, match="does not fit the model: .* missing"):
+        _begin(_configured(tiny_config, "lenet5"), trained["resnet14_small"], tmp_path)
