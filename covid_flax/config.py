@@ -70,6 +70,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "train.micro_batch": (0, None),
     "train.ema_decay": (0, 0.999999),
     "train.swa_start": (0, None),
+    "train.start_share": (0, 0.99),
     "train.teacher_weight": (0, 1),
     "train.teacher_temperature": (0.1, 100),
     "train.recalibrate": (0, None),
@@ -170,6 +171,11 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError(
             f"config.train.swa_start={flat['train.swa_start']}: after train.epochs="
             f"{flat['train.epochs']} there is nothing to average: set a smaller one, or 0"
+        )
+    if flat["train.start_share"] and not keeps_averages(config):
+        raise UserError(
+            "config.train.start_share is the first weights' share beside an average: set "
+            "train.swa_start or train.ema_decay too"
         )
     if flat["data.fold"] >= 0 and flat["data.folds"] < 2:
         raise UserError(

@@ -52,6 +52,7 @@ def dry_run(run: Run) -> None:
                 job.tx,
                 config.seed,
                 average=keeps_averages(config),
+                start_share=config.train.start_share,
             )
         ),
         run.batch_shapes(job.start, batch),

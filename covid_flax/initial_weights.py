@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,7 @@ def initial_weights(
     """
     about: dict[str, Any] = {"source": config.model.weights}
     if path is None:
+        _refuse_random_share(config, params)
         say("weights: none, everything starts at random")
         fixed = [s for s in params if params[s] and s not in trained_stages(config.model)]
         _note_frozen_norms(config, set(batch_stats) - set(fixed))
@@ -109,6 +111,7 @@ def initial_weights(
         name_of=name_in_runs if path.is_dir() else keras_name,
     )
     say(f"weights: {path.name}: {report.summary()}")
+    _refuse_random_share(config, {stage_of(name) for name in report.initialised})
     _note_frozen_norms(config, {stage_of(name) for name in report.initialised} & set(batch_stats))
     gets = preprocessing_of(config.model)
     if gets != expects:
@@ -136,6 +139,16 @@ def _of_run(folder: Path, data: Dataset) -> tuple[dict[str, Any], str, dict[str,
         arrays = {name: x for name, x in arrays.items() if stage_of(name) != "head"}
     of = {"run": os.path.realpath(folder), "step": run.step}
     return arrays, run.saved["preprocessing"], of
+
+
+def _refuse_random_share(config: ml_collections.ConfigDict, at_random: Collection[str]) -> None:
+    """What is drawn is no weight to average with. Raises UserError."""
+    if config.train.start_share and at_random:
+        raise UserError(
+            "train.start_share keeps a share of the weights that training begins with, and "
+            f"{', '.join(at_random)} would begin at random: give model.weights=RUN, a run of the "
+            "same classes, or train.start_share=0"
+        )
 
 
 def _note_frozen_norms(config: ml_collections.ConfigDict, at_random: set[str]) -> None:

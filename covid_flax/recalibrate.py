@@ -40,7 +40,8 @@ def do_not_fit(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:
     They follow augmented images, or (of a mean of the weights) other weights.
     """
     augmented = Augment(**config.augment.to_dict()).active
-    return follow(config, batch_stats) and (augmented or config.train.swa_start > 0)
+    other = config.train.swa_start > 0 or config.train.start_share > 0
+    return follow(config, batch_stats) and (augmented or other)
 
 
 def is_due(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:

@@ -37,7 +37,8 @@ class TrainState:
       sums: of the running epoch, float32: `loss`, `correct`, `count`; where updates may be
         skipped, `skipped` and `skipped_in_a_row` too, which no checkpoint's arrays have.
       average: moving averages of `params` and `batch_stats` under these names; empty where
-        none are kept.
+        none are kept. Where what training began with has a share in what is evaluated, that is
+        `start`, and `start_share` the share.
     """
 
     step: Array
@@ -50,8 +51,15 @@ class TrainState:
     average: dict[str, Tree]
 
     def for_evaluation(self) -> tuple[Tree, Tree]:
-        """All parameters and the batch statistics: the averages where there are any."""
+        """All parameters and the batch statistics: the averages where there are any.
+
+        Of these and the weights that training began with, the mean by `start_share` (WiSE-FT,
+        Wortsman et al. 2022).
+        """
         params: Tree = self.average.get("params", self.params)
+        if "start" in self.average:
+            share, start = self.average["start_share"], self.average["start"]
+            params = jax.tree.map(lambda x, at_first: x + share * (at_first - x), params, start)
         return {**self.frozen, **params}, self.average.get("batch_stats", self.batch_stats)
 
 
@@ -131,6 +139,7 @@ def create_state(
     seed: int,
     *,
     average: bool = False,
+    start_share: float = 0.0,
 ) -> TrainState:
     """The state before the first step.
 
@@ -140,8 +149,12 @@ def create_state(
       tx: the optimiser.
       seed: of what steps draw.
       average: whether moving averages are kept.
+      start_share: > 0, with averages: of these parameters in those that are evaluated.
     """
     trained = {k: v for k, v in params.items() if k in trainable}
+    averages = {"params": trained, "batch_stats": batch_stats} if average else {}
+    if start_share:
+        averages |= {"start": trained, "start_share": jnp.float32(start_share)}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=trained,
@@ -150,7 +163,7 @@ def create_state(
         opt_state=tx.init(trained),
         rng=jax.random.key_data(jax.random.key(seed)),
         sums=zero_sums(),
-        average={"params": trained, "batch_stats": batch_stats} if average else {},
+        average=averages,
     )
 
 
@@ -306,11 +319,12 @@ def make_train_step(
             sums = lax.psum(sums, axis)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = state.average
+        average = dict(state.average)
         if config.ema_decay or config.swa_after:
             new = {"params": params, "batch_stats": batch_stats}
             share = _share_of_average(config, updates_made(opt_state))
-            average = jax.tree.map(lambda a, x: a + share * (x - a), average, new)
+            old = {name: average[name] for name in new}
+            average |= jax.tree.map(lambda a, x: a + share * (x - a), old, new)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,

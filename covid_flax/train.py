@@ -112,7 +112,15 @@ def _start(
     config = run.config
     trained = frozenset(run.trained)
     average = keeps_averages(config)
-    new = create_state(run.params, run.batch_stats, trained, job.tx, config.seed, average=average)
+    new = create_state(
+        run.params,
+        run.batch_stats,
+        trained,
+        job.tx,
+        config.seed,
+        average=average,
+        start_share=config.train.start_share,
+    )
     new = job.layout.place(new)
     found = checkpoints.resume(new)
     if found is None and run.resumed:

@@ -252,6 +252,7 @@ def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str, data_dir: s
         make_optimizer(config.optimizer, lambda _: 0.0, MODELS[config.model.name].stages),
         config.seed,
         average=config_lib.keeps_averages(config),
+        start_share=config.train.start_share,
     )
     if not has_checkpoints(workdir / "checkpoints"):
         raise UserError(f"{workdir} has no checkpoint yet: train it first")

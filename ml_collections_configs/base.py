@@ -102,6 +102,7 @@ def get_config() -> ml_collections.ConfigDict:
     t.micro_batch = 0  # > 0: images through the network at once; a batch's parts add gradients
     t.ema_decay = 0.0  # > 0: evaluate moving averages of the weights and statistics (0.999)
     t.swa_start = 0  # > 0: evaluate the plain mean of the weights after so many epochs (SWA)
+    t.start_share = 0.0  # > 0: of the first weights in the averaged ones that are evaluated
     t.teacher = ""  # folder of a run of the same split, from whose answers this one learns too
     t.teacher_weight = 0.7  # share of the loss due to the teacher
     t.teacher_temperature = 2.0  # softmax temperature of teacher and student in that share

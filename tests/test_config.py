@@ -116,6 +116,15 @@ def test_an_average_that_would_never_begin_is_refused():
         config_lib.check(config)
 
 
+def test_a_share_of_no_average_is_refused():
+    config = base.get_config()
+    config.train.start_share = 0.5
+    with pytest.raises(UserError, match=r"start_share .*: set train\.swa_start or"):
+        config_lib.check(config)
+    config.train.ema_decay = 0.9
+    config_lib.check(config)
+
+
 def test_two_kinds_of_averages_are_refused():
     config = base.get_config()
     config.train.ema_decay, config.train.swa_start = 0.99, 2

@@ -126,6 +126,28 @@ def test_a_folder_without_weights_is_refused(about, message, tiny_config, traine
         _begin(tiny_config, folder, tmp_path / "next")
 
 
+def test_its_weights_may_share_in_what_is_evaluated(tiny_config, trained, tmp_path):
+    """The training is the same one; the share is that of the run it began with."""
+    tiny_config.train.ema_decay = 0.5
+    tiny_config.train.epochs = 1
+    tiny_config.data.split_seed = 0
+    train(_begin(tiny_config, trained["lenet5"], tmp_path / "plain"))
+    tiny_config.train.start_share = 0.25
+    train(_begin(tiny_config, trained["lenet5"], tmp_path / "shared"))
+    first, plain, shared = (
+        open_run(run)._params
+        for run in (trained["lenet5"], tmp_path / "plain", tmp_path / "shared")
+    )
+    jax.tree.map(
+        lambda a, b, c: np.testing.assert_allclose(0.25 * a + 0.75 * b, c, rtol=1e-5, atol=1e-7),
+        *(first, plain, shared),
+    )
+    assert not all(_equal(plain, shared))
+    tiny_config.model.weights = "none"
+    with pytest.raises(UserError, match="head would begin at random: give model.weights=RUN"):
+        setup(tiny_config, tmp_path / "drawn")
+
+
 def test_another_network_is_refused_by_its_arrays(tiny_config, trained, tmp_path):
     with pytest.raises(UserError, match="does not fit the model: .* missing"):
         _begin(_configured(tiny_config, "lenet5"), trained["resnet14_small"], tmp_path)

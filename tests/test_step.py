@@ -354,6 +354,28 @@ def test_swa_evaluates_the_plain_mean_of_the_weights(batch):
     assert np.ptp(kernels, 0).max() > 1e-4  # there was something to average
 
 
+def test_the_first_weights_share_in_what_is_evaluated(batch):
+    """Judged in float64: of the mean after two steps, and of what was there before them."""
+    model = _without_dropout()
+    tx = optax.sgd(lambda _: 0.1)  # of a schedule, for updates are counted
+    how = StepConfig(preprocessing="unit", batch_stats_in=LAST, swa_after=2)
+    step = jax.jit(make_train_step(model[0], tx, how))
+    state = create_state(*model[1:], LAST, tx, seed=0, average=True, start_share=0.3)
+    seen = []
+    for _ in range(4):
+        state, _ = step(state, batch)
+        seen.append(jax.tree.map(np.float64, state.params))
+    want = jax.tree.map(
+        lambda first, *x: 0.3 * np.float64(first) + 0.7 * np.mean(x, 0),
+        {name: model[1][name] for name in state.params},
+        *seen[2:],
+    )
+    got, _ = state.for_evaluation()
+    _assert_close({name: got[name] for name in want}, want, rtol=1e-5, atol=1e-7)
+    kernel, before = (p["conv5"]["block1"]["unit1"]["conv"]["kernel"] for p in (got, model[1]))
+    assert np.abs(kernel - before).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("network", "trained"),
     [("lenet5", HEAD), pytest.param("resnet14_small", LAST, marks=pytest.mark.slow)],

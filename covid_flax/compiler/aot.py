@@ -131,7 +131,15 @@ def lower_step(config: Any, mesh: Mesh, num_classes: int) -> jax.stages.Lowered:
         swa_after=config.train.swa_start,  # in epochs: the number is a constant, and costs nothing
     )
     average = keeps_averages(config)
-    state = create_state(params, batch_stats, frozenset(trained), tx, config.seed, average=average)
+    state = create_state(
+        params,
+        batch_stats,
+        frozenset(trained),
+        tx,
+        config.seed,
+        average=average,
+        start_share=config.train.start_share,
+    )
 
     batch, size = config.train.batch_size, config.data.image_size
     examples: Any = abstract_batch(graphdef, params, batch_stats, batch, size, cached)

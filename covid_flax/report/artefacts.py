@@ -42,6 +42,7 @@ RUN: dict[str, Any] = {
             "monitor": str,
             "ema_decay": float,
             "swa_start": float,
+            "start_share": float,
             "min_delta": float,
             "teacher": str,
             "teacher_weight": float,

@@ -335,6 +335,8 @@ def _ensemble(a: Artefacts) -> str | None:
             f"; weights are means over all steps after epoch {start:g}, if the checkpoint is of "
             "later"
         )
+    if share := a.config("train", "start_share"):
+        text += f"; {share:g} of each weight is what it was before training"
     mirror, aspect = a.config("eval", "mirror"), a.config("eval", "aspect")
     views = ["its mirror image"] if mirror else []
     views += [f"other proportions (height times, width over exp(+-{aspect:g}))"] if aspect else []
