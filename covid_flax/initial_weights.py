@@ -9,15 +9,17 @@ from typing import Any
 
 import ml_collections
 
-from covid_flax.checkpoint import has_checkpoints
+from covid_flax.checkpoint import Checkpoints, has_checkpoints
 from covid_flax.console import say
 from covid_flax.data.dataset import Dataset
+from covid_flax.data.splits import MANY_ALIKE, named_alike
 from covid_flax.errors import UserError
 from covid_flax.files import cache_dir
 from covid_flax.models import (
     MODELS,
     RESNETS,
     batch_stats_stages,
+    beginning_of,
     preprocessing_of,
     trained_stages,
 )
@@ -30,7 +32,7 @@ from covid_flax.pretrained.load import (
 )
 from covid_flax.pretrained.names import keras_name
 from covid_flax.pretrained.read import read_weights
-from covid_flax.run_folder import learned_of_held_out, read_run
+from covid_flax.run_folder import fitted_rows, learned_of, read_run
 from covid_flax.trained_run import TrainedRun, open_run
 
 Tree = dict[str, Any]
@@ -46,6 +48,8 @@ def find_weights(config: ml_collections.ConfigDict) -> Path | None:
         raise UserError(
             f"model.weights_may_miss names stages of ResNets: set it to () for {config.model.name}"
         )
+    if config.model.weights in ("none", "imagenet"):
+        _refuse_random_share(config, ["head"])
     cache = cache_dir(config.data.cache_dir) / "weights"
     path = resolve(config.model.weights, config.model.name, cache)
     if path is None or not path.is_dir():
@@ -63,6 +67,11 @@ def find_weights(config: ml_collections.ConfigDict) -> Path | None:
         raise UserError(f"{named} holds several runs: give one, like {path / saved['members'][0]}")
     if not has_checkpoints(path / "checkpoints"):
         raise UserError(f"{named} has no checkpoint yet: train it first")
+    its, whole = saved["config"]["model"]["name"], beginning_of(config.model)
+    if its not in (config.model.name, None if whole is None else whole.name):
+        raise UserError(
+            f"{named} is of {its}, this run of {config.model.name}: set model.name, or give another"
+        )
     return path
 
 
@@ -86,7 +95,6 @@ def initial_weights(
     """
     about: dict[str, Any] = {"source": config.model.weights}
     if path is None:
-        _refuse_random_share(config, params)
         say("weights: none, everything starts at random")
         fixed = [s for s in params if params[s] and s not in trained_stages(config.model)]
         _note_frozen_norms(config, set(batch_stats) - set(fixed))
@@ -125,19 +133,30 @@ def initial_weights(
 
 def _of_run(folder: Path, data: Dataset) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """A run's arrays by name, its preprocessing, and what config.json says of it."""
-    if leaked := learned_of_held_out(folder, data):
+    if leaked := learned_of(folder, data.held_out, data.class_names):
         raise UserError(
             f"model.weights={folder}, or a run that its weights come from, was trained on "
-            f"{leaked:,} images that this run holds out: its figures would be of images seen; give "
-            "a run of the same split"
+            f"{leaked:,} images that this run holds out: its figures would be of images seen; take "
+            f"its split, data.split=file data.split_file={folder / 'split.csv'}, or another run"
         )
-    run = open_run(folder)
-    assert isinstance(run, TrainedRun)  # `find_weights` refuses several
+    try:
+        run = open_run(folder)
+        assert isinstance(run, TrainedRun)  # `find_weights` refuses several
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            digest = checkpoints.digest(run.step)
+    except UserError as e:
+        raise UserError(f"model.weights={folder}: {e}") from e
     arrays = run.arrays()
     if run.class_names != tuple(data.class_names):
         say(f"weights: {folder} knows other classes ({', '.join(run.class_names)})")
+        held_out = len(data.held_out)
+        if (alike := named_alike(data.held_out, fitted_rows(folder))) >= MANY_ALIKE * held_out:
+            say(
+                f"note: {alike:,} of {held_out:,} images held out here bear the name of one "
+                "that it was trained on or stopped by: if they are copies, the figures flatter"
+            )
         arrays = {name: x for name, x in arrays.items() if stage_of(name) != "head"}
-    of = {"run": os.path.realpath(folder), "step": run.step}
+    of = {"run": os.path.realpath(folder), "step": run.step, "sha256": digest}
     return arrays, run.saved["preprocessing"], of
 
 
@@ -146,8 +165,8 @@ def _refuse_random_share(config: ml_collections.ConfigDict, at_random: Collectio
     if config.train.start_share and at_random:
         raise UserError(
             "train.start_share keeps a share of the weights that training begins with, and "
-            f"{', '.join(at_random)} would begin at random: give model.weights=RUN, a run of the "
-            "same classes, or train.start_share=0"
+            f"{', '.join(sorted(at_random))} would begin at random: give model.weights=RUN, a run "
+            "of the same classes and head, or train.start_share=0"
         )
 
 

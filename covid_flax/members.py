@@ -24,10 +24,11 @@ from covid_flax.data.splits import Row, read_split_csv, write_split_csv
 from covid_flax.errors import UserError
 from covid_flax.evaluate import evaluate
 from covid_flax.evaluation.members import FIGURES
-from covid_flax.files import write_json
+from covid_flax.files import expanded, write_json
 from covid_flax.run import setup
 from covid_flax.run_folder import (
     has_figures,
+    learned_of,
     read_run,
     refuse_another_split,
     refuse_changes,
@@ -82,7 +83,7 @@ def check_members(
     configs = member_configs(config)
     for member in configs.values():
         config_lib.check(member)
-    check_splits([member.data for member in configs.values()], config.seed)
+    _refuse_seen(config, check_splits([m.data for m in configs.values()], config.seed))
     return configs
 
 
@@ -135,6 +136,19 @@ def train_members(config: ml_collections.ConfigDict, workdir: Path) -> dict[str,
     write_json(workdir / "members.json", summary, allow_nan=True)
     _print(summary)
     return summary
+
+
+def _refuse_seen(config: ml_collections.ConfigDict, rows: Sequence[Row]) -> None:
+    """Where folds begin with a run that has learned from what one holds out. Raises UserError."""
+    folder = expanded(config.model.weights)
+    if config_lib.is_cross_validation(config.data) and folder.is_dir():
+        files, class_names = [row.file for row in rows], {row.label for row in rows}
+        if seen := learned_of(folder, files, class_names):
+            raise UserError(
+                f"model.weights={folder} has learned from {seen:,} of these images, and each is "
+                "held out by a fold: begin with a run of other images, or train each fold by "
+                "itself (data.fold=0, ...), with a run of that fold"
+            )
 
 
 def _figures(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from covid_flax import config as config_lib
 from covid_flax.console import say
-from covid_flax.data.dataset import Dataset
 from covid_flax.data.splits import Row, read_split_csv
 from covid_flax.data.tables import from_class_on
 from covid_flax.errors import UserError
@@ -65,11 +64,12 @@ def read_run(workdir: Path) -> dict[str, Any] | None:
             and isinstance(saved["data"]["root"], str)
             and isinstance(saved["data"]["images"], dict)
             and isinstance(saved["preprocessing"], str)
+            and isinstance((saved.get("weights") or {}).get("run", ""), str)
             and isinstance(names, list)
             and all(isinstance(name, str) for name in names)
             and all(Path(name).name == name != ".." for name in saved.get("members", ()))
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise UserError(f"{path} is damaged: restore it, or choose another --workdir")
@@ -90,7 +90,8 @@ def learned_files(workdir: Path) -> set[str]:
     """The files that a run learned from: its own, and those of all that its weights come from.
 
     That is all members of a repeated one, teachers, and runs whose weights it began with. Those of
-    a run that is gone cannot be told. Raises UserError.
+    a run that is gone, or came without its split.csv, cannot be told. Raises UserError where the
+    run's own split.csv, or a config.json, cannot be read.
     """
     learned: set[str] = set()
     asked: set[Path] = set()
@@ -101,6 +102,9 @@ def learned_files(workdir: Path) -> set[str]:
             continue
         asked.add(folder.resolve())
         for part in [folder / name for name in saved.get("members", ())] or [folder]:
+            if folder != workdir and not (part / "split.csv").exists():
+                say(f"note: {part} has no split.csv: what it has learned from cannot be told")
+                continue
             rows = read_split_csv(part / "split.csv")
             learned |= {row.file for row in rows if row.split == "train"}
         config = config_lib.from_json(saved["config"])
@@ -121,15 +125,27 @@ def learned_files(workdir: Path) -> set[str]:
     return learned
 
 
-def learned_of_held_out(workdir: Path, data: Dataset) -> int:
-    """How many images that `data` holds out that run, or what it comes from, has learned from."""
-    held_out = {row.file for row in data.rows if row.split != "train"}
+def fitted_rows(workdir: Path) -> list[Row]:
+    """A run's split, and without a label what else it has learned from.
+
+    None where it came without its split, as a model that is passed on may.
+    """
+    rows: list[Row] = []
+    others: set[str] = set()
+    with contextlib.suppress(UserError):
+        rows = read_split_csv(workdir / "split.csv")
+        others = learned_files(workdir) - {row.file for row in rows}
+    return rows + [Row(file, "", "train", "") for file in sorted(others)]
+
+
+def learned_of(workdir: Path, files: Iterable[str], class_names: Collection[str]) -> int:
+    """How many of these images that run, or what it comes from, has learned from."""
     # Of one data set as a whole and of the folder of its classes the files are the same.
-    held_out, learned = (
-        {from_class_on(file, data.class_names) or file for file in files}
-        for files in (held_out, learned_files(workdir))
+    these, learned = (
+        {from_class_on(file, class_names) or file for file in named}
+        for named in (files, learned_files(workdir))
     )
-    return len(learned & held_out)
+    return len(learned & these)
 
 
 def has_figures(workdir: Path) -> bool:

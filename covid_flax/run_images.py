@@ -26,7 +26,7 @@ from covid_flax.data.splits import (
 )
 from covid_flax.errors import UserError
 from covid_flax.files import cache_dir, make_writable, peek
-from covid_flax.run_folder import refuse_folds, saved_run
+from covid_flax.run_folder import fitted_rows, refuse_folds, saved_run
 
 CLASS_MAP_HELP = (
     f"for another folder: THEIRS=OURS,...; THEIRS={LEFT_OUT} leaves a class out; "
@@ -201,7 +201,7 @@ def what_they_chose(workdir: Path, split: str, data: Dataset, *, by_val: bool = 
     """
     if data.elsewhere:
         files = [row.file for row in data.rows]
-        alike = named_alike(files, _own_rows(workdir))
+        alike = named_alike(files, fitted_rows(workdir))
         if alike < MANY_ALIKE * len(files):
             return None
         return (
@@ -251,21 +251,13 @@ def parse_class_map(text: list[str]) -> dict[str, str]:
 
 
 def own_images(workdir: Path, saved: Mapping[str, Any]) -> tuple[DataFolder | None, list[Row]]:
-    """The folder a run was trained on, None where the images are gone, and its split."""
-    rows = _own_rows(workdir)
+    """The folder a run was trained on, None where the images are gone, and its `fitted_rows`."""
+    rows = fitted_rows(workdir)
     config = config_lib.from_json(saved["config"])
     try:
         return _reopen(str(images_root(workdir, saved)), config, saved["class_names"]), rows
     except UserError:
         return None, rows
-
-
-def _own_rows(workdir: Path) -> list[Row]:
-    """A run's split; none where it came without, as a model that is passed on may."""
-    try:
-        return read_split_csv(workdir / "split.csv")
-    except UserError:
-        return []
 
 
 def _reopen(root: str, config: ml_collections.ConfigDict, classes: Collection[str]) -> DataFolder:

@@ -54,7 +54,7 @@ class TrainState:
         """All parameters and the batch statistics: the averages where there are any.
 
         Of these and the weights that training began with, the mean by `start_share` (WiSE-FT,
-        Wortsman et al. 2022).
+        Wortsman et al. 2022b).
         """
         params: Tree = self.average.get("params", self.params)
         if "start" in self.average:

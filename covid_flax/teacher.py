@@ -13,7 +13,7 @@ from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
 from covid_flax.data.dataset import Dataset
 from covid_flax.errors import UserError
 from covid_flax.files import expanded
-from covid_flax.run_folder import learned_of_held_out, read_run, saved_run
+from covid_flax.run_folder import learned_of, read_run, saved_run
 
 
 def saved_teacher(folder: Path) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict
                 f"train.teacher={folder} takes images of data.{key}={its[key]}, this run has "
                 f"{config.data[key]}: set it to the teacher's"
             )
-    if leaked := learned_of_held_out(folder, data):
+    if leaked := learned_of(folder, data.held_out, data.class_names):
         raise UserError(
             f"train.teacher={folder}, or a run that its weights come from, was trained on "
             f"{leaked:,} images that this run holds out: its figures would be of images seen; give "

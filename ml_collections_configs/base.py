@@ -107,7 +107,7 @@ def get_config() -> ml_collections.ConfigDict:
     t.teacher_weight = 0.7  # share of the loss due to the teacher
     t.teacher_temperature = 2.0  # softmax temperature of teacher and student in that share
     t.on_non_finite = "stop"  # at a loss or gradient that is not finite: stop, or skip that update
-    # Where batch norm's statistics follow augmented images, or with swa_start, they are
+    # Where batch norm's statistics follow augmented images, or of a mean, they are
     # recomputed from plain training images before every validation.
     t.recalibrate = 2560  # how many of those images, in whole batches, one at least; 0: off
     t.shard_state = False  # spread parameters and optimiser over the devices (jit)

@@ -10,10 +10,14 @@ import jax
 import numpy as np
 import pytest
 
+from covid_flax.checkpoint import Checkpoints
+from covid_flax.data.phantoms import write_dataset
 from covid_flax.data.splits import read_split_csv, write_split_csv
 from covid_flax.errors import UserError
+from covid_flax.evaluate import evaluate
+from covid_flax.members import train_members
 from covid_flax.run import setup
-from covid_flax.run_folder import learned_files
+from covid_flax.run_folder import learned_files, learned_of
 from covid_flax.train import train
 from covid_flax.trained_run import open_run
 from tests.small_resnet import with_batch_norm
@@ -39,6 +43,12 @@ def trained(make_tiny_config, tmp_path_factory):
     return runs
 
 
+def _other_split(config):
+    config = config.copy_and_resolve_references()
+    config.data.split_seed, config.model.weights = 9, "none"
+    return config
+
+
 def _begin(config, folder, workdir):
     config.model.weights, config.seed = str(folder), 5
     return setup(config, workdir)
@@ -62,6 +72,8 @@ def test_it_begins_with_what_the_run_is_evaluated_with(
     assert re.search(rf"weights: {network}\d+: loaded {count} arrays\n", capsys.readouterr().out)
     about = json.loads((tmp_path / "next" / "config.json").read_text())["weights"]
     assert (about["run"], about["step"]) == (str(trained[network]), before.step)
+    with Checkpoints(trained[network] / "checkpoints") as checkpoints:
+        assert about["sha256"] == checkpoints.digest(before.step)
     train(run)
     assert not all(_equal(open_run(tmp_path / "next", "latest")._params, before._params))
 
@@ -97,6 +109,10 @@ def test_what_learned_from_images_held_out_here_is_refused(tiny_config, trained,
     (folder / "config.json").write_text(json.dumps(about))
     assert learned_files(folder) == set()
     assert "gone, which a run began with, is gone" in capsys.readouterr().out
+    about["weights"]["run"] = str(trained["lenet5"])
+    (folder / "config.json").write_text(json.dumps(about))
+    other = setup(_other_split(tiny_config), tmp_path / "other").data
+    assert learned_of(folder, other.held_out, other.class_names)
     tiny_config.data.split_seed = 9
     with pytest.raises(UserError, match=r"was trained on [\d,]+ images that this run holds out"):
         _begin(tiny_config, trained["lenet5"], tmp_path / "next")
@@ -148,6 +164,29 @@ def test_its_weights_may_share_in_what_is_evaluated(tiny_config, trained, tmp_pa
         setup(tiny_config, tmp_path / "drawn")
 
 
-def test_another_network_is_refused_by_its_arrays(tiny_config, trained, tmp_path):
-    with pytest.raises(UserError, match="does not fit the model: .* missing"):
-        _begin(_configured(tiny_config, "lenet5"), trained["resnet14_small"], tmp_path)
+def test_another_network_is_refused_before_images_are_read(tiny_config, trained, tmp_path):
+    tiny_config.data.dir = str(tmp_path / "none")
+    with pytest.raises(UserError, match="is of resnet14_small, this run of lenet5"):
+        _begin(tiny_config, trained["resnet14_small"], tmp_path)
+
+
+def test_folds_that_begin_with_one_of_their_images_are_refused(tiny_config, trained, tmp_path):
+    tiny_config.model.weights = str(trained["lenet5"])
+    tiny_config.data.split, tiny_config.data.folds = "grouped", 2
+    with pytest.raises(UserError, match=r"has learned from 60 of these images, and each"):
+        train_members(tiny_config, tmp_path)
+    assert not (tmp_path / "fold0" / "checkpoints").exists()
+
+
+def test_what_the_first_run_learned_from_is_no_external_test(tiny_config, trained, tmp_path):
+    """Scored again on that run's images, by names: they lie elsewhere."""
+    write_dataset(tmp_path / "theirs", 4, seed=8, size=48)
+    for path in list((tmp_path / "theirs").rglob("*.png")):
+        path.rename(path.with_stem(f"theirs-{path.stem}"))
+    of_first = tiny_config.data.dir
+    tiny_config.data.dir = str(tmp_path / "theirs")
+    tiny_config.train.epochs = 1
+    train(_begin(tiny_config, trained["lenet5"], tmp_path / "next"))
+    report = evaluate(tmp_path / "next", split="all", data_dir=of_first)
+    leak = next(alarm for alarm in report["alarms"] if alarm["name"] == "duplicate-leak")
+    assert leak["level"] == "caution" and leak["figures"]["images"] == 60

@@ -114,6 +114,15 @@ def test_where_nothing_is_augmented_or_followed_none_is_due(config, tmp_path):
     assert not is_due(config, run.batch_stats)
 
 
+def test_a_share_of_the_first_weights_needs_statistics_of_its_own(config, tmp_path):
+    config.augment.rotate = 0.0
+    run = setup(config, tmp_path)
+    config.train.ema_decay = 0.9
+    assert not is_due(config, run.batch_stats)  # the averages follow with the weights
+    config.train.start_share = 0.5
+    assert is_due(config, run.batch_stats)
+
+
 def test_a_mean_of_weights_has_its_own_statistics(config, tmp_path):
     """Those of the weights that it is of are not: without augmentation too."""
     config.augment.rotate = 0.0

@@ -52,6 +52,11 @@ class Dataset:
         """Whether these are images of another folder than the run's, which are of no split."""
         return all(not row.split for row in self.rows)
 
+    @property
+    def held_out(self) -> list[str]:
+        """The files that are not trained on."""
+        return [row.file for row in self.rows if row.split != "train"]
+
     def files(self, split: str) -> list[Row]:
         """The rows of `split`, or every row for `all`."""
         return [row for row in self.rows if split in (row.split, "all")]
@@ -138,21 +143,25 @@ def _split(folder: DataFolder, config: Any, seed: int) -> list[Row]:
     )
 
 
-def check_splits(configs: Sequence[Any], seed: int) -> None:
+def check_splits(configs: Sequence[Any], seed: int) -> list[Row]:
     """Refuses what one of several splits of the same images could not be made of. Raises UserError.
 
     Args:
       configs: each one's `data`, with its own `data.fold`.
       seed: of the run.
+
+    Returns:
+      The last split; empty of phantoms, which are drawn with each.
     """
-    first = configs[0]
+    first, rows = configs[0], list[Row]()
     if not first.dir:
-        return  # phantoms are drawn with each
+        return rows
     folder = _open(first, first.dir)
     if first.on_bad_image == "skip":
         folder, _ = prepare_readable(folder, first)
     for config in configs:
-        _split(folder, config, seed)
+        rows = _split(folder, config, seed)
+    return rows
 
 
 def load_dataset(config: Any, seed: int, workdir: Path) -> Dataset:

@@ -182,7 +182,9 @@ def _trained_on_these(
     scored = {f"{folder.root}/{file}": file for file in predictions.files}
     same = None
     if own is not None:
-        fitted = {f"{own.root}/{row.file}": row.file for row in rows if row.split != "test"}
+        # Without a label: of another folder.
+        here = [row.file for row in rows if row.split != "test" and row.label]
+        fitted = {f"{own.root}/{file}": file for file in here}
         same = duplicate_leak(
             [Row(file, "", "", "") for file in fitted],
             [Row(file, "", "", "") for file in scored],

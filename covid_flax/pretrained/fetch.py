@@ -125,7 +125,7 @@ def resolve(weights: str, model: str, cache_dir: Path) -> Path | None:
     if weights == "imagenet":
         return fetch_imagenet_weights(cache_dir, model=model)
     path = expanded(weights)
-    if not (path.is_file() or path.is_dir()):
+    if not weights or not (path.is_file() or path.is_dir()):
         raise UserError(
             f"model.weights={weights!r}: no such file; give a path to an .h5 or .npz, a run's "
             "folder, imagenet, or none"

@@ -104,7 +104,8 @@ def load_weights(
         targets = {name_of(p[1:]): p for p in flat}
     except KeyError:
         raise UserError(
-            f"{source}: weights are loaded into networks of Keras's only: set model.weights=none"
+            f"{source}: files are loaded into networks of Keras's only: set model.weights to none, "
+            "or to a run's folder"
         ) from None
     arrays = as_named_today(arrays, targets, source)
     want = {name: tuple(flat[p].shape) for name, p in targets.items()}

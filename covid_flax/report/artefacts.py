@@ -243,6 +243,7 @@ def read_artefacts(workdir: Path) -> Artefacts:
 
     # Here, for matplotlib is slow to import.
     from covid_flax.report.plots import read_metrics
+    from covid_flax.run_folder import fitted_rows
 
     def by_name(pattern: str, *places: int) -> dict[Any, Path]:
         """Files by the names of the folders they lie in, at those places of the path."""
@@ -270,7 +271,7 @@ def read_artefacts(workdir: Path) -> Artefacts:
         baselines={names: _read_report(path) for names, path in baselines.items()},
         checkpoints=(workdir / "checkpoints").is_dir(),
         named_alike={
-            name: _alike(workdir / "eval" / name / "predictions.csv", rows)
+            name: _alike(workdir / "eval" / name / "predictions.csv", fitted_rows(workdir))
             for name, report in reports.items()
             if report.get("split") == "all"
         },

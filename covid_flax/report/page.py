@@ -360,6 +360,7 @@ def _facts(report: Mapping[str, Any], run: Mapping[str, Any] | None) -> list[tup
         ),
         ("Seed", seeds_of(run) if "seed" in run else None),
         ("First weights", weights.get("source")),
+        ("Their step", weights.get("step")),
         ("Their SHA-256", weights.get("sha256")),
         ("How they fitted", weights.get("report")),
         ("Devices", ", ".join(map(str, run.get("devices") or ()))),

@@ -226,7 +226,8 @@ def _initialization(a: Artefacts) -> str | None:
     if not weights.get("source"):
         return None
     parts = [str(weights["source"])]
-    parts += [f"step {weights['step']}"] if weights.get("step") else []
+    if weights.get("run"):
+        parts = [f"the best epoch of the run {weights['run']}, step {weights.get('step')}"]
     parts += [f"SHA-256 {weights['sha256']}"] if weights.get("sha256") else []
     parts += [str(weights["report"])] if weights.get("report") else []
     return f"{'; '.join(parts)}; {_seeds(a)}."

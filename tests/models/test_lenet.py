@@ -166,5 +166,5 @@ def test_the_configuration_file_and_what_is_refused():
             config_lib.check(wrong)
         assert known in str(e.value)
     _, params, batch_stats = create_model(config.model, 4, seed=0)
-    with pytest.raises(UserError, match="w.npz: weights are loaded into networks of Keras's only"):
+    with pytest.raises(UserError, match="w.npz: files are loaded into networks of Keras's only"):
         load_weights({}, params, batch_stats, source="w.npz")
