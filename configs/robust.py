@@ -1,7 +1,7 @@
 """`best.py`, trained on against what classes differ in for no medical reason.
 
 Train `best.py` first, on the same images and split: this begins with its run, in `runs/best`
-(another is given by `--config.model.weights=RUN`), and keeps a fifth of its weights.
+(another is given by `--config.model.weights=RUN`).
 
 For X-rays of other hospitals than those it learns from: greys, sharpness and proportions are no
 longer a class's own, every image is standardised by itself, places and borders are hidden. The
@@ -15,14 +15,13 @@ from ml_collections_configs import base
 def get_config():
     c = base.start_from("best.py", __file__)
     c.model.weights = "runs/best"
-    c.train.start_share = 0.2
     c.model.preprocessing = "standard"
     # The rate stays up, and the mean of the weights after the second epoch is evaluated.
     c.optimizer.learning_rate = 5e-4
     c.optimizer.schedule = "constant"
     c.train.ema_decay = 0.0
     c.train.swa_start = 2
-    c.train.epochs = 4
+    c.train.epochs = 6
     c.augment.shift = 0.07
     c.augment.rotate = 8.0
     c.augment.scale = 0.15

@@ -127,8 +127,8 @@ def resolve(weights: str, model: str, cache_dir: Path) -> Path | None:
     path = expanded(weights)
     if not weights or not (path.is_file() or path.is_dir()):
         raise UserError(
-            f"model.weights={weights!r}: no such file or folder; give a path to an .h5 or .npz, the "
-            "folder of a trained run, imagenet, or none"
+            f"model.weights={weights!r}: no such file or folder; give a path to an .h5 or .npz, a "
+            "trained run's folder, imagenet, or none"
         )
     return path
 
