@@ -137,7 +137,7 @@ def test_a_teacher_whose_own_teacher_saw_what_is_held_out_is_refused(
     (middle / "config.json").write_text(json.dumps(about))
     assert learned_files(middle) == learned
     # Given from another folder, as a later command may be; and gone.
-    about["config"]["train"]["teacher"] = "runs/best"
+    about["config"]["train"]["teacher"] = "runs/nobody-s"
     for folder, of in ((str(teacher), learned), (str(tmp_path / "gone"), set())):
         about["teacher_folder"] = folder
         (middle / "config.json").write_text(json.dumps(about))
