@@ -32,7 +32,7 @@ from covid_flax.pretrained.load import (
 )
 from covid_flax.pretrained.names import keras_name
 from covid_flax.pretrained.read import read_weights
-from covid_flax.run_folder import fitted_rows, learned_of, read_run
+from covid_flax.run_folder import fitted_rows, learned_of, named_run
 from covid_flax.trained_run import TrainedRun, open_run
 
 Tree = dict[str, Any]
@@ -55,14 +55,7 @@ def find_weights(config: ml_collections.ConfigDict) -> Path | None:
     if path is None or not path.is_dir():
         return path
     named = f"model.weights={path}"
-    try:
-        saved = read_run(path)
-    except UserError as e:
-        raise UserError(
-            f"{named} is a baseline, or a run whose config.json is damaged: give another run"
-        ) from e
-    if saved is None:
-        raise UserError(f"{named} holds no run (no config.json): give a run's folder, or a file")
+    saved = named_run("model.weights", path, "give the folder of a trained run, or a file")
     if "members" in saved:
         raise UserError(f"{named} holds several runs: give one, like {path / saved['members'][0]}")
     if not has_checkpoints(path / "checkpoints"):

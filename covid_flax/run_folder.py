@@ -86,6 +86,24 @@ def saved_run(workdir: Path) -> dict[str, Any]:
     return saved
 
 
+def named_run(key: str, folder: Path, mend: str) -> dict[str, Any]:
+    """The config.json of the run that a configuration's key names.
+
+    Raises:
+      UserError: a damaged one; none, and the `mend` for that.
+    """
+    try:
+        saved = read_run(folder)
+    except UserError as e:
+        raise UserError(
+            f"{key}={folder} is a file, a baseline, or a run whose config.json is damaged: "
+            "give the folder of a run"
+        ) from e
+    if saved is None:
+        raise UserError(f"{key}={folder} holds no run (no config.json): {mend}")
+    return saved
+
+
 def learned_files(workdir: Path) -> set[str]:
     """The files that a run learned from: its own, and those of all that its weights come from.
 
@@ -102,8 +120,11 @@ def learned_files(workdir: Path) -> set[str]:
             continue
         asked.add(folder.resolve())
         for part in [folder / name for name in saved.get("members", ())] or [folder]:
-            if folder != workdir and not (part / "split.csv").exists():
-                say(f"note: {part} has no split.csv: what it has learned from cannot be told")
+            if not (part / "split.csv").exists():
+                lacks = f"{part} has no split.csv: what it has learned from cannot be told"
+                if folder == workdir:
+                    raise UserError(f"{lacks}: restore the file")
+                say(f"note: {lacks}")
                 continue
             rows = read_split_csv(part / "split.csv")
             learned |= {row.file for row in rows if row.split == "train"}
@@ -118,17 +139,18 @@ def learned_files(workdir: Path) -> set[str]:
             # Where it was, whatever the working directory; or as given, where all were moved
             # together.
             places = [expanded(p) for p in (known, given) if p]
-            folder = next((p for p in places if read_run(p) is not None), places[0])
-            if read_run(folder) is None:
-                say(f"note: {folder}, {what}, is gone: what it has learned from cannot be told")
-            folders.append(folder)
+            found = next((p for p in places if read_run(p) is not None), None)
+            if found is None:
+                say(f"note: {places[0]}, {what}, is gone: what it has learned from cannot be told")
+            else:
+                folders.append(found)
     return learned
 
 
 def fitted_rows(workdir: Path) -> list[Row]:
     """A run's split, and without a label what else it has learned from.
 
-    None where it came without its split, as a model that is passed on may.
+    Empty where it came without its split, as a model that is passed on may.
     """
     rows: list[Row] = []
     others: set[str] = set()

@@ -13,24 +13,13 @@ from covid_flax.checkpoint import Checkpoints, has_checkpoints, resolve_step
 from covid_flax.data.dataset import Dataset
 from covid_flax.errors import UserError
 from covid_flax.files import expanded
-from covid_flax.run_folder import learned_of, read_run, saved_run
+from covid_flax.run_folder import learned_of, named_run, read_run, saved_run
 
 
 def saved_teacher(folder: Path) -> dict[str, Any]:
     """The config.json of a teacher. Raises UserError."""
-    try:
-        saved = read_run(folder)
-    except UserError as e:
-        raise UserError(
-            f"train.teacher={folder} is a file, a baseline, or a run whose config.json is damaged: "
-            "give the folder of a run"
-        ) from e
-    if saved is None:
-        raise UserError(
-            f"train.teacher={folder} holds no run (no config.json): train the teacher "
-            "first, or give the folder of one, or none: --config.train.teacher="
-        )
-    return saved
+    mend = "train the teacher first, or give the folder of one, or none: --config.train.teacher="
+    return named_run("train.teacher", folder, mend)
 
 
 def check_teacher(folder: Path, data: Dataset, config: ml_collections.ConfigDict) -> None:

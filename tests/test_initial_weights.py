@@ -142,6 +142,13 @@ def test_a_folder_without_weights_is_refused(about, message, tiny_config, traine
         _begin(tiny_config, folder, tmp_path / "next")
 
 
+def test_a_run_that_does_not_say_what_it_learned_from_is_refused(tiny_config, trained, tmp_path):
+    shutil.copytree(trained["lenet5"], tmp_path / "passed-on")
+    (tmp_path / "passed-on" / "split.csv").unlink()
+    with pytest.raises(UserError, match=r"passed-on has no split\.csv: .*: restore the file"):
+        _begin(tiny_config, tmp_path / "passed-on", tmp_path / "next")
+
+
 def test_its_weights_may_share_in_what_is_evaluated(tiny_config, trained, tmp_path):
     """The training is the same one; the share is that of the run it began with."""
     tiny_config.train.ema_decay = 0.5

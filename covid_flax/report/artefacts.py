@@ -256,6 +256,8 @@ def read_artefacts(workdir: Path) -> Artefacts:
     metrics = workdir / "metrics.jsonl"
     rows = read_split_csv(workdir / "split.csv") if (workdir / "split.csv").exists() else []
     reports = {name: _read_report(p) for name, p in by_name("eval/*/report.json", 1).items()}
+    outside = [name for name, report in reports.items() if report.get("split") == "all"]
+    fitted = fitted_rows(workdir) if outside else []
     controls = by_name("controls/*/controls.json", 1)
     corruptions = by_name("robustness/*/robustness.json", 1)
     baselines = by_name("baselines/*/eval/*/report.json", 1, 3)
@@ -271,9 +273,7 @@ def read_artefacts(workdir: Path) -> Artefacts:
         baselines={names: _read_report(path) for names, path in baselines.items()},
         checkpoints=(workdir / "checkpoints").is_dir(),
         named_alike={
-            name: _alike(workdir / "eval" / name / "predictions.csv", fitted_rows(workdir))
-            for name, report in reports.items()
-            if report.get("split") == "all"
+            name: _alike(workdir / "eval" / name / "predictions.csv", fitted) for name in outside
         },
     )
 
