@@ -12,7 +12,7 @@ import ml_collections
 from covid_flax.data.decode import INTERPOLATIONS
 from covid_flax.data.splits import RULES
 from covid_flax.errors import UserError
-from covid_flax.models import MODELS, RESNETS, trainable_choices
+from covid_flax.models import MODELS, RESNETS, own_share_choices, trainable_choices
 from covid_flax.models.preprocess import MODES
 from ml_collections_configs import base
 
@@ -92,6 +92,7 @@ _RANGES: dict[str, tuple[float, float | None]] = {
     "augment.cutmix": (0, 10),
     "eval.batch_size": (1, None),
     "eval.aspect": (0, 1),
+    "eval.bn_own_share": (0, 1),
 }
 
 
@@ -210,6 +211,8 @@ def _check_network(name: str, flat: dict[str, Any]) -> None:
     """What depends on which network it is."""
     trainable = trainable_choices(name)
     _check_choice("model.trainable", flat["model.trainable"], trainable, f", of {name}")
+    until = own_share_choices(name)
+    _check_choice("eval.bn_own_until", flat["eval.bn_own_until"], until, f", of {name}")
     size, smallest = flat["data.image_size"], MODELS[name].smallest
     if size < smallest:
         raise UserError(

@@ -34,7 +34,7 @@ def _last_frozen(config: Any) -> str | None:
 def _changing(config: Any) -> list[str]:
     """The keys for which the frozen stages' output has to be computed anew every epoch."""
     keys = [f"augment.{k}" for k, v in config.augment.to_dict().items() if v]
-    keys += [f"eval.{k}" for k in ("mirror", "aspect") if config.eval[k]]
+    keys += [f"eval.{k}" for k in ("mirror", "aspect", "bn_own_share") if config.eval[k]]
     return keys + (["train.teacher"] if config.train.teacher else [])
 
 

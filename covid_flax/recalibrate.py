@@ -21,7 +21,8 @@ from covid_flax.augment import Augment
 from covid_flax.compiler.xla import compiler_options
 from covid_flax.data.pipeline import Source, gather
 from covid_flax.mesh import make_mesh, put_batch, replicated
-from covid_flax.models import MODELS, batch_stats_stages, preprocessing_of
+from covid_flax.models import MODELS, batch_stats_stages, own_shares, preprocessing_of
+from covid_flax.models.layers import set_own_shares
 from covid_flax.models.preprocess import preprocess
 from covid_flax.step import TrainState
 
@@ -37,11 +38,13 @@ def follow(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:
 def do_not_fit(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:
     """Whether those are not of what is evaluated.
 
-    They follow augmented images, or (of a mean of the weights) other weights.
+    They follow augmented images, (of a mean of the weights) other weights, or networks that take
+    no image's own moments.
     """
     augmented = Augment(**config.augment.to_dict()).active
     other = config.train.swa_start > 0 or config.train.start_share > 0
-    return follow(config, batch_stats) and (augmented or other)
+    own = config.eval.bn_own_share > 0
+    return follow(config, batch_stats) and (augmented or other or own)
 
 
 def is_due(config: ml_collections.ConfigDict, batch_stats: Tree) -> bool:
@@ -80,6 +83,7 @@ def make_recalibration(
     def statistics(params: Tree, batch_stats: Tree, images: jax.Array) -> Tree:
         """Of this batch: the running ones, where these forget all that was before."""
         model = nnx.merge(graphdef, params, batch_stats)
+        set_own_shares(model, own_shares(config))
         for _, module in nnx.iter_modules(model):
             if hasattr(module, "momentum"):
                 module.momentum = 0.0

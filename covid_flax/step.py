@@ -15,6 +15,7 @@ from flax import nnx
 from jax import lax
 
 from covid_flax.augment import Augment, augment, mix, restyle, stretched
+from covid_flax.models.layers import set_own_shares
 from covid_flax.models.preprocess import preprocess
 from covid_flax.optimizer import updates_made
 
@@ -433,6 +434,7 @@ def make_eval_step(
     stop: str | None = None,
     mirror: bool = False,
     aspect: float = 0.0,
+    own_shares: Mapping[str, float] | None = None,
 ) -> Callable[[Tree, Tree, Array], Array]:
     """A pure `step(params, batch_stats, images) -> output`, nothing random.
 
@@ -443,10 +445,12 @@ def make_eval_step(
       stop: the last stage; None is the network's, whose output are logits.
       mirror: the output is the mean of the image's and its mirror image's; from images only.
       aspect: > 0: and of the image's with height times, width over exp(+- this).
+      own_shares: that an image's own moments have in those that batch norm takes, by stage.
     """
 
     def step(params: Tree, batch_stats: Tree, images: Array) -> Array:
         model = nnx.merge(graphdef, params, batch_stats)
+        set_own_shares(model, own_shares or {})
         if start is not None:
             return model(images, start=start, stop=stop)
         views = [images]

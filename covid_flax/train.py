@@ -23,6 +23,7 @@ from covid_flax.feature_cache import cached_sources
 from covid_flax.feed import Feed, make_feed
 from covid_flax.host_memory import KeptMemory
 from covid_flax.job import Job, make_job, peak_rate
+from covid_flax.models import own_shares
 from covid_flax.numerics import MOST_SKIPPED, all_finite, divergence, non_finite_error
 from covid_flax.optimizer import updates_made
 from covid_flax.outputs import compile_apply, mean_loss, predict
@@ -369,6 +370,7 @@ def _make_validation(run: Run, job: Job) -> Callable[[TrainState], tuple[float, 
         start=job.start,
         mirror=config.eval.mirror,
         aspect=config.eval.aspect,
+        own_shares=own_shares(config),
     )
     apply = compile_apply(eval_step)
 

@@ -23,7 +23,7 @@ from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.evaluation.metrics import log_softmax
 from covid_flax.mesh import make_layout
-from covid_flax.models import MODELS, create_model, trained_stages
+from covid_flax.models import MODELS, create_model, own_shares, trained_stages
 from covid_flax.models.preprocess import MODES
 from covid_flax.optimizer import make_optimizer
 from covid_flax.outputs import compile_apply, predict
@@ -283,6 +283,7 @@ def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str, data_dir: s
         saved["preprocessing"],
         mirror=config.eval.mirror,
         aspect=config.eval.aspect,
+        own_shares=own_shares(config),
     )
     apply = compile_apply(eval_step)
     params, batch_stats = state.for_evaluation()

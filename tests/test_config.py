@@ -80,6 +80,8 @@ def test_json_gives_the_configuration_back():
         ("model.dropout", 1.0),
         ("optimizer.learning_rate", float("nan")),
         ("model.trainable", "pool"),
+        ("eval.bn_own_until", "pool"),
+        ("eval.bn_own_until", "block2"),  # of another network
         ("train.monitor", "loss"),
         ("train.swa_start", -1),
     ],

@@ -349,6 +349,7 @@ def test_what_frozen_stages_make_of_images_is_cached_where_it_is_always_the_same
     for section, key, value in (
         ("eval", "mirror", True),
         ("eval", "aspect", 0.1),
+        ("eval", "bn_own_share", 0.1),
         ("augment", "gamma", 0.1),
         ("train", "teacher", "x"),
     ):

@@ -215,12 +215,13 @@ def test_teachers_views_and_the_splits_own_seed_are_told(tmp_path):
     saved = json.loads((folder / "config.json").read_text())
     saved["config"]["data"]["split_seed"] = 3
     saved["config"]["train"] |= {"teacher": "/runs/best", "teacher_weight": 0.7}
-    saved["config"]["eval"] = {"mirror": True, "aspect": 0.1}
+    saved["config"]["eval"] = {"mirror": True, "aspect": 0.1, "bn_own_share": 0.3}
     change(folder / "config.json", config=saved["config"])
     text = text_of(folder)
     assert "Rule 'grouped', seed 3, val share" in text
     assert "the answers of /runs/best; their share of the loss 0.7;" in text
     assert "as it is and as its mirror image and other proportions (height times" in text
+    assert "; 0.3 of the moments that batch norm takes are the image's own." in text
     change(folder / "config.json", members=["seed5", "seed6"])
     assert "The mean of the probabilities of 2 runs with other seeds;" in text_of(folder)
 

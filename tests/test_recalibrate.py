@@ -16,8 +16,10 @@ from covid_flax import preemption, recalibrate
 from covid_flax.data.pipeline import ArraySource
 from covid_flax.evaluate import evaluate
 from covid_flax.job import make_job
-from covid_flax.models import MODELS, create_model, preprocessing_of
+from covid_flax.models import MODELS, create_model, own_shares, preprocessing_of
+from covid_flax.models.layers import set_own_shares
 from covid_flax.models.preprocess import preprocess
+from covid_flax.outputs import mean_loss
 from covid_flax.recalibrate import is_due, make_recalibration
 from covid_flax.run import setup
 from covid_flax.step import create_state, make_eval_step
@@ -50,8 +52,17 @@ def test_batches_of_unequal_means_add_to_the_variance():
     np.testing.assert_array_equal(got["var"], np.full(3, 2.0))
 
 
-@pytest.mark.parametrize("batch", [pytest.param(0, marks=pytest.mark.slow), 4096])
-def test_they_are_the_moments_of_the_plain_images(config, tmp_path, batch):
+@pytest.mark.parametrize(
+    ("batch", "share"),
+    [
+        pytest.param(0, 0.0, marks=pytest.mark.slow),
+        pytest.param(4096, 0.0, marks=pytest.mark.slow),
+        (4096, 0.5),
+    ],
+)
+def test_they_are_the_moments_of_the_plain_images(config, tmp_path, batch, share):
+    """As a network makes them which takes that share of an image's own moments."""
+    config.eval.bn_own_share = share
     run = setup(config, tmp_path)
     job = make_job(run)
     if batch:  # all of them, once each
@@ -65,6 +76,7 @@ def test_they_are_the_moments_of_the_plain_images(config, tmp_path, batch):
     order = order if batch else order[:48]
     images = np.stack([job.train_source[int(i)]["image"] for i in order])
     model = nnx.merge(run.graphdef, run.params, run.batch_stats)
+    set_own_shares(model, own_shares(config))
     x = np.asarray(model(preprocess(images, "unit"), stop="conv4"), np.float64)[:, ::2, ::2]
     unit = run.params["conv5"]["block1"]["unit1"]["conv"]
     y = x @ np.asarray(unit["kernel"], np.float64)[0, 0] + np.asarray(unit["bias"], np.float64)
@@ -110,6 +122,10 @@ def test_where_nothing_is_augmented_or_followed_none_is_due(config, tmp_path):
         other[section][name] = value
         run = setup(other, tmp_path / name)
         assert not is_due(other, run.batch_stats)
+    config.eval.bn_own_share = 0.1
+    config.augment.rotate = 0.0
+    assert is_due(config, run.batch_stats)  # statistics of other activations
+    config.augment.rotate = 20.0
     config.model.trainable = "head"  # which has no batch norm
     assert not is_due(config, run.batch_stats)
 
@@ -133,13 +149,24 @@ def test_a_mean_of_weights_has_its_own_statistics(config, tmp_path):
     _assert_statistics_of_plain_images(config, run, open_run(tmp_path, "latest"))
 
 
-@pytest.mark.parametrize("ema", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
-def test_the_checkpoint_that_is_evaluated_has_them(config, tmp_path, ema):
-    config.train.ema_decay = ema
+@pytest.mark.parametrize(
+    ("ema", "share"), [pytest.param(0.0, 0.0, marks=pytest.mark.slow), (0.9, 0.5)]
+)
+def test_the_checkpoint_that_is_evaluated_has_them(config, tmp_path, ema, share):
+    """With a share of own moments too, which validation and evaluation take alike."""
+    config.train.ema_decay, config.eval.bn_own_share = ema, share
     config.train.epochs = 1
     run = setup(config, tmp_path)
     train(run)
-    _assert_statistics_of_plain_images(config, run, open_run(tmp_path))
+    trained = open_run(tmp_path)
+    _assert_statistics_of_plain_images(config, run, trained)
+    images, labels = run.data.source("val", config.data), run.data.labels("val")
+    x = np.stack([images[i]["image"] for i in range(len(labels))])
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert mean_loss(np.asarray(trained.logits(x)), labels) == pytest.approx(last["loss"], rel=1e-5)
+    without = make_eval_step(run.graphdef, preprocessing_of(config.model))
+    logits = without(trained._params, trained._batch_stats, x)
+    assert (np.abs(logits - trained.logits(x)).max() > 1e-3) == (share > 0)
 
 
 def test_a_checkpoint_amid_an_epoch_gets_them_when_it_is_opened(

@@ -48,6 +48,8 @@ __all__ = [
     "batch_stats_stages",
     "beginning_of",
     "create_model",
+    "own_share_choices",
+    "own_shares",
     "preprocessing_of",
     "stage_before",
     "trainable_choices",
@@ -122,3 +124,22 @@ def batch_stats_stages(config: Any) -> frozenset[str]:
     Frozen ones run as in inference, as Keras's `trainable=False` layers do.
     """
     return frozenset(trained_stages(config) if config.batch_norm == "train" else ())
+
+
+def own_share_choices(name: str) -> tuple[str, ...]:
+    """What `eval.bn_own_until` may be for a network: empty, or a stage before pooling."""
+    return ("", *(stage for stage in MODELS[name].stages if stage not in ("pool", "head")))
+
+
+def own_shares(config: Any) -> dict[str, float]:
+    """By stage, the share of an image's own moments in batch norm's when an image is scored.
+
+    Args:
+      config: the whole of it: `eval` says how much and until which stage.
+    """
+    if not config.eval.bn_own_share:
+        return {}
+    _, *stages = own_share_choices(config.model.name)
+    until = config.eval.bn_own_until
+    last = stages.index(until) if until else len(stages) - 1
+    return dict.fromkeys(stages[: last + 1], config.eval.bn_own_share)

@@ -77,6 +77,7 @@ def conv_batch_norm(conv: Conv, bn: BatchNorm, x: Array, stride: int = 1, **norm
     In float32 a 1x1 convolution that widens six times goes another way, see `expand`.
     """
     wide = x.dtype == jnp.float32 and conv.bias is None and widens(conv.kernel.shape, 6)
+    wide = wide and not bn.own_share
     if wide and norm["use_batch_stats"] and norm.get("example_weights") is None:
         kernel, scale, bias = conv.kernel[...][0, 0], bn.scale[...], bn.bias[...]
         x = x[:, ::stride, ::stride]

@@ -8,7 +8,7 @@ which activations are computed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,12 @@ class Conv(nnx.Module):
 
 
 class BatchNorm(nnx.Module):
-    """The arrays of a batch norm: `scale`, `bias`, and the running `mean`, `var`."""
+    """The arrays of a batch norm: `scale`, `bias`, and the running `mean`, `var`.
+
+    `own_share` is the share that an image's own moments have in those it is normalised by.
+    """
+
+    own_share: float = 0.0
 
     def __init__(self, features: int):
         self.scale = nnx.Param(_filled(1, features))
@@ -78,14 +83,34 @@ class BatchNorm(nnx.Module):
 
     def normalise(self, y: Array, mean: Array, var: Array, epsilon: float) -> Array:
         """`[N, H, W, C]` by these statistics, scaled and shifted, in float32."""
+        if self.own_share:
+            mean, var = self._mixed(y, mean, var)
         scale = self.scale[...] * lax.rsqrt(var + epsilon)
         return y * scale + (self.bias[...] - mean * scale)
+
+    def _mixed(self, y: Array, mean: Array, var: Array) -> tuple[Array, Array]:
+        """Of each image, `[N, 1, 1, C]`, as if `own_share` of all pixels were its own.
+
+        Between batch normalisation and the instance normalisation of Ulyanov et al. 2016.
+        """
+        d = y.astype(jnp.float32) - mean
+        own_d, own_d2 = jnp.mean(d, (1, 2), keepdims=True), jnp.mean(d * d, (1, 2), keepdims=True)
+        mean_d, mean_d2 = self.own_share * own_d, var + self.own_share * (own_d2 - var)
+        return mean + mean_d, jnp.maximum(mean_d2 - mean_d * mean_d, 0.0)
 
     def follow(self, mean: Array, var: Array, momentum: float) -> None:
         """Moves the running statistics; with the biased variance, as Keras 3."""
         for running, new in ((self.mean, mean), (self.var, var)):
             kept = momentum * running[...]
             running[...] = kept + (1 - momentum) * lax.stop_gradient(new)
+
+
+def set_own_shares(model: nnx.Module, shares: Mapping[str, float]) -> None:
+    """Of an image's own moments in the batch norms of a network, by stage; see `BatchNorm`."""
+    for stage, share in shares.items():
+        for _, module in nnx.iter_modules(getattr(model, stage)):
+            if isinstance(module, BatchNorm):
+                module.own_share = share
 
 
 def batch_statistics(
@@ -163,7 +188,7 @@ class ConvBN(nnx.Module):
           every: return only every so-many-th row and column; batch statistics are of all.
         """
         # From twice as wide on the covariance costs less than it saves.
-        wide = self.spares_traffic and widens(self.conv.kernel.shape, 2)
+        wide = self.spares_traffic and widens(self.conv.kernel.shape, 2) and not self.bn.own_share
         if wide and use_batch_stats and example_weights is None:
             y, mean, var = conv1x1_batch_norm(
                 x[:, :: self.stride, :: self.stride].astype(self.dtype),
@@ -176,17 +201,19 @@ class ConvBN(nnx.Module):
             )
             self._follow(mean, var)
             return y
-        stride = self.stride if use_batch_stats else self.stride * every
+        own = self.bn.own_share > 0  # moments are of all positions
+        stride = self.stride if use_batch_stats or own else self.stride * every
         y = conv2d(x.astype(self.dtype), self.conv.kernel[...].astype(self.dtype), stride)
         bn, bias = self.bn, self._bias
         if use_batch_stats:
             shift = lax.stop_gradient(bn.mean[...] - bias)
             mean, var = batch_statistics(y, shift, example_weights, axis_name)
             self._follow(mean, var)
-            y = y[:, ::every, ::every]
+            y = y if own else y[:, ::every, ::every]
         else:
             mean, var = bn.mean[...] - bias, bn.var[...]
-        return bn.normalise(y, mean, var, self.epsilon).astype(self.dtype)
+        y = bn.normalise(y, mean, var, self.epsilon).astype(self.dtype)
+        return y[:, ::every, ::every] if own else y
 
     def max_pooled(
         self, x: Array, *, example_weights: Array | None = None, axis_name: str | None = None

@@ -223,7 +223,7 @@ class ResNet(nnx.Module):
         return x
 
     def _stem(self, x: Array, *, use_batch_stats: bool, **mode: Any) -> Array:
-        if use_batch_stats and self.conv1.spares_traffic:
+        if use_batch_stats and self.conv1.spares_traffic and not self.conv1.bn.own_share:
             return self.conv1.max_pooled(x, **mode)
         x = self.conv1(x, use_batch_stats=use_batch_stats, **mode)
         return max_pool_3x3_s2(nnx.relu(x))

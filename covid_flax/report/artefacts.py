@@ -49,7 +49,7 @@ RUN: dict[str, Any] = {
             "teacher_temperature": float,
         },
         "augment": {},
-        "eval": {"mirror": bool, "aspect": float},
+        "eval": {"mirror": bool, "aspect": float, "bn_own_share": float, "bn_own_until": str},
     },
     "members": [str],
     "class_names": [str],

@@ -343,6 +343,10 @@ def _ensemble(a: Artefacts) -> str | None:
     views += [f"other proportions (height times, width over exp(+-{aspect:g}))"] if aspect else []
     if views:
         text += f"; an image is seen as it is and as {' and '.join(views)}, logits averaged"
+    if share := a.config("eval", "bn_own_share"):
+        until = a.config("eval", "bn_own_until")
+        text += f"; {share:g} of the moments that batch norm takes are the image's own"
+        text += f", until {until}" if until else ""
     return f"{text}."
 
 

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from keras_judge import keras
 
 from covid_flax import augment
-from covid_flax.models import MODELS, create_model, expand, layers
+from covid_flax.models import MODELS, blocks, create_model, expand, layers, own_shares
 from ml_collections_configs import base
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -191,6 +192,102 @@ def test_dropout_keeps_its_share_and_the_expectation():
     assert abs(np.mean(y == 0) - 0.25) < 0.01
     assert layers.dropout(x, 0.25, None) is x
     assert layers.dropout(x, 0.0, jax.random.key(0)) is x
+
+
+@pytest.mark.parametrize("use_batch_stats", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_all_of_an_image_s_own_moments_are_keras_s_instance_norm(use_batch_stats, dtype):
+    layer = layers.ConvBN(
+        3, 8, 1, use_bias=True, epsilon=1e-3, momentum=0.9, dtype=dtype, rngs=nnx.Rngs(0)
+    )
+    rng = np.random.default_rng(0)
+    layer.conv.bias[...], layer.bn.mean[...] = jnp.arange(8.0), jnp.full(8, 3.0)
+    layer.bn.scale[...], layer.bn.bias[...] = jnp.asarray(rng.normal(size=(2, 8)), jnp.float32)
+    layer.bn.own_share = 1.0
+    x = rng.normal(size=(5, 6, 6, 3)).astype(np.float32) * np.arange(1, 6)[:, None, None, None]
+    judge = keras.layers.GroupNormalization(groups=-1, epsilon=1e-3)
+    y = x @ np.asarray(layer.conv.kernel[0, 0]) + np.arange(8, dtype=np.float32)
+    judge.build(y.shape)
+    judge.set_weights([np.asarray(layer.bn.scale[...]), np.asarray(layer.bn.bias[...])])
+    got = layer(jnp.asarray(x), use_batch_stats=use_batch_stats)
+    tolerance = 1e-4 if dtype == jnp.float32 else 0.05
+    np.testing.assert_allclose(np.asarray(got, np.float32), judge(y), atol=tolerance)
+    few = layer(jnp.asarray(x), use_batch_stats=use_batch_stats, every=2)
+    np.testing.assert_allclose(few, got[:, ::2, ::2], rtol=1e-2, atol=1e-5)  # shifts moved
+
+
+def test_a_share_of_own_moments_is_that_of_so_many_pixels():
+    """In float64, by weights: a quarter of the pixels the image's, the others all images'."""
+    rng = np.random.default_rng(1)
+    y = rng.normal(size=(3, 5, 5, 2)) * [[[[1.0]]], [[[2.0]]], [[[5.0]]]] + [30.0, -2.0]
+    bn = layers.BatchNorm(2)
+    bn.own_share = 0.25
+    got = bn.normalise(jnp.asarray(y, jnp.float32), y.mean((0, 1, 2)), y.var((0, 1, 2)), 1e-3)
+    for image, its in zip(y, got, strict=True):
+        pixels = np.concatenate([image.reshape(-1, 2), y.reshape(-1, 2)])
+        weights = np.repeat([0.25 / 25, 0.75 / 75], [25, 75])
+        mean = np.average(pixels, 0, weights)
+        var = np.average((pixels - mean) ** 2, 0, weights)
+        np.testing.assert_allclose(its, (image - mean) / np.sqrt(var + 1e-3), atol=2e-4)
+
+
+@pytest.mark.parametrize("use_batch_stats", [False, True])
+def test_own_moments_reach_a_convolution_that_widens(use_batch_stats):
+    """Which in training goes another way."""
+    conv, bn = layers.Conv(2, 12, 1, use_bias=False, rngs=nnx.Rngs(0)), layers.BatchNorm(12)
+    bn.own_share = 1.0
+    x = np.random.default_rng(2).normal(size=(4, 8, 8, 2)) * np.arange(1, 5)[:, None, None, None]
+    how = {"epsilon": 1e-6, "momentum": 0.9, "use_batch_stats": use_batch_stats}
+    y = np.asarray(blocks.conv_batch_norm(conv, bn, jnp.asarray(x, jnp.float32), **how))
+    np.testing.assert_allclose(y.mean((1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(y.var((1, 2)), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "dtype"),
+    [
+        ("resnet14_small", "evaluation", "float32"),
+        ("resnet14_small", "batch statistics", "bfloat16"),
+        ("efficientnet_lite0_small", "batch statistics", "float32"),
+        ("densenet121", "evaluation", "bfloat16"),
+    ],
+)
+def test_own_moments_reach_a_network_s_first_layers(name, mode, dtype):
+    """With all of them its own, what an image becomes depends on no other and no statistics."""
+    config = base.get_config().model
+    config.name, config.dtype = name, dtype
+    graph, params, stats = create_model(config, 4, 0)
+    stem = MODELS[name].stages[0]
+    x = np.random.default_rng(0).normal(size=(4, 32, 32, 3)).astype(np.float32)
+    x *= np.arange(1, 5)[:, None, None, None]
+    batch_stats_in = (stem,) if mode == "batch statistics" else ()
+
+    def output(share, scale):
+        model = nnx.merge(graph, params, jax.tree.map(lambda s: s * scale, stats))
+        layers.set_own_shares(model, {stem: share})
+        return np.asarray(model(x, stop=stem, batch_stats_in=batch_stats_in), np.float32)
+
+    np.testing.assert_allclose(output(1.0, 4.0), output(1.0, 1.0), atol=0.05)
+    assert np.abs(output(1.0, 1.0) - output(0.0, 1.0)).max() > 0.5
+
+
+def test_own_moments_reach_the_stages_named_alone():
+    config = base.get_config()
+    config.model.name, config.eval.bn_own_until = "efficientnet_lite0", "block2"
+    assert own_shares(config) == {}
+    config.eval.bn_own_share = 0.3
+    assert own_shares(config) == {"stem": 0.3, "block1": 0.3, "block2": 0.3}
+    model = nnx.merge(*create_model(config.model, 4, 0))
+    layers.set_own_shares(model, own_shares(config))
+    found = {
+        path[0]: module.own_share
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, layers.BatchNorm)
+    }
+    rest = dict.fromkeys(("block3", "block4", "block5", "block6", "block7", "top"), 0.0)
+    assert found == own_shares(config) | rest
+    config.eval.bn_own_until = ""
+    assert own_shares(config) == dict.fromkeys(found, 0.3)
 
 
 LIGHT = ["efficientnet_lite0_small", "mobilenet_v3_small", "densenet121"]
