@@ -84,8 +84,9 @@ def test_train_evaluate_and_no_tensorflow(tmp_path, args):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["num_examples"] == 80 and found["checkpoint"]["step"] == 8
-    _refused(_command("evaluate", f"--workdir={tmp_path / 'run'}", "--split=test"), "no test")
-    _refused(_command("evaluate", "--split=val"), "workdir")
+    of_test = [f"--workdir={tmp_path / 'run'}", "--split=test"]
+    _refused(forked.command("covid_flax.evaluate", *of_test, cwd=tmp_path), "no test")
+    _refused(forked.command("covid_flax.evaluate", "--split=val", cwd=tmp_path), "workdir")
 
 
 @pytest.mark.parametrize(

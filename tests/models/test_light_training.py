@@ -109,6 +109,7 @@ def test_what_fills_a_batch_up_touches_nothing(network, batch):
     )
 
 
+@pytest.mark.slow
 def test_mapped_devices_have_the_statistics_of_the_whole_batch(network, batch):
     step, state = _step(network)
     want, loss = jax.jit(step)(state, batch)
