@@ -23,7 +23,13 @@ from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.evaluation.metrics import log_softmax
 from covid_flax.mesh import make_layout
-from covid_flax.models import MODELS, create_model, own_shares, trained_stages
+from covid_flax.models import (
+    MODELS,
+    create_model,
+    own_share_choices,
+    own_shares,
+    trained_stages,
+)
 from covid_flax.models.preprocess import MODES
 from covid_flax.optimizer import make_optimizer
 from covid_flax.outputs import compile_apply, predict
@@ -237,7 +243,12 @@ def _say_if_unfinished(workdir: Path, checkpoints: Checkpoints, epochs: int) -> 
 
 def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str, data_dir: str) -> TrainedRun:
     config = config_lib.from_json(saved["config"])
-    for known, name in ((MODELS, config.model.name), (MODES, saved["preprocessing"])):
+    network = config.model.name
+    for known, name in (
+        (MODELS, network),
+        (MODES, saved["preprocessing"]),
+        (own_share_choices(network) if network in MODELS else (), config.eval.bn_own_until),
+    ):
         if name not in known:
             raise UserError(
                 f"{workdir}/config.json names {name!r}, which this version does not know: "

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -347,12 +348,13 @@ def test_a_checkpoint_of_other_classes_is_refused(trained, tmp_path):
 
 def test_a_network_of_another_version_is_named(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    for where, key in (("config", "model"), ("", "preprocessing")):
+    for *where, key in (
+        ("config", "model", "name"),
+        ("preprocessing",),
+        ("config", "eval", "bn_own_until"),
+    ):
         about = json.loads((trained / "config.json").read_text())
-        if where:
-            about[where][key]["name"] = "resnet51"
-        else:
-            about[key] = "resnet51"
+        functools.reduce(dict.__getitem__, where, about)[key] = "resnet51"
         (tmp_path / "run" / "config.json").write_text(json.dumps(about))
         with pytest.raises(UserError, match="'resnet51', which this version does not know"):
             open_run(tmp_path / "run")
