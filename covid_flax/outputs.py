@@ -8,12 +8,37 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
 from covid_flax.compiler.xla import compiler_options
 from covid_flax.data.pipeline import Source, eval_batches
 from covid_flax.evaluation.metrics import log_softmax
 from covid_flax.mesh import make_mesh, put_batch, replicated
+from covid_flax.models import own_shares
+from covid_flax.step import make_eval_step
+
+
+def scoring_step(
+    config: ml_collections.ConfigDict,
+    graphdef: nnx.GraphDef,
+    preprocessing: str,
+    start: str | None = None,
+) -> Callable[..., Any]:
+    """The step by which images are scored, in validation and evaluation alike.
+
+    Args:
+      config: of the run; its `eval` says by which views and statistics.
+      graphdef, preprocessing, start: as `make_eval_step` takes them.
+    """
+    return make_eval_step(
+        graphdef,
+        preprocessing,
+        start=start,
+        mirror=config.eval.mirror,
+        aspect=config.eval.aspect,
+        own_shares=own_shares(config),
+    )
 
 
 def compile_apply(step: Callable[..., Any]) -> Callable[..., Any]:

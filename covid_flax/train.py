@@ -23,17 +23,16 @@ from covid_flax.feature_cache import cached_sources
 from covid_flax.feed import Feed, make_feed
 from covid_flax.host_memory import KeptMemory
 from covid_flax.job import Job, make_job, peak_rate
-from covid_flax.models import own_shares
 from covid_flax.numerics import MOST_SKIPPED, all_finite, divergence, non_finite_error
 from covid_flax.optimizer import updates_made
-from covid_flax.outputs import compile_apply, mean_loss, predict
+from covid_flax.outputs import compile_apply, mean_loss, predict, scoring_step
 from covid_flax.profile import Profile
 from covid_flax.recalibrate import do_not_fit, make_recalibration
 from covid_flax.recalibrate import is_due as recalibration_is_due
 from covid_flax.report.log import RunLog
 from covid_flax.run import Run
 from covid_flax.run_folder import has_figures, only_trainer, refuse_changes, saved_run
-from covid_flax.step import TrainState, create_state, make_eval_step, zero_skipped, zero_sums
+from covid_flax.step import TrainState, create_state, zero_skipped, zero_sums
 from covid_flax.stragglers import find_straggler
 
 # Adam's moments keep a NaN for good: this finds any bad gradient since it last looked.
@@ -364,15 +363,8 @@ class _Training:
 def _make_validation(run: Run, job: Job) -> Callable[[TrainState], tuple[float, float]]:
     """`state -> (loss, accuracy)` of the validation images, by the weights that are evaluated."""
     config, labels = run.config, run.data.labels("val")
-    eval_step = make_eval_step(
-        run.graphdef,
-        job.step_config.preprocessing,
-        start=job.start,
-        mirror=config.eval.mirror,
-        aspect=config.eval.aspect,
-        own_shares=own_shares(config),
-    )
-    apply = compile_apply(eval_step)
+    preprocessing = job.step_config.preprocessing
+    apply = compile_apply(scoring_step(config, run.graphdef, preprocessing, job.start))
 
     def validate(state: TrainState) -> tuple[float, float]:
         params, batch_stats = state.for_evaluation()

@@ -23,22 +23,16 @@ from covid_flax.early_stopping import EarlyStopping
 from covid_flax.errors import UserError
 from covid_flax.evaluation.metrics import log_softmax
 from covid_flax.mesh import make_layout
-from covid_flax.models import (
-    MODELS,
-    create_model,
-    own_share_choices,
-    own_shares,
-    trained_stages,
-)
+from covid_flax.models import MODELS, create_model, own_share_choices, trained_stages
 from covid_flax.models.preprocess import MODES
 from covid_flax.optimizer import make_optimizer
-from covid_flax.outputs import compile_apply, predict
+from covid_flax.outputs import compile_apply, predict, scoring_step
 from covid_flax.pretrained.load import named_arrays
 from covid_flax.recalibrate import do_not_fit, follow, make_recalibration
 from covid_flax.recalibrate import is_due as recalibration_is_due
 from covid_flax.run_folder import saved_run
 from covid_flax.run_images import open_data
-from covid_flax.step import TrainState, create_state, make_eval_step
+from covid_flax.step import TrainState, create_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,13 +283,7 @@ def _open_one(workdir: Path, saved: dict[str, Any], checkpoint: str, data_dir: s
         if amid_an_epoch and recalibration_is_due(config, batch_stats):
             anew = _recalibrated(workdir, saved, data_dir, step, graphdef, state)
             state, fit = anew or state, anew is not None
-    eval_step = make_eval_step(
-        graphdef,
-        saved["preprocessing"],
-        mirror=config.eval.mirror,
-        aspect=config.eval.aspect,
-        own_shares=own_shares(config),
-    )
+    eval_step = scoring_step(config, graphdef, saved["preprocessing"])
     apply = compile_apply(eval_step)
     params, batch_stats = state.for_evaluation()
     return TrainedRun(

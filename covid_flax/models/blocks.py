@@ -68,6 +68,7 @@ def batch_norm(
         shift = lax.stop_gradient(mean)
         mean, var = batch_statistics(y, shift, example_weights, axis_name)
         bn.follow(mean, var, momentum)
+    mean, var = bn.mixed(y, mean, var)
     return bn.normalise(y, mean, var, epsilon).astype(y.dtype)
 
 
@@ -77,8 +78,8 @@ def conv_batch_norm(conv: Conv, bn: BatchNorm, x: Array, stride: int = 1, **norm
     In float32 a 1x1 convolution that widens six times goes another way, see `expand`.
     """
     wide = x.dtype == jnp.float32 and conv.bias is None and widens(conv.kernel.shape, 6)
-    wide = wide and not bn.own_share
-    if wide and norm["use_batch_stats"] and norm.get("example_weights") is None:
+    unweighted = norm.get("example_weights") is None
+    if wide and norm["use_batch_stats"] and unweighted and not bn.own_share:
         kernel, scale, bias = conv.kernel[...][0, 0], bn.scale[...], bn.bias[...]
         x = x[:, ::stride, ::stride]
         y, mean, var = conv1x1_batch_norm(

@@ -83,20 +83,24 @@ class BatchNorm(nnx.Module):
 
     def normalise(self, y: Array, mean: Array, var: Array, epsilon: float) -> Array:
         """`[N, H, W, C]` by these statistics, scaled and shifted, in float32."""
-        if self.own_share:
-            mean, var = self._mixed(y, mean, var)
         scale = self.scale[...] * lax.rsqrt(var + epsilon)
         return y * scale + (self.bias[...] - mean * scale)
 
-    def _mixed(self, y: Array, mean: Array, var: Array) -> tuple[Array, Array]:
-        """Of each image, `[N, 1, 1, C]`, as if `own_share` of all pixels were its own.
+    def mixed(self, y: Array, mean: Array, var: Array) -> tuple[Array, Array]:
+        """These statistics, `[C]`, as if `own_share` of all pixels were each image's own.
 
         Between batch normalisation and the instance normalisation of Ulyanov et al. 2016.
+
+        Returns:
+          Each image's, `[N, 1, 1, C]`; where its share is nothing, the statistics given.
         """
-        d = y.astype(jnp.float32) - mean
-        own_d, own_d2 = jnp.mean(d, (1, 2), keepdims=True), jnp.mean(d * d, (1, 2), keepdims=True)
-        mean_d, mean_d2 = self.own_share * own_d, var + self.own_share * (own_d2 - var)
-        return mean + mean_d, jnp.maximum(mean_d2 - mean_d * mean_d, 0.0)
+        if not self.own_share:
+            return mean, var
+        own_mean, own_var = jax.vmap(lambda image: batch_statistics(image, mean))(y[:, None])
+        share, off = self.own_share, own_mean - mean
+        mean = mean + share * off
+        var = var + share * (own_var - var) + share * (1 - share) * off * off
+        return mean[:, None, None], var[:, None, None]
 
     def follow(self, mean: Array, var: Array, momentum: float) -> None:
         """Moves the running statistics; with the biased variance, as Keras 3."""
@@ -188,8 +192,9 @@ class ConvBN(nnx.Module):
           every: return only every so-many-th row and column; batch statistics are of all.
         """
         # From twice as wide on the covariance costs less than it saves.
-        wide = self.spares_traffic and widens(self.conv.kernel.shape, 2) and not self.bn.own_share
-        if wide and use_batch_stats and example_weights is None:
+        wide = self.spares_traffic and widens(self.conv.kernel.shape, 2)
+        own = self.bn.own_share > 0
+        if wide and use_batch_stats and example_weights is None and not own:
             y, mean, var = conv1x1_batch_norm(
                 x[:, :: self.stride, :: self.stride].astype(self.dtype),
                 self.conv.kernel[...][0, 0],
@@ -201,19 +206,20 @@ class ConvBN(nnx.Module):
             )
             self._follow(mean, var)
             return y
-        own = self.bn.own_share > 0  # moments are of all positions
-        stride = self.stride if use_batch_stats or own else self.stride * every
+        whole = use_batch_stats or own  # moments are of all positions
+        stride = self.stride if whole else self.stride * every
         y = conv2d(x.astype(self.dtype), self.conv.kernel[...].astype(self.dtype), stride)
         bn, bias = self.bn, self._bias
         if use_batch_stats:
             shift = lax.stop_gradient(bn.mean[...] - bias)
             mean, var = batch_statistics(y, shift, example_weights, axis_name)
             self._follow(mean, var)
-            y = y if own else y[:, ::every, ::every]
         else:
             mean, var = bn.mean[...] - bias, bn.var[...]
-        y = bn.normalise(y, mean, var, self.epsilon).astype(self.dtype)
-        return y[:, ::every, ::every] if own else y
+        mean, var = bn.mixed(y, mean, var)
+        if whole:
+            y = y[:, ::every, ::every]
+        return bn.normalise(y, mean, var, self.epsilon).astype(self.dtype)
 
     def max_pooled(
         self, x: Array, *, example_weights: Array | None = None, axis_name: str | None = None

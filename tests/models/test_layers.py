@@ -222,7 +222,8 @@ def test_a_share_of_own_moments_is_that_of_so_many_pixels():
     y = rng.normal(size=(3, 5, 5, 2)) * [[[[1.0]]], [[[2.0]]], [[[5.0]]]] + [30.0, -2.0]
     bn = layers.BatchNorm(2)
     bn.own_share = 0.25
-    got = bn.normalise(jnp.asarray(y, jnp.float32), y.mean((0, 1, 2)), y.var((0, 1, 2)), 1e-3)
+    given = jnp.asarray(y, jnp.float32)
+    got = bn.normalise(given, *bn.mixed(given, y.mean((0, 1, 2)), y.var((0, 1, 2))), 1e-3)
     for image, its in zip(y, got, strict=True):
         pixels = np.concatenate([image.reshape(-1, 2), y.reshape(-1, 2)])
         weights = np.repeat([0.25 / 25, 0.75 / 75], [25, 75])
