@@ -1,0 +1,1 @@
+"""Many settings of one configuration, trained, judged and ranked: what scripts/sweep.py runs."""
