@@ -5,8 +5,9 @@ Train `best.py` first, on the same images and split: this begins with its run, i
 
 For X-rays of other hospitals than those it learns from: greys, sharpness and proportions are no
 longer a class's own, every image is standardised by itself, places and borders are hidden. The
-mean of the weights travels better than what one cycle ends on. It scores less at home (what it
-scored there and elsewhere is in docs/results.md).
+mean of the weights travels better than what one cycle ends on; a fifth of `best.py`'s own weights
+in it serves home, and in the first stages, where hospitals differ, a share of each image's own
+statistics serves elsewhere. What it scored there and at home is in docs/results.md.
 """
 
 from ml_collections_configs import base
@@ -21,6 +22,7 @@ def get_config():
     c.optimizer.schedule = "constant"
     c.train.ema_decay = 0.0
     c.train.swa_start = 2
+    c.train.start_share = 0.2
     c.train.epochs = 6
     c.augment.shift = 0.07
     c.augment.rotate = 8.0
@@ -34,4 +36,6 @@ def get_config():
     c.augment.erase = 0.3
     c.augment.border = 0.15
     c.eval.aspect = 0.1
+    c.eval.bn_own_share = 0.3
+    c.eval.bn_own_until = "block2"
     return c
