@@ -23,12 +23,15 @@ class EarlyStopping:
       are no improvement.
     * `should_stop` turns true on the patience-th epoch in a row without an improvement. In Keras
       patience 0 means the same as 1.
+    * Epochs up to `start_from_epoch` do not count beside those after it: the first of these is the
+      best so far whatever its value. (Keras keeps no best before; here the best of them stands in.)
 
     Attributes:
       mode: "min" or "max", the good direction of the value.
       patience: epochs without improvement until the stop, 1 or more; None never stops, and the
         best epoch is still kept. The config's `train.patience = 0` means None.
       min_delta: the smallest change that counts, absolute.
+      start_from_epoch: epochs that are waited for before the judging begins.
       epoch: epochs seen.
       best, best_epoch: the best value and the number of its epoch, counted from 1; None and 0
         before the first epoch.
@@ -41,6 +44,7 @@ class EarlyStopping:
     mode: str = "min"
     patience: int | None = None
     min_delta: float = 0.0
+    start_from_epoch: int = 0
     epoch: int = 0
     best: float | None = None
     best_epoch: int = 0
@@ -58,10 +62,12 @@ class EarlyStopping:
         """Takes the next epoch's value; true if it is the best so far."""
         value = float(value)
         self.epoch += 1
-        if self.best is None or self._improves(value, self.best):
+        begins = self.epoch == self.start_from_epoch + 1
+        if self.best is None or begins or self._improves(value, self.best):
             self.best, self.best_epoch, self.wait = value, self.epoch, 0
             return True
-        self.wait += 1
+        if self.epoch > self.start_from_epoch:
+            self.wait += 1
         return False
 
     @property

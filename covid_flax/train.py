@@ -87,11 +87,6 @@ def train(run: Run, profile: tuple[int, int] | None = None) -> None:
                 f"{config.train.patience} epoch{'s' if config.train.patience > 1 else ''}; best "
                 f"epoch {stopping.best_epoch}"
             )
-        if 0 < stopping.best_epoch <= config.train.swa_start:
-            say(
-                f"note: epoch {stopping.best_epoch} was the best, before the mean of the weights "
-                f"began (train.swa_start={config.train.swa_start:g})"
-            )
     if first:
         # Here, for matplotlib need not load before the first step.
         from covid_flax.report.plots import plot_curves
@@ -136,6 +131,7 @@ def _start(
             mode="min" if config.train.monitor == "val_loss" else "max",
             min_delta=config.train.min_delta,
             patience=config.train.patience or None,
+            start_from_epoch=config.train.swa_start,
         )
         clocks = {"elapsed": 0.0, "epoch_seconds": 0.0, "epoch_examples": 0.0}
         return new, stopping, {**clocks, "metrics_bytes": 0}

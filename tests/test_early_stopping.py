@@ -27,7 +27,7 @@ class _Model:
         pass
 
 
-def _keras(series, mode, patience, min_delta):
+def _keras(series, mode, patience, min_delta, start=0):
     """Epoch of the stop (None if it ran through) and of the best weights, from 1, and the best."""
     callback = keras.callbacks.EarlyStopping(
         monitor="value",
@@ -35,6 +35,7 @@ def _keras(series, mode, patience, min_delta):
         patience=patience,
         min_delta=min_delta,
         restore_best_weights=True,
+        start_from_epoch=start,
     )
     model = _Model()
     callback.set_model(model)
@@ -46,8 +47,8 @@ def _keras(series, mode, patience, min_delta):
     return None, callback.best_epoch + 1, callback.best
 
 
-def _ours(series, mode, patience, min_delta):
-    stopping = EarlyStopping(mode=mode, patience=patience, min_delta=min_delta)
+def _ours(series, mode, patience, min_delta, start=0):
+    stopping = EarlyStopping(mode, patience, min_delta, start)
     last_improved = 0
     for epoch, value in enumerate(series, 1):
         if stopping.update(value):
@@ -93,8 +94,10 @@ def test_agrees_with_keras_on_random_series(mode):
         series = _series(rng)
         patience = int(rng.integers(1, 7))
         min_delta = float(rng.choice([0.0, 0.0, 0.1, 0.05, -0.1, 1e-8]))
-        expected = _keras(series, mode, patience, min_delta)
-        assert _same(_ours(series, mode, patience, min_delta), expected), (series, patience)
+        start = int(rng.integers(len(series))) if rng.random() < 0.3 else 0
+        settings = (mode, patience, min_delta, start)
+        expected = _keras(series, *settings)
+        assert _same(_ours(series, *settings), expected), (series, settings)
         stops += expected[0] is not None
     assert 50 < stops < 290  # both outcomes were tried
 
@@ -110,6 +113,13 @@ def test_patience_none_never_stops_and_keeps_the_best():
         stopping.update(value)
         assert not stopping.should_stop
     assert (stopping.best, stopping.best_epoch, stopping.wait) == (0.9, 2, 500)
+
+
+def test_before_the_judging_begins_the_best_of_those_stands_in():
+    stopping = EarlyStopping(patience=1, start_from_epoch=3)
+    assert [stopping.update(value) for value in (0.3, 0.2, 0.4, 0.9, 0.8)] == [1, 1, 0, 1, 1]
+    assert (stopping.best, stopping.best_epoch, stopping.should_stop) == (0.8, 5, False)
+    assert not stopping.update(0.8) and stopping.should_stop
 
 
 def test_state_survives_json_at_every_epoch():

@@ -304,7 +304,9 @@ def _best_epoch(a: Artefacts) -> int:
     """By the rule that chose the best checkpoint."""
     key = a.config("train", "monitor").removeprefix("val_")
     rule = EarlyStopping(
-        "max" if key == "accuracy" else "min", None, a.config("train", "min_delta") or 0.0
+        "max" if key == "accuracy" else "min",
+        min_delta=a.config("train", "min_delta") or 0.0,
+        start_from_epoch=a.config("train", "swa_start") or 0,
     )
     lines = {line["epoch"]: line for line in _epochs(a)}  # the last, where a run went on
     epochs = sorted(lines)

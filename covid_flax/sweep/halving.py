@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from covid_flax.errors import UserError
-from covid_flax.sweep.plan import Plan, Trial
+from covid_flax.sweep.plan import Plan, Trial, config_of
 from covid_flax.sweep.validation import best_of
 
 _REDUCTION = 3  # of successive halving: one trial in so many goes on from a rung
@@ -64,8 +64,8 @@ class Halving:
         return self._trials[trial.name]
 
     def _best(self, trial: Trial, records: list[dict[str, Any]]) -> dict[str, Any] | None:
-        min_delta = trial.settings.get("train.min_delta", self._plan.config.train.min_delta)
-        return best_of(records, self._plan.monitor, min_delta)
+        train = config_of(self._plan.config, trial).train
+        return best_of(records, self._plan.monitor, train.min_delta, train.swa_start)
 
     def judge(self, trial: Trial) -> Callable[[list[dict[str, Any]]], bool]:
         """Of the trial: whether its records so far say to stop it."""

@@ -72,7 +72,7 @@ def _run_all(
         state, error = run_trial(command_of(plan, trial, workdir), log, metrics, progress.tell)
         refuse_changed(plan, trial, workdir)
         records = read_val(metrics)
-        best = best_of(records, plan.monitor, train.min_delta)
+        best = best_of(records, plan.monitor, train.min_delta, train.swa_start)
         if state != "failed" and best is None:
             state, error = "failed", f"{metrics}: no finite {plan.monitor}"
         passed = time.monotonic() - started

@@ -25,15 +25,22 @@ def read_val(metrics_jsonl: Path) -> list[dict[str, Any]]:
 
 
 def best_of(
-    records: Sequence[Mapping[str, Any]], monitor: str, min_delta: float = 0.0
+    records: Sequence[Mapping[str, Any]],
+    monitor: str,
+    min_delta: float = 0.0,
+    start_from_epoch: int = 0,
 ) -> dict[str, Any] | None:
-    """The epoch that the run keeps as its best; None without one whose figure is finite."""
+    """The epoch that the run keeps as its best; None without one whose figure is finite.
+
+    The rule's settings are `EarlyStopping`'s.
+    """
     figure = monitor.removeprefix("val_")
     finite = [r for r in records if math.isfinite(r[figure])]
     if not finite:
         return None
+    judged = [r for r in finite if r["epoch"] > start_from_epoch] or finite
     stopping = EarlyStopping(mode="min" if monitor == "val_loss" else "max", min_delta=min_delta)
-    best = [record for record in finite if stopping.update(record[figure])][-1]
+    best = [record for record in judged if stopping.update(record[figure])][-1]
     return {
         "val_accuracy": best["accuracy"],
         "val_loss": best["loss"],

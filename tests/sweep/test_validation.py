@@ -16,3 +16,4 @@ def test_the_best_epoch():
     assert best_of(records[:1], "val_loss") is None
     # As the run itself: what is no improvement by train.min_delta is not kept.
     assert best_of(records, "val_loss", 0.15)["best_epoch"] == 2
+    assert best_of(records, "val_loss", start_from_epoch=3)["best_epoch"] == 4
