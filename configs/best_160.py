@@ -3,9 +3,9 @@
 Train `best.py` first, on the same images and split: this begins with its run, in `runs/best`
 (another is given by `--config.model.weights=RUN`).
 
-For half a point more at home, if half the time again may be spent. A larger image shows more of the
-file's own noise, by which a class's export is recognised, so more noise is added to hide it. What
-it scored, and what it is worth, is in docs/results.md.
+For a few tenths of a point more at home, if half the time again may be spent. A larger image shows
+more of the file's own noise, by which a class's export is recognised, so more noise is added to
+hide it. What it scored, and what it is worth, is in docs/results.md.
 """
 
 from ml_collections_configs import base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ class EarlyStopping:
         """Takes the next epoch's value; true if it is the best so far."""
         value = float(value)
         self.epoch += 1
-        begins = self.epoch == self.start_from_epoch + 1
+        begins = self.best_epoch <= self.start_from_epoch < self.epoch
         if self.best is None or begins or self._improves(value, self.best):
             self.best, self.best_epoch, self.wait = value, self.epoch, 0
             return True
@@ -97,3 +98,25 @@ class EarlyStopping:
             if self.mode == "min":
                 return bool(np.float32(value + delta) < np.float32(best))
             return bool(np.float32(value - delta) > np.float32(best))
+
+
+def best_epoch(
+    figures: Mapping[int, float],
+    monitor: str,
+    *,
+    min_delta: float = 0.0,
+    start_from_epoch: int = 0,
+) -> int:
+    """The epoch that a training keeps as its best; 0 of none.
+
+    Args:
+      figures: of the validation, by epoch, counted from 1; some may be missing.
+      monitor: which figure it is, as `train.monitor` names it.
+      min_delta, start_from_epoch: see `EarlyStopping`.
+    """
+    mode = "min" if monitor == "val_loss" else "max"
+    stopping = EarlyStopping(mode, None, min_delta, start_from_epoch)
+    for epoch in sorted(figures):
+        stopping.epoch = epoch - 1
+        stopping.update(figures[epoch])
+    return stopping.best_epoch

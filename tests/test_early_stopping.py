@@ -11,7 +11,7 @@ import math
 import numpy as np
 import pytest
 
-from covid_flax.early_stopping import EarlyStopping
+from covid_flax.early_stopping import EarlyStopping, best_epoch
 from covid_flax.errors import UserError
 
 keras = pytest.importorskip("keras")
@@ -120,6 +120,14 @@ def test_before_the_judging_begins_the_best_of_those_stands_in():
     assert [stopping.update(value) for value in (0.3, 0.2, 0.4, 0.9, 0.8)] == [1, 1, 0, 1, 1]
     assert (stopping.best, stopping.best_epoch, stopping.should_stop) == (0.8, 5, False)
     assert not stopping.update(0.8) and stopping.should_stop
+
+
+def test_of_a_finished_training_epochs_may_be_missing():
+    losses = {1: 0.1, 2: 0.2, 4: 0.5, 5: 0.6}
+    assert best_epoch(losses, "val_loss") == 1
+    assert best_epoch(losses, "val_loss", start_from_epoch=2) == 4
+    assert best_epoch(losses, "val_accuracy", start_from_epoch=2) == 5
+    assert best_epoch({}, "val_loss", start_from_epoch=2) == 0
 
 
 def test_state_survives_json_at_every_epoch():

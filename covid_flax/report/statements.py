@@ -9,7 +9,7 @@ from typing import Any
 
 from covid_flax.data.dataset import LEFT_OUT
 from covid_flax.data.splits import PARTS, crossing
-from covid_flax.early_stopping import EarlyStopping
+from covid_flax.early_stopping import best_epoch
 from covid_flax.evaluation.intervals import (
     class_interval,
     has_width,
@@ -289,6 +289,8 @@ def _selection(a: Artefacts) -> str | None:
         return None
     best, least = _best_epoch(a), a.config("train", "min_delta")
     gains = f" (gains of {least:g} or less do not count)" if least else ""
+    if start := a.config("train", "swa_start"):
+        gains += f", of those after {start:g} where there are any"
     last = max(line["epoch"] for line in lines)
     return (
         f"The epoch with the best {monitor}{gains}: {best} of {last} "
@@ -302,17 +304,14 @@ def _epochs(a: Artefacts) -> list[dict[str, Any]]:
 
 def _best_epoch(a: Artefacts) -> int:
     """By the rule that chose the best checkpoint."""
-    key = a.config("train", "monitor").removeprefix("val_")
-    rule = EarlyStopping(
-        "max" if key == "accuracy" else "min",
+    monitor = a.config("train", "monitor")
+    key = monitor.removeprefix("val_")
+    return best_epoch(
+        {line["epoch"]: line[key] for line in _epochs(a)},  # the last, where a run went on
+        monitor,
         min_delta=a.config("train", "min_delta") or 0.0,
         start_from_epoch=a.config("train", "swa_start") or 0,
     )
-    lines = {line["epoch"]: line for line in _epochs(a)}  # the last, where a run went on
-    epochs = sorted(lines)
-    for epoch in epochs:
-        rule.update(lines[epoch][key])
-    return epochs[rule.best_epoch - 1]
 
 
 def _is_cross_validation(a: Artefacts) -> bool:

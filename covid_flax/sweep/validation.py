@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from covid_flax.early_stopping import EarlyStopping
+from covid_flax.early_stopping import best_epoch
 from covid_flax.errors import UserError
 
 
@@ -32,15 +32,19 @@ def best_of(
 ) -> dict[str, Any] | None:
     """The epoch that the run keeps as its best; None without one whose figure is finite.
 
-    The rule's settings are `EarlyStopping`'s.
+    The settings of that rule are `EarlyStopping`'s.
     """
     figure = monitor.removeprefix("val_")
     finite = [r for r in records if math.isfinite(r[figure])]
     if not finite:
         return None
-    judged = [r for r in finite if r["epoch"] > start_from_epoch] or finite
-    stopping = EarlyStopping(mode="min" if monitor == "val_loss" else "max", min_delta=min_delta)
-    best = [record for record in judged if stopping.update(record[figure])][-1]
+    number = best_epoch(
+        {record["epoch"]: record[figure] for record in finite},
+        monitor,
+        min_delta=min_delta,
+        start_from_epoch=start_from_epoch,
+    )
+    best = next(record for record in reversed(finite) if record["epoch"] == number)
     return {
         "val_accuracy": best["accuracy"],
         "val_loss": best["loss"],
