@@ -304,6 +304,34 @@ def _chest(rng: np.random.Generator, size: int) -> _Chest:
     picture += body * centre * 0.14 * _step(y + 0.95, 0.2)
     picture -= 0.07 * _step(0.045 - ax, 0.02) * _step(-0.28 - y, 0.1) * body  # the windpipe
 
+    _add_bones(picture, chest, body, below, rng)
+    _add_breasts(picture, chest, body, rng)
+
+    # Hila and vessels.
+    chest.lung = lung
+    hilum = rng.uniform(0.04, 0.12)
+    for side in (-1, 1):
+        r2 = ((side * x - 0.2) / 0.09) ** 2 + ((y + 0.1) / 0.15) ** 2
+        picture += hilum * lung * np.exp(-r2)
+    vessels = _branches(chest, rng, trunks=7, width=0.016)
+    picture += rng.uniform(0.1, 0.2) * lung * vessels
+
+    chest.base = picture + body * 0.012 * _clouds(rng, size, 10)
+    grain = 0.006 + np.abs(rng.normal(0, 0.008))
+    chest.noise = grain * rng.standard_normal((size, size)) + 0.01 * _clouds(rng, size, 4)
+    return chest
+
+
+def _add_bones(
+    picture: np.ndarray,
+    chest: _Chest,
+    body: np.ndarray,
+    below: np.ndarray,
+    rng: np.random.Generator,
+) -> None:
+    """To the picture: spine, ribs, clavicles, shoulder blades. `below` is 1 under the diaphragm."""
+    x, y, ax = chest.x, chest.y, np.abs(chest.x)
+
     # Spine: a bright column with discs.
     period = rng.uniform(0.125, 0.15)
     discs = 0.5 + 0.5 * np.cos(2 * np.pi * (y + rng.random()) / period)
@@ -339,26 +367,17 @@ def _chest(rng: np.random.Generator, size: int) -> _Chest:
         blade = np.abs(side * x - 0.74 - 0.25 * (y + 0.4)) - 0.05
         picture += body * 0.06 * _step(-blade, 0.05) * _step(0.35 - np.abs(y + 0.35), 0.1)
 
-    # Breast shadows, in half of the patients: they look like faint basal opacities.
+
+def _add_breasts(
+    picture: np.ndarray, chest: _Chest, body: np.ndarray, rng: np.random.Generator
+) -> None:
+    """To the picture of half of the patients: shadows that look like faint basal opacities."""
+    x, y = chest.x, chest.y
     if rng.random() < 0.5:
         amount, size_y = rng.uniform(0.02, 0.07), rng.uniform(0.2, 0.3)
         for side in (-1, 1):
             shadow = np.hypot((side * x - 0.47) / 0.34, (y - 0.18) / size_y)
             picture += body * amount * _step(1 - shadow, 0.1)
-
-    # Hila and vessels.
-    chest.lung = lung
-    hilum = rng.uniform(0.04, 0.12)
-    for side in (-1, 1):
-        r2 = ((side * x - 0.2) / 0.09) ** 2 + ((y + 0.1) / 0.15) ** 2
-        picture += hilum * lung * np.exp(-r2)
-    vessels = _branches(chest, rng, trunks=7, width=0.016)
-    picture += rng.uniform(0.1, 0.2) * lung * vessels
-
-    chest.base = picture + body * 0.012 * _clouds(rng, size, 10)
-    grain = 0.006 + np.abs(rng.normal(0, 0.008))
-    chest.noise = grain * rng.standard_normal((size, size)) + 0.01 * _clouds(rng, size, 4)
-    return chest
 
 
 def _branches(
